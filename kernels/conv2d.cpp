@@ -1,0 +1,143 @@
+// The Python module mbm_cli._cpu: chooses the instruction set at run time, spreads jobs over threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <omp.h>
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace nb = nanobind;
+
+namespace mbm {
+
+#if defined(__x86_64__)
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+#endif
+namespace portable { extern const Kernels kernels; }
+
+// What this CPU can run, the widest first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw"))
+    found.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+#endif
+  found.push_back(&portable::kernels);
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{runnable().front()};
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* k : runnable()) names.push_back(k->name);
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  for (const Kernels* k : runnable())
+    if (name == k->name) {
+      chosen = k;
+      return;
+    }
+  throw std::invalid_argument("this CPU does not run the instruction set " + name);
+}
+
+// Below this many products (about 30 us of work), one thread is faster than waking the others.
+constexpr std::int64_t PARALLEL_FROM = 200'000;
+
+using Pair = std::array<std::int64_t, 2>;
+
+void copy(const Pair& from, std::int64_t (&to)[2]) { to[0] = from[0], to[1] = from[1]; }
+
+// Pointers are addresses of float32 memory that the caller has checked and keeps alive.
+void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t output,
+            std::array<std::int64_t, 4> input_shape, std::array<std::int64_t, 4> input_stride,
+            std::array<std::int64_t, 4> weight_shape, Pair out_size, Pair stride, Pair padding, Pair dilation,
+            std::int64_t groups, const Multiplier& multiplier, int threads) {
+  Conv2d c{};
+  c.input = reinterpret_cast<const float*>(input);
+  c.weight = reinterpret_cast<const float*>(weight);
+  c.bias = reinterpret_cast<const float*>(bias);
+  c.output = reinterpret_cast<float*>(output);
+  c.batch = input_shape[0];
+  c.groups = groups;
+  c.channels = weight_shape[1];
+  c.out_channels = weight_shape[0] / groups;
+  copy({input_shape[2], input_shape[3]}, c.size);
+  copy({weight_shape[2], weight_shape[3]}, c.kernel);
+  copy(out_size, c.out_size);
+  copy(stride, c.stride);
+  copy(padding, c.padding);
+  copy(dilation, c.dilation);
+  for (int i = 0; i < 4; i++) c.input_stride[i] = input_stride[i];
+  c.multiplier = multiplier;
+  c.threads = threads;
+
+  const Kernels& kernels = *chosen.load();
+  std::unique_ptr<void, void (*)(void*)> plan(kernels.make_plan(c), kernels.free_plan);
+  std::int64_t jobs = kernels.jobs(plan.get());
+  std::int64_t products = c.batch * weight_shape[0] * out_size[0] * out_size[1] * c.channels * c.kernel[0] * c.kernel[1];
+  if (products < PARALLEL_FROM) threads = 1;
+  if (threads > jobs) threads = static_cast<int>(jobs);
+
+  std::size_t scratch_bytes = (kernels.scratch_bytes(plan.get()) + 63) / 64 * 64;
+  std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, scratch_bytes * threads), std::free);
+  if (!scratch) throw std::bad_alloc();
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (std::int64_t job = 0; job < jobs; job++) {
+    kernels.run_job(plan.get(), job, static_cast<char*>(scratch.get()) + scratch_bytes * omp_get_thread_num());
+  }
+}
+
+void multiply(std::uintptr_t a, std::uintptr_t b, std::uintptr_t out, std::int64_t count, const Multiplier& multiplier,
+              int threads) {
+  constexpr std::int64_t CHUNK = 1 << 14;
+  const Kernels& kernels = *chosen.load();
+  std::int64_t chunks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM && threads > 1)
+  for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+    std::int64_t from = chunk * CHUNK, size = count - from < CHUNK ? count - from : CHUNK;
+    kernels.multiply(multiplier, reinterpret_cast<const float*>(a) + from, reinterpret_cast<const float*>(b) + from,
+                     reinterpret_cast<float*>(out) + from, size);
+  }
+}
+
+std::int64_t ceiling(const Multiplier& multiplier, std::int64_t rounds, int threads) {
+  const Kernels& kernels = *chosen.load();
+  std::int64_t done = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : done)
+  for (int thread = 0; thread < threads; thread++) done += kernels.ceiling(multiplier, rounds);
+  return done;
+}
+
+}  // namespace mbm
+
+NB_MODULE(_cpu, module) {
+  using namespace mbm;
+  using nogil = nb::call_guard<nb::gil_scoped_release>;
+  nb::enum_<Family>(module, "Family").value("exact", EXACT).value("mitchell", MITCHELL).value("mbm", MBM);
+  nb::class_<Multiplier>(module, "Multiplier")
+      .def("__init__", [](Multiplier* m, Family family, int truncate, int result_bits) {
+        new (m) Multiplier(make_multiplier(family, truncate, result_bits));
+      }, nb::arg("family"), nb::arg("truncate"), nb::arg("result_bits"));
+  module.def("conv2d", &conv2d, nogil());
+  module.def("multiply", &mbm::multiply, nogil());
+  module.def("ceiling", &ceiling, nogil(), "Multiply-accumulates done by `rounds` rounds of register-only arithmetic on each thread.");
+  module.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU runs, the one chosen by default first.");
+  module.def("use_instruction_set", &use_instruction_set);
+}

@@ -1,0 +1,438 @@
+// The CPU kernels. CMake compiles this file once for each instruction set, into a namespace of its own (MBM_ISA).
+//
+// Mapping: a job is one image, one group and a range of output rows; one thread does it.
+//   1. The input rows that it needs are decoded once, padding included, into planes of powers of two and of fractions.
+//      With a stride, rows and columns of equal phase lie side by side, so that neighbouring outputs read neighbouring
+//      elements whatever the stride.
+//   2. Lanes are consecutive positions of a plane. A tile is one vector of them by up to BLOCK output channels, whose
+//      accumulators stay in registers while the loop walks the kernel's elements: two vector loads a step, two
+//      broadcasts a product. Positions behind the last output column of a row are computed and dropped.
+//   3. Where the operands' exponents do not rule out a product outside the normal range, the job's tiles take each
+//      product from the definition instead (several times slower, and rare).
+//
+// Cost of a product, mbm: integer add, compare, and, float add, multiply, fused multiply-add (6 instructions) on AVX2;
+// 5 with AVX-512, where the correction is one masked addition; mitchell 3. Vector arithmetic is the limit, not memory.
+#include <cfenv>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "conv2d.h"
+
+namespace mbm::MBM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int BLOCK = 8;                            // output channels of a tile, bounded by the registers
+constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes: they are to stay in the L2 cache
+constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thread waits long for another
+
+struct Lanes {
+  typedef float F __attribute__((vector_size(LANES * sizeof(float))));
+  typedef int I __attribute__((vector_size(LANES * sizeof(int))));
+};
+using F = Lanes::F;
+using I = Lanes::I;
+
+template <class V, class T> MBM_FN V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T> MBM_FN void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// A default floating-point environment (subnormals kept) with this rounding mode; the caller's comes back at the end.
+class Rounding {
+  std::fenv_t saved_;
+
+ public:
+  explicit Rounding(int mode) {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+    if (mode != FE_TONEAREST) std::fesetround(mode);
+  }
+  ~Rounding() { std::fesetenv(&saved_); }
+  Rounding(const Rounding&) = delete;
+};
+
+// Only the correction at t = 0 needs rounding (to 24 bits, toward zero); sums are then rounded the same way.
+int rounding_of_products(const Multiplier& m) {
+  return m.form != IEEE && m.correction != 0 && m.operand_set == 0 ? FE_TOWARDZERO : FE_TONEAREST;
+}
+
+// std::vector would leave code for this instruction set in templates that others share.
+template <class T> struct Buffer {
+  T* data;
+  explicit Buffer(std::int64_t count) : data(static_cast<T*>(std::malloc(sizeof(T) * (count > 0 ? count : 1)))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  T& operator[](std::int64_t i) const { return data[i]; }
+};
+
+// The exponents of the normal operands of a set, as bits in their place; an empty set has highest < CARRY.
+struct Exponents {
+  int lowest = INFINITE, highest = 0;
+
+  void add(float x) {
+    int magnitude = __builtin_bit_cast(int, x) & ~SIGN;
+    int normal = magnitude < CARRY ? INFINITE : magnitude;
+    lowest = normal < lowest ? normal : lowest;
+    highest = magnitude > highest ? magnitude : highest;
+  }
+  bool special() const { return highest >= INFINITE; }
+  bool empty() const { return highest < CARRY; }
+};
+
+// Whether no product of the two sets, nor A * B on the way to it, can leave the normal range.
+bool in_range(const Exponents& a, const Exponents& b) {
+  if (a.special() || b.special()) return false;
+  if (a.empty() || b.empty()) return true;
+  int lowest = (a.lowest >> FRACTION_BITS) + (b.lowest >> FRACTION_BITS) - BIAS;
+  int highest = (a.highest >> FRACTION_BITS) + (b.highest >> FRACTION_BITS) - BIAS + 1;
+  return lowest >= 1 && highest <= 254;
+}
+
+struct Weight {
+  float power;            // family exact: the truncated weight itself
+  int one_plus_fraction;  // family exact: not used
+};
+
+template <Form FORM, bool MASKED> MBM_FN F accumulate(F sum, F power, I fraction, const Weight& w, const Multiplier& m) {
+  if constexpr (FORM == IEEE) return sum + ieee_product<Lanes>(power, F{} + w.power, m);
+  return sum + (power * w.power) * significand<Lanes, FORM, MASKED>(fraction, I{} + w.one_plus_fraction, m);
+}
+
+// Sums of `steps` products for LANES positions and N output channels; weights[step][N].
+using Tile = void (*)(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
+                      const Weight* weights, const Multiplier& m, float* sums, std::int64_t sums_stride);
+
+template <Form FORM, bool MASKED, int N>
+void tile(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
+          const Weight* weights, const Multiplier& shared, float* sums, std::int64_t sums_stride) {
+  const Multiplier m = shared;  // a copy: constants that no store can alias
+  F sum[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) sum[n] = F{};
+  for (std::int64_t k = 0; k < steps; k++, weights += N) {
+    F a = load<F>(power + offsets[k]);
+    I x = load<I>(fraction + offsets[k]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) sum[n] = accumulate<FORM, MASKED>(sum[n], a, x, weights[n], m);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) store(sums + n * sums_stride, sum[n]);
+}
+
+// The same for one output channel, each product from the definition; `plane` and `weights` are the operands themselves.
+void tile_by_definition(const float* plane, const std::int64_t* offsets, std::int64_t steps, const float* weights,
+                        const Multiplier& m, float* sums) {
+  F sum = {};
+  for (std::int64_t k = 0; k < steps; k++)
+    sum += product<Lanes>(load<F>(plane + offsets[k]), F{} + weights[k], m);
+  store(sums, sum);
+}
+
+struct TileSet {
+  Tile of_size[BLOCK + 1];
+};
+
+template <Form FORM, bool MASKED> constexpr TileSet tiles() {
+  return {{nullptr, tile<FORM, MASKED, 1>, tile<FORM, MASKED, 2>, tile<FORM, MASKED, 3>, tile<FORM, MASKED, 4>,
+           tile<FORM, MASKED, 5>, tile<FORM, MASKED, 6>, tile<FORM, MASKED, 7>, tile<FORM, MASKED, 8>}};
+}
+
+bool masked(const Multiplier& m) { return m.result_keep != FRACTION; }
+
+TileSet tiles_for(const Multiplier& m) {
+  switch (m.form) {
+    case IEEE: return tiles<IEEE, true>();
+    case PLAIN: return masked(m) ? tiles<PLAIN, true>() : tiles<PLAIN, false>();
+    case ONE_LEVEL: return masked(m) ? tiles<ONE_LEVEL, true>() : tiles<ONE_LEVEL, false>();
+    default: return masked(m) ? tiles<TWO_LEVELS, true>() : tiles<TWO_LEVELS, false>();
+  }
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The phases of one axis (height or width) that a strided kernel touches, and the extent of a plane along it.
+struct Axis {
+  std::int64_t stride, dilation, kernel, phases = 0;
+  Buffer<std::int64_t> phase;  // the phase-th of `phases` holds the elements congruent to phase[i] modulo stride
+
+  Axis(std::int64_t stride, std::int64_t dilation, std::int64_t kernel)
+      : stride(stride), dilation(dilation), kernel(kernel), phase(kernel) {
+    for (std::int64_t k = 0; k < kernel; k++)
+      if (index(k) == phases) phase[phases++] = k * dilation % stride;
+  }
+  std::int64_t index(std::int64_t k) const {
+    std::int64_t i = 0;
+    while (i < phases && phase[i] != k * dilation % stride) i++;
+    return i;
+  }
+  std::int64_t extent(std::int64_t outputs) const { return outputs + (kernel - 1) * dilation / stride; }
+  std::int64_t start(std::int64_t k) const { return k * dilation / stride; }
+};
+
+struct Plan {
+  Conv2d c;
+  Axis high, wide;
+  std::int64_t steps;                         // products of a sum
+  std::int64_t rows;                          // output rows of a job
+  std::int64_t columns, plane, plane_count;   // a row of a plane, its elements, and how many planes an image has
+  std::int64_t positions;                     // of a job, whole vectors
+  std::int64_t blocks, block;                 // output channels in blocks of at most `block`
+  Buffer<std::int64_t> offsets;               // where each step's element lies, from an output's position
+  Buffer<Weight> weights;                     // [group][block][step][channel of the block]
+  Buffer<Exponents> weight_exponents;         // [group][block]
+  TileSet tile_set;
+
+  explicit Plan(const Conv2d& conv)
+      : c(conv), high(c.stride[0], c.dilation[0], c.kernel[0]), wide(c.stride[1], c.dilation[1], c.kernel[1]),
+        steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), columns(wide.extent(c.out_size[1])),
+        plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
+        block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),
+        weight_exponents(c.groups * blocks), tile_set(tiles_for(c.multiplier)) {
+    auto planes_bytes = [&] { return std::int64_t(sizeof(float) + sizeof(int)) * plane_count * high.extent(rows) * columns; };
+    while (rows > 1 && planes_bytes() > SCRATCH_TARGET) rows = ceil_div(rows, 2);
+    while (rows > 1 && c.threads > 1 && job_count() < JOBS_PER_THREAD * c.threads) rows = ceil_div(rows, 2);
+    plane = high.extent(rows) * columns;
+    positions = ceil_div((rows - 1) * columns + c.out_size[1], LANES) * LANES;
+    locate_steps();
+    pack_weights();
+  }
+
+  std::int64_t job_count() const { return c.batch * c.groups * ceil_div(c.out_size[0], rows); }
+  std::int64_t block_start(std::int64_t b) const { return b * block; }
+  std::int64_t block_size(std::int64_t b) const {
+    std::int64_t left = c.out_channels - b * block;
+    return left < block ? left : block;
+  }
+  std::int64_t planes_elements() const { return (plane_count * plane + 2 * LANES - 1) / LANES * LANES; }
+
+  void locate_steps() {
+    std::int64_t k = 0;
+    for (std::int64_t ch = 0; ch < c.channels; ch++)
+      for (std::int64_t i = 0; i < c.kernel[0]; i++)
+        for (std::int64_t j = 0; j < c.kernel[1]; j++)
+          offsets[k++] = ((ch * high.phases + high.index(i)) * wide.phases + wide.index(j)) * plane +
+                         high.start(i) * columns + wide.start(j);
+  }
+
+  void pack_weights() {
+    const Multiplier& m = c.multiplier;
+    for (std::int64_t g = 0; g < c.groups; g++)
+      for (std::int64_t b = 0; b < blocks; b++) {
+        std::int64_t first = g * c.out_channels + block_start(b), size = block_size(b);
+        Exponents e;
+        for (std::int64_t n = 0; n < size; n++)
+          for (std::int64_t k = 0; k < steps; k++) {
+            float w = c.weight[(first + n) * steps + k];
+            e.add(w);
+            int raw = __builtin_bit_cast(int, w);
+            bool finite = (raw & INFINITE) != INFINITE;
+            int kept = m.form == IEEE ? (finite ? raw & (m.operand_keep | ~FRACTION) : raw) : raw & ~FRACTION;
+            weights[first * steps + k * size + n] = {__builtin_bit_cast(float, kept),
+                                                     ONE + ((raw & m.operand_keep) | m.operand_set)};
+          }
+        weight_exponents[g * blocks + b] = e;
+      }
+  }
+};
+
+enum Decoding { OPERANDS, TRUNCATED, SPLIT };  // as they are; truncated (family exact); power of two and fraction
+
+template <Decoding HOW>
+MBM_FN void decode(float x, const Multiplier& m, float& power, int& fraction) {
+  int raw = __builtin_bit_cast(int, x);
+  if constexpr (HOW == OPERANDS) power = x;
+  if constexpr (HOW == TRUNCATED)
+    power = __builtin_bit_cast(float, (raw & INFINITE) == INFINITE ? raw : raw & (m.operand_keep | ~FRACTION));
+  if constexpr (HOW == SPLIT) {
+    power = __builtin_bit_cast(float, raw & ~FRACTION);
+    fraction = (raw & m.operand_keep) | m.operand_set;
+  }
+}
+
+// Fill the planes for the output rows from `row` on; padding is zero.
+template <Decoding HOW>
+Exponents decode_planes(const Plan& p, const float* image, std::int64_t row, float* power, int* fraction) {
+  const Conv2d& c = p.c;
+  const Multiplier m = c.multiplier;
+  Exponents e;
+  std::int64_t plane_rows = p.high.extent(p.rows), column_step = c.input_stride[3] * c.stride[1];
+  for (std::int64_t ch = 0; ch < c.channels; ch++)
+    for (std::int64_t i = 0; i < p.high.phases; i++)
+      for (std::int64_t j = 0; j < p.wide.phases; j++) {
+        // Plane column q is image column q * stride + left.
+        std::int64_t left = p.wide.phase[j] - c.padding[1];
+        std::int64_t first = left < 0 ? ceil_div(-left, c.stride[1]) : 0;
+        std::int64_t last = c.size[1] > left ? ceil_div(c.size[1] - left, c.stride[1]) : 0;
+        first = first < p.columns ? first : p.columns;
+        last = last < p.columns ? last : p.columns;
+        if (last < first) last = first;
+        for (std::int64_t r = 0; r < plane_rows; r++, power += p.columns, fraction += p.columns) {
+          std::int64_t y = (row + r) * c.stride[0] + p.high.phase[i] - c.padding[0];
+          bool inside = y >= 0 && y < c.size[0];
+          std::int64_t from = inside ? first : p.columns, to = inside ? last : p.columns;
+          for (std::int64_t q = 0; q < from; q++) power[q] = 0, fraction[q] = 0;
+          if (inside) {
+            const float* x = image + ch * c.input_stride[1] + y * c.input_stride[2] + left * c.input_stride[3];
+            if (column_step == 1)
+              for (std::int64_t q = first; q < last; q++) {
+                e.add(x[q]);
+                decode<HOW>(x[q], m, power[q], fraction[q]);
+              }
+            else
+              for (std::int64_t q = first; q < last; q++) {
+                e.add(x[q * column_step]);
+                decode<HOW>(x[q * column_step], m, power[q], fraction[q]);
+              }
+          }
+          for (std::int64_t q = to; q < p.columns; q++) power[q] = 0, fraction[q] = 0;
+        }
+      }
+  return e;
+}
+
+struct Job {
+  std::int64_t image, group, row, rows;
+};
+
+// Copy a block's sums to the output, with its bias, rounding to nearest.
+void write_block(const Plan& p, const Job& job, std::int64_t b, const float* sums) {
+  const Conv2d& c = p.c;
+  Rounding nearest(FE_TONEAREST);
+  for (std::int64_t n = 0; n < p.block_size(b); n++) {
+    std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
+    float* out = c.output + ((job.image * c.groups * c.out_channels + channel) * c.out_size[0] + job.row) * c.out_size[1];
+    float bias = c.bias ? c.bias[channel] : 0.0f;
+    for (std::int64_t r = 0; r < job.rows; r++, out += c.out_size[1]) {
+      const float* sum = sums + n * p.positions + r * p.columns;
+      if (c.bias)
+        for (std::int64_t q = 0; q < c.out_size[1]; q++) out[q] = sum[q] + bias;
+      else
+        std::memcpy(out, sum, c.out_size[1] * sizeof(float));
+    }
+  }
+}
+
+void run_job(const void* plan, std::int64_t index, void* scratch) {
+  const Plan& p = *static_cast<const Plan*>(plan);
+  const Conv2d& c = p.c;
+  std::int64_t ranges = ceil_div(c.out_size[0], p.rows);
+  Job job{index / ranges / c.groups, index / ranges % c.groups, index % ranges * p.rows, p.rows};
+  if (job.row + job.rows > c.out_size[0]) job.rows = c.out_size[0] - job.row;
+  const float* image = c.input + job.image * c.input_stride[0] + job.group * c.channels * c.input_stride[1];
+
+  float* power = static_cast<float*>(scratch);
+  int* fraction = reinterpret_cast<int*>(power + p.planes_elements());
+  float* sums = power + 2 * p.planes_elements();
+  // The last tile reads up to a vector past the planes; stale bits there could be subnormals, which are slow.
+  std::memset(power + p.plane_count * p.plane, 0, (p.planes_elements() - p.plane_count * p.plane) * sizeof(float));
+
+  Rounding rounding(rounding_of_products(c.multiplier));
+  bool ieee = c.multiplier.form == IEEE;
+  Exponents e = ieee ? decode_planes<TRUNCATED>(p, image, job.row, power, fraction)
+                     : decode_planes<SPLIT>(p, image, job.row, power, fraction);
+  auto is_fast = [&](std::int64_t b) { return ieee || in_range(e, p.weight_exponents[job.group * p.blocks + b]); };
+
+  bool all_fast = true;
+  for (std::int64_t b = 0; b < p.blocks; b++) {
+    if (!is_fast(b)) {
+      all_fast = false;
+      continue;
+    }
+    std::int64_t first = job.group * c.out_channels + p.block_start(b), size = p.block_size(b);
+    for (std::int64_t q = 0; q < p.positions; q += LANES)
+      p.tile_set.of_size[size](power + q, fraction + q, p.offsets.data, p.steps, &p.weights[first * p.steps],
+                               c.multiplier, sums + q, p.positions);
+    write_block(p, job, b, sums);
+  }
+  if (all_fast) return;
+
+  decode_planes<OPERANDS>(p, image, job.row, power, fraction);
+  for (std::int64_t b = 0; b < p.blocks; b++) {
+    if (is_fast(b)) continue;
+    for (std::int64_t n = 0; n < p.block_size(b); n++) {
+      std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
+      for (std::int64_t q = 0; q < p.positions; q += LANES)
+        tile_by_definition(power + q, p.offsets.data, p.steps, c.weight + channel * p.steps, c.multiplier,
+                           sums + n * p.positions + q);
+    }
+    write_block(p, job, b, sums);
+  }
+}
+
+void multiply(const Multiplier& m, const float* a, const float* b, float* out, std::int64_t count) {
+  Rounding nearest(FE_TONEAREST);
+  std::int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(out + i, product<Lanes>(load<F>(a + i), load<F>(b + i), m));
+  if (i == count) return;
+  float rest[3][LANES] = {};
+  std::memcpy(rest[0], a + i, (count - i) * sizeof(float));
+  std::memcpy(rest[1], b + i, (count - i) * sizeof(float));
+  store(rest[2], product<Lanes>(load<F>(rest[0]), load<F>(rest[1]), m));
+  std::memcpy(out + i, rest[2], (count - i) * sizeof(float));
+}
+
+// Keeps a value in a register and the compiler from knowing it.
+#if defined(__x86_64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
+#elif defined(__aarch64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
+#endif
+
+template <Form FORM, bool MASKED> std::int64_t ceiling_of(const Multiplier& shared, std::int64_t rounds) {
+  const Multiplier m = shared;
+  F sum[BLOCK] = {}, a = F{} + 1.0f;
+  I x = I{} + (CARRY / 4);
+  Weight w{1.0f, ONE + CARRY / 2};
+  for (std::int64_t r = 0; r < rounds; r++) {
+#pragma GCC unroll 8
+    for (int n = 0; n < BLOCK; n++) {
+      MBM_OPAQUE(a);
+      MBM_OPAQUE(x);
+      sum[n] = accumulate<FORM, MASKED>(sum[n], a, x, w, m);
+    }
+  }
+  for (F& s : sum) MBM_OPAQUE(s);
+  return rounds * BLOCK * LANES;
+}
+
+std::int64_t ceiling(const Multiplier& m, std::int64_t rounds) {
+  Rounding rounding(rounding_of_products(m));
+  switch (m.form) {
+    case IEEE: return ceiling_of<IEEE, true>(m, rounds);
+    case PLAIN: return masked(m) ? ceiling_of<PLAIN, true>(m, rounds) : ceiling_of<PLAIN, false>(m, rounds);
+    case ONE_LEVEL: return masked(m) ? ceiling_of<ONE_LEVEL, true>(m, rounds) : ceiling_of<ONE_LEVEL, false>(m, rounds);
+    default: return masked(m) ? ceiling_of<TWO_LEVELS, true>(m, rounds) : ceiling_of<TWO_LEVELS, false>(m, rounds);
+  }
+}
+
+void* make_plan(const Conv2d& c) { return new Plan(c); }
+void free_plan(void* plan) { delete static_cast<Plan*>(plan); }
+std::int64_t jobs(const void* plan) { return static_cast<const Plan*>(plan)->job_count(); }
+std::size_t scratch_bytes(const void* plan) {
+  const Plan& p = *static_cast<const Plan*>(plan);
+  return (2 * p.planes_elements() + p.block * p.positions) * sizeof(float);
+}
+
+#define MBM_STRING(x) #x
+#define MBM_NAME(x) MBM_STRING(x)
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels{MBM_NAME(MBM_ISA), make_plan, free_plan, jobs, scratch_bytes, run_job, multiply, ceiling};
+
+}  // namespace mbm::MBM_ISA

@@ -1,0 +1,154 @@
+// The multiplier, once: its parameters, its product from the definition, and the same product in the form that is fast.
+//
+// NVRTC compiles this text for CUDA (one lane: int and float), the C++ compiler for the CPU (GCC vector types, so that
+// one source serves every SIMD width). It includes nothing, for NVRTC has no headers.
+//
+// Source: Saadat, Bokhari, Parameswaran, "Minimally Biased Multipliers for Approximate Integer and Floating-Point
+// Multiplication", IEEE TCAD 37(11), 2018 (AFMB-t). mbm_cli/multipliers.py holds the model that tests compare with.
+#pragma once
+
+#if defined(__CUDACC__)
+#define MBM_FN static __device__ __forceinline__
+#else
+#define MBM_FN static inline __attribute__((always_inline))
+#endif
+
+namespace mbm {
+
+constexpr int FRACTION_BITS = 23;
+constexpr int BIAS = 127;
+constexpr int ONE = BIAS << FRACTION_BITS;  // the bits of 1.0f
+constexpr int TWO = (BIAS + 1) << FRACTION_BITS;
+constexpr int SIGN = int(0x80000000u);
+constexpr int INFINITE = 0x7F800000;
+constexpr int NOT_A_NUMBER = 0x7FC00000;
+constexpr int CARRY = 1 << FRACTION_BITS;
+constexpr int FRACTION = CARRY - 1;
+// The error reduction, 2^-4 + 2^-6.
+constexpr int CORRECTION = (1 << (FRACTION_BITS - 4)) + (1 << (FRACTION_BITS - 6));
+
+enum Family { EXACT, MITCHELL, MBM };
+
+// How the fast form corrects the sum of the fractions; a compile-time variant of every kernel.
+enum Form {
+  IEEE,        // family exact: a * b
+  PLAIN,       // no correction (mitchell)
+  ONE_LEVEL,   // one constant below a threshold
+  TWO_LEVELS,  // t = 17, where halving c and clearing its low bits do not commute
+};
+
+struct Multiplier {
+  Form form;
+  int operand_keep;      // fraction bits of an operand that are kept
+  int operand_set;       // fraction bits of an operand that are set (bit t, for mbm with t > 0)
+  int correction;        // c without carry
+  int correction_carry;  // c with carry
+  int result_keep;       // fraction bits of the product that are kept
+};
+
+constexpr int keep_from(int bit) { return FRACTION & ~((1 << bit) - 1); }
+
+constexpr Multiplier make_multiplier(Family family, int truncate, int result_bits) {
+  int c0 = family == MBM ? CORRECTION & keep_from(truncate) : 0;
+  int c1 = family == MBM ? (CORRECTION >> 1) & keep_from(truncate) : 0;
+  Form form = family == EXACT ? IEEE : family == MITCHELL ? PLAIN : c1 == 0 || c0 == 2 * c1 ? ONE_LEVEL : TWO_LEVELS;
+  int set = family == MBM && truncate > 0 ? 1 << truncate : 0;
+  return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits)};
+}
+
+// What differs between one lane on the GPU and a vector of lanes on the CPU. L::I is 32-bit integers, L::F floats.
+#if defined(__CUDACC__)
+template <class L> MBM_FN int bits(float x) { return __float_as_int(x); }
+template <class L> MBM_FN float from_bits(int x) { return __int_as_float(x); }
+MBM_FN float multiply_to_nearest(float a, float b) { return __fmul_rn(a, b); }  // never contracted into an FMA
+template <class L> MBM_FN float add_where(float w, bool where, float c) { return where ? __fadd_rz(w, c) : w; }
+#else
+template <class L> MBM_FN typename L::I bits(typename L::F x) { return __builtin_bit_cast(typename L::I, x); }
+template <class L> MBM_FN typename L::F from_bits(typename L::I x) { return __builtin_bit_cast(typename L::F, x); }
+template <class F> MBM_FN F multiply_to_nearest(F a, F b) { return a * b; }
+// w + c rounded toward zero where the condition holds. The caller has set the rounding mode: setting it here would cost
+// more than the addition.
+template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I where, float c) {
+#if defined(__AVX512F__)
+  return where ? w + c : w;  // one masked addition
+#else
+  return w + from_bits<L>(where & __builtin_bit_cast(int, c));
+#endif
+}
+#endif
+
+// Clear the dropped fraction bits of a finite number; infinities and NaN stay what they are. (Family exact.)
+template <class L> MBM_FN typename L::F truncate_finite(typename L::F a, int keep) {
+  typename L::I i = bits<L>(a);
+  return from_bits<L>((i & INFINITE) == INFINITE ? i : i & (keep | ~FRACTION));
+}
+
+// The IEEE product of operands that truncate_finite has seen. The mask spares infinities and NaN (whose first fraction
+// bit is set), and keeps the compiler from fusing the product with the addition that follows.
+template <class L> MBM_FN typename L::F ieee_product(typename L::F a, typename L::F b, const Multiplier& m) {
+  return from_bits<L>(bits<L>(multiply_to_nearest(a, b)) & (m.result_keep | ~FRACTION));
+}
+
+// The product from the definition, any operands, special values included.
+template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F fb, const Multiplier& m) {
+  using I = typename L::I;
+  if (m.form == IEEE) {
+    I p = bits<L>(ieee_product<L>(truncate_finite<L>(fa, m.operand_keep), truncate_finite<L>(fb, m.operand_keep), m));
+    return from_bits<L>((p & ~SIGN) > INFINITE ? I{} + NOT_A_NUMBER : p);
+  }
+  const I zero = {};
+  I a = bits<L>(fa), b = bits<L>(fb);
+  I sign = (a ^ b) & SIGN;
+  I ea = (a & INFINITE) >> FRACTION_BITS, eb = (b & INFINITE) >> FRACTION_BITS;
+  I x = (a & m.operand_keep) | m.operand_set, y = (b & m.operand_keep) | m.operand_set;
+  I sum = x + y;
+  I f = sum & FRACTION;
+  I g = f + (sum >= CARRY ? zero + m.correction_carry : zero + m.correction);
+  g = (sum >= CARRY) & (g >= CARRY) ? f : g;  // with a carry, a correction that would overflow is skipped
+  I e = ea + eb - BIAS + (sum >> FRACTION_BITS) + (g >> FRACTION_BITS);
+  g = (g >= CARRY ? (g - CARRY) >> 1 : g) & m.result_keep;
+  I p = sign | (e << FRACTION_BITS) | g;
+  p = e <= 0 ? sign : p;
+  p = e >= 255 ? sign | INFINITE : p;
+  p = (ea == 0) | (eb == 0) ? sign : p;  // subnormal operands count as zero
+  p = (ea == 255) | (eb == 255) ? sign | INFINITE : p;
+  I nan = ((a & ~SIGN) > INFINITE) | ((b & ~SIGN) > INFINITE);
+  nan = nan | ((ea == 255) & (eb == 0)) | ((ea == 0) & (eb == 255));
+  return from_bits<L>(nan != 0 ? zero + NOT_A_NUMBER : p);
+}
+
+// An operand of the fast form: its signed power of two (a signed zero for zero and subnormals) and its fraction bits.
+template <class L> MBM_FN typename L::F decode_power(typename L::F a) { return from_bits<L>(bits<L>(a) & ~FRACTION); }
+template <class L> MBM_FN typename L::I decode_fraction(typename L::F a, const Multiplier& m) {
+  return (bits<L>(a) & m.operand_keep) | m.operand_set;
+}
+
+// The significand of the product, in [1, 4), from one operand's fraction and the other's plus ONE: an integer addition,
+// after which the sum of the fractions stands in a float's fraction and its carry in the exponent, which is Mitchell's
+// product; then the correction as a float addition toward zero, which renormalises where the definition shifts right
+// and truncates. With a carry the same constant counts half, as c does. A threshold on the sum's bits tells where the
+// correction is skipped. With both powers of two, product = (A * B) * significand: exact, as long as no power of two
+// leaves the normal range.
+template <class L, Form FORM, bool MASKED>
+MBM_FN typename L::F significand(typename L::I x, typename L::I one_plus_y, const Multiplier& m) {
+  using F = typename L::F;
+  typename L::I sum = x + one_plus_y;
+  F w = from_bits<L>(sum);
+  if constexpr (FORM == ONE_LEVEL || FORM == TWO_LEVELS) {
+    constexpr float UNIT = 1.0f / CARRY;
+    // With c1 = 0 (t >= 19) nothing is added from the carry on.
+    int threshold = m.correction_carry == 0 ? TWO : ONE + 2 * CARRY - m.correction_carry;
+    float c = UNIT * m.correction;
+    if constexpr (FORM == TWO_LEVELS) {
+      float twice_c1 = UNIT * 2 * m.correction_carry;
+      w = add_where<L>(w, sum < threshold, twice_c1);
+      w = add_where<L>(w, sum < TWO, c - twice_c1);
+    } else {
+      w = add_where<L>(w, sum < threshold, c);
+    }
+  }
+  if constexpr (MASKED) w = from_bits<L>(bits<L>(w) & (m.result_keep | ~FRACTION));
+  return w;
+}
+
+}  // namespace mbm

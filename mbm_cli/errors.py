@@ -1,0 +1,17 @@
+"""The two ways a command fails on purpose; the command line turns them into one line and an exit code."""
+
+
+class MbmError(Exception):
+    """A failure with a message for the user: what went wrong, where, and what to do next."""
+
+    exit_code = 1
+
+
+class RequestError(MbmError):
+    """The request was wrong (config, flag, name): nothing was started and nothing was written."""
+
+    exit_code = 2
+
+
+class RunError(MbmError):
+    """The request was right, but the run failed (data damaged, folder not writable, loss not finite)."""

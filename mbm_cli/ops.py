@@ -1,0 +1,186 @@
+"""The operators ``mbm::conv2d`` and ``mbm::multiply``: schema, shapes, gradients. How is up to the backends."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbm_cli.multipliers import Multiplier
+from mbm_cli.shapes import conv2d_output_shape
+
+torch.library.define(
+    "mbm::conv2d",
+    "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "str multiplier) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "mbm::multiply", "(Tensor a, Tensor b, str multiplier) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+from mbm_cli.backends import cpu, reference  # noqa: E402, F401  (they register themselves with the names just defined)
+
+
+def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:
+    """The product of ``a`` and ``b``, element by element, as the multiplier computes it.
+
+    Gradients are those of the exact product (straight-through).
+
+    Args:
+        a: float32, any shape, on any device.
+        b: float32, a shape that broadcasts with ``a``'s, on the same device.
+        multiplier: a ``Multiplier`` or its short form, for example ``"mbm-t8"``.
+
+    Returns:
+        float32, the broadcast shape, on the same device.
+
+    Raises:
+        RuntimeError: operands that are not float32, do not broadcast, or lie on two devices.
+        ValueError: not a multiplier.
+    """
+    _check_operands(a, b, "a", "b")
+    return torch.ops.mbm.multiply(a, b, _short_form(multiplier))
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    multiplier: Multiplier | str = "mbm",
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` with every product from the multiplier; sums are float32, the bias is exact.
+
+    Gradients are those of the exact convolution, from the saved operands (straight-through).
+
+    Args:
+        input: float32, (N, C, H, W) or (C, H, W), any memory format.
+        weight: float32, (O, C / groups, kH, kW).
+        bias: float32, (O,), or ``None``.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included.
+        multiplier: a ``Multiplier`` or its short form, for example ``"mbm-t16-r7"``.
+
+    Returns:
+        float32, (N, O, H', W') or (O, H', W').
+
+    Raises:
+        RuntimeError: operands that are not float32, or arguments that do not fit together.
+        ValueError: not a multiplier.
+    """
+    short_form = _short_form(multiplier)
+    if Multiplier.parse(short_form).is_exact:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    _check_operands(input, weight, "input", "weight")
+    if bias is not None:
+        _check_operands(weight, bias, "weight", "bias")
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, stride, padding, dilation)
+    padding = _pair(padding, "padding")
+    if input.dim() == 3:
+        return torch.ops.mbm.conv2d(
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, short_form
+        ).squeeze(0)
+    return torch.ops.mbm.conv2d(input, weight, bias, stride, padding, dilation, groups, short_form)
+
+
+def _short_form(multiplier: Multiplier | str) -> str:
+    return str(Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier)
+
+
+def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    for name, tensor in ((name_a, a), (name_b, b)):
+        if tensor.dtype != torch.float32:
+            raise RuntimeError(
+                f"{name} is {tensor.dtype}, but the multiplier takes float32: cast it with {name}.float()"
+            )
+    if a.device != b.device:
+        raise RuntimeError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
+
+
+def _pair(value: int | Sequence[int], name: str) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{name} takes one number or two, not {len(values)}")
+    return values * 2 if len(values) == 1 else values
+
+
+def _resolve_padding(
+    input: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Numbers for ``"valid"`` and ``"same"``; what ``"same"`` has more on the right or below is padded beforehand."""
+    if padding == "valid":
+        return input, [0, 0]
+    if padding != "same":
+        raise RuntimeError(f"padding is {padding!r}, but as a word it is 'same' or 'valid'")
+    if stride != [1, 1]:
+        raise RuntimeError("padding='same' is not defined for strided convolutions")
+    total = [dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)]
+    if total[0] % 2 or total[1] % 2:
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, [total[0] // 2, total[1] // 2]
+
+
+@torch.library.register_fake("mbm::multiply")
+def _multiply_shape(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+
+
+@torch.library.register_fake("mbm::conv2d")
+def _conv2d_shape(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    multiplier: str,
+) -> Tensor:
+    return input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
+
+
+def _save_multiply(ctx, inputs, output) -> None:
+    a, b, _ = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _multiply_backward(ctx, grad: Tensor):
+    a, b = ctx.saved_tensors
+    grad_a = (grad * b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+    grad_b = (grad * a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None
+
+
+def _save_conv2d(ctx, inputs, output) -> None:
+    input, weight, bias, *ctx.arguments, _ = inputs
+    ctx.bias_shape = None if bias is None else list(bias.shape)
+    ctx.save_for_backward(input, weight)
+
+
+def _conv2d_backward(ctx, grad: Tensor):
+    input, weight = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.arguments
+    # One call: cuDNN on the GPU and oneDNN on the CPU; what is not asked for is not computed.
+    grads = torch.ops.aten.convolution_backward(
+        grad,
+        input,
+        weight,
+        ctx.bias_shape,
+        stride,
+        padding,
+        dilation,
+        False,  # not transposed,
+        [0, 0],  # hence no output padding
+        groups,
+        list(ctx.needs_input_grad[:3]),
+    )
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("mbm::multiply", _multiply_backward, setup_context=_save_multiply)
+torch.library.register_autograd("mbm::conv2d", _conv2d_backward, setup_context=_save_conv2d)
