@@ -15,3 +15,9 @@ class RequestError(MbmError):
 
 class RunError(MbmError):
     """The request was right, but the run failed (data damaged, folder not writable, loss not finite)."""
+
+
+class Interrupted(MbmError):
+    """The user stopped the run; what was done is kept."""
+
+    exit_code = 130

@@ -404,7 +404,7 @@ documents = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(documents)
 def test_what_is_written_is_read_back_the_same(document):
     config = Config.model_validate(document)

@@ -64,5 +64,15 @@ def conv2d(
     return output
 
 
+def instruction_set() -> str:
+    """The widest instruction set that this CPU runs and the kernels have, which is the one they use."""
+    return _cpu.instruction_sets()[0]
+
+
+def ceiling(multiplier: str, rounds: int, threads: int) -> int:
+    """Do ``rounds`` rounds of the kernels' arithmetic on registers alone, on each thread; returns the products done."""
+    return _cpu.ceiling(native(multiplier), rounds, threads)
+
+
 torch.library.impl("mbm::multiply", "cpu", multiply)
 torch.library.impl("mbm::conv2d", "cpu", conv2d)

@@ -1,0 +1,295 @@
+"""The command line: commands and flags, nothing else."""
+
+import json as json_module
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mbm_cli.errors import MbmError, RequestError
+
+app = typer.Typer(
+    name="mbm",
+    help="Train neural networks on MNIST with approximate multiplications (MBM), bit for bit as the hardware would.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(no_args_is_help=True, help="The data set.")
+runs_app = typer.Typer(no_args_is_help=True, help="Runs: list them, show one.")
+configs_app = typer.Typer(no_args_is_help=True, help="Configs: list those that ship, copy one to edit, check one.")
+profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
+app.add_typer(data_app, name="data")
+app.add_typer(runs_app, name="runs")
+app.add_typer(configs_app, name="configs")
+app.add_typer(profile_app, name="profile")
+
+
+def _multiplier(text: str | None) -> str | None:
+    if text is not None:
+        from mbm_cli.multipliers import Multiplier
+
+        try:
+            Multiplier.parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
+
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped config.")]
+MultiplierOption = Annotated[
+    str | None, typer.Option(help="Short form: family[-tT][-rR], e.g. mbm-t8.", callback=_multiplier)
+]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs of training.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set optimizer.lr=0.002")
+]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Decides initial weights and the order of the images.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder in which run folders are made.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: ConfigOption = "lenet-mbm",
+    multiplier: MultiplierOption = None,
+    epochs: EpochsOption = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: its name or folder.")] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    output: OutputOption = Path("runs"),
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a network and keep the run, for example: mbm train --config lenet-mbm --epochs 3"""
+    from mbm_cli import config as configs
+    from mbm_cli.experiments import train as experiment
+    from mbm_cli.runs import Run
+
+    if resume is not None:
+        _refuse_with_resume(context)
+        run = Run.find(resume, output)
+        with _stop_on_signal() as stopped:
+            summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
+    else:
+        loaded = configs.load(config, _overrides(set_, device, seed, multiplier, epochs))
+        with _stop_on_signal() as stopped:
+            run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
+    if json:
+        _print_json({**summary, "run": str(run.folder)})
+
+
+@profile_app.command("conv")
+def profile_conv(
+    config: ConfigOption = "lenet-mbm",
+    multiplier: MultiplierOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    output: OutputOption = Path("runs"),
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time the convolutions of a model and of reference shapes: mbm profile conv --multiplier mbm-t16-r7"""
+    from mbm_cli import config as configs
+    from mbm_cli import render
+    from mbm_cli.experiments import profile as experiment
+
+    loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
+    report = None if json or quiet else render.console().print
+    run, result = experiment.profile_conv(loaded, output, threads, report)
+    if json:
+        _print_json({**result, "run": str(run.folder)})
+
+
+@data_app.command("fetch")
+def data_fetch(
+    root: Annotated[Path | None, typer.Option(help="Data folder; default: MBM_DATA_DIR or the cache folder.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Fetch MNIST and verify it."""
+    from mbm_cli.data import fetch_mnist
+
+    typer.echo(f"MNIST is complete and verified in {fetch_mnist(root)}")
+
+
+@runs_app.command("list")
+def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the runs in the output folder, the oldest first."""
+    from mbm_cli import render
+    from mbm_cli.runs import list_runs
+
+    runs = [{"run": str(run.folder), **run.summary()} for run in list_runs(output)]
+    if json:
+        _print_json({"runs": runs})
+    elif runs:
+        render.console().print(render.run_table(runs))
+    else:
+        typer.echo(f"no runs in {output}: mbm train makes one")
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
+    output: OutputOption = Path("runs"),
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show a run: its result, its epochs and its config."""
+    from mbm_cli import render
+    from mbm_cli.runs import Run
+
+    found = Run.find(run, output)
+    summary, metrics = found.summary(), found.metrics()
+    if json:
+        _print_json({"run": str(found.folder), **summary, "metrics": metrics})
+        return
+    screen = render.console()
+    screen.print(render.run_table([{"run": str(found.folder), **summary}]))
+    screen.print(render.epoch_table(metrics, summary["epochs"]))
+    screen.print(found.config_text())
+
+
+@configs_app.command("list")
+def configs_list(debug: DebugOption = False) -> None:
+    """List the configs that ship with the package."""
+    from mbm_cli import config as configs
+    from mbm_cli import render
+
+    rows = [(name, configs.shipped_summary(name)) for name in configs.shipped()]
+    render.console().print(render.table(None, ("config", "what it is"), rows, left=2))
+
+
+@configs_app.command("copy")
+def configs_copy(
+    name: Annotated[str, typer.Argument(help="A shipped config; mbm configs list names them.")],
+    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; default: NAME.yaml here.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a shipped config to a file of your own."""
+    from mbm_cli import config as configs
+
+    text = configs.shipped_text(name)
+    path = to or Path(f"{name.removesuffix('.yaml')}.yaml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RequestError(f"{path} exists already: name another file") from None
+    except OSError as error:
+        raise RequestError(f"cannot write {path} ({error.strerror}): name another file") from None
+    typer.echo(f"{path}: edit it, then mbm train --config {path}")
+
+
+@configs_app.command("check")
+def configs_check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config.")],
+    set_: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Check a config without running it, and print it complete."""
+    from mbm_cli import config as configs
+
+    loaded = configs.load(file, set_ or [])
+    typer.echo(configs.dump(loaded), nl=False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from mbm_cli import __version__
+
+        typer.echo(f"mbm {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """The entry point: an error becomes a line on standard error and an exit code."""
+    arguments = sys.argv[1:]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        code = _report(error)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, MbmError):
+        message, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # a usage error of click, which newer versions of Typer carry inside
+        message, code = f"{error.format_message()} (mbm --help)", 2
+    elif isinstance(error, BrokenPipeError):
+        sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
+        return 1
+    else:
+        message, code = f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where it happened.", 1
+    print(f"mbm: {message}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """The first interrupt asks to stop at the next step, the second stops at once."""
+    asked = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _overrides(
+    set_: list[str] | None, device: str | None, seed: int | None, multiplier: str | None, epochs: int | None = None
+) -> list[str]:
+    """The flags as overrides; a flag wins over --set."""
+    flags = {"device": device, "seed": seed, "model.multiplier": multiplier, "train.epochs": epochs}
+    return [*(set_ or []), *(f"{field}={value}" for field, value in flags.items() if value is not None)]
+
+
+def _refuse_with_resume(context: typer.Context) -> None:
+    fitting = {"resume", "epochs", "output", "json", "quiet", "debug"}
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    wrong = [f"--{name.rstrip('_')}" for name in given if name not in fitting]
+    if wrong:
+        raise RequestError(
+            f"--resume goes on with the run's own config: of {', '.join(wrong)} none fits, only --epochs"
+        )
+
+
+def _display(json: bool, quiet: bool) -> Any:
+    from mbm_cli import render
+
+    if json or quiet:
+        return render.Display()
+    return render.LiveDisplay() if sys.stdout.isatty() else render.PlainDisplay()
+
+
+def _print_json(value: object) -> None:
+    print(json_module.dumps(value, indent=2))

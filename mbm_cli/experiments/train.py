@@ -1,0 +1,240 @@
+"""One training run: from a config to a run folder with the trained network."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbm_cli import config as configs
+from mbm_cli import plots
+from mbm_cli.config import Config, OptimizerConfig
+from mbm_cli.data import Split, epoch_order, load_mnist
+from mbm_cli.environment import environment
+from mbm_cli.errors import Interrupted, RequestError, RunError
+from mbm_cli.models import MODELS, describe_layers
+from mbm_cli.render import Display
+from mbm_cli.runs import Run
+from mbm_cli.training import Trainer, learning_rates
+
+
+def train(
+    config: Config,
+    output: Path,
+    display: Display,
+    stopped: Callable[[], bool] = lambda: False,
+    threads: int | None = None,
+) -> tuple[Run, dict[str, Any]]:
+    """Run an experiment in a new run folder below ``output``.
+
+    Returns:
+        The run and its summary.
+
+    Raises:
+        RequestError: the device is not there; nothing is written then.
+        RunError: the data cannot be had, the folder cannot be written, or the loss is not finite.
+        Interrupted: ``stopped`` said so.
+    """
+    started = time.perf_counter()
+    device = prepare(config, threads)
+    data = load_data(config, device)
+    run = Run.create(output, config.name)
+    run.write("config.yaml", configs.dump(config))
+    run.write_json("environment.json", environment(device))
+    return run, _train(run, config, device, data, display, stopped, started)
+
+
+def resume(
+    run: Run,
+    epochs: int | None,
+    display: Display,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint, or from the beginning if it has none; returns the summary.
+
+    A run that is complete is left as it is. ``epochs`` replaces the config's. Raises as ``train`` does.
+    """
+    started = time.perf_counter()
+    config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
+    if epochs is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+    summary = run.summary()
+    if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
+        return summary
+    # The number of threads decides how sums are split, hence the last bits.
+    device = prepare(config, run.environment()["threads"])
+    data = load_data(config, device)
+    run.write("config.yaml", configs.dump(config))
+    return _train(run, config, device, data, display, stopped, started)
+
+
+def prepare(config: Config, threads: int | None = None) -> torch.device:
+    """The device of the config; threads and the GPU's arithmetic are set for the process.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device: cuda was asked for, but PyTorch finds no CUDA device here: use cpu or auto")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = not config.train.deterministic
+    torch.backends.cudnn.allow_tf32 = not config.train.deterministic
+    torch.backends.cudnn.deterministic = config.train.deterministic
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
+    root = Path(config.data.root) if config.data.root else None
+    return load_mnist(device, root, config.data.train_limit, config.data.test_limit)
+
+
+def build_model(config: Config, device: torch.device) -> nn.Module:
+    """The network with the initial weights that the seed decides, the same on every device."""
+    torch.manual_seed(config.seed)
+    return MODELS[config.model.name](config.model.multiplier).to(device)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    # A tensor on the device, so that a step changes the learning rate without a copy from the host.
+    lr = torch.tensor(config.lr, device=device)
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(
+        model.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda"
+    )
+
+
+def _train(
+    run: Run,
+    config: Config,
+    device: torch.device,
+    data: tuple[Split, Split],
+    display: Display,
+    stopped: Callable[[], bool],
+    started: float,
+) -> dict[str, Any]:
+    train_split, test_split = data
+    model = build_model(config, device)
+    optimizer = build_optimizer(config.optimizer, model, device)
+    trainer = Trainer(model, optimizer, train_split, test_split, config.data.batch_size, config.data.eval_batch_size)
+    epochs, steps = config.train.epochs, trainer.steps
+
+    checkpoint = run.checkpoint()
+    done = 0 if checkpoint is None else checkpoint["epoch"]
+    if checkpoint is not None:
+        _restore(checkpoint, model, optimizer, device)
+    metrics = run.metrics()[:done]
+    before = checkpoint["total_seconds"] if checkpoint else 0.0
+
+    def summarize(status: str, **more: Any) -> dict[str, Any]:
+        accuracies = [m["test_accuracy"] for m in metrics]
+        summary = {
+            "status": status,
+            "multiplier": str(config.model.multiplier),
+            "device": device.type,
+            "epochs": len(metrics),
+            "test_accuracy": accuracies[-1] if accuracies else None,
+            "best_test_accuracy": max(accuracies, default=None),
+            "epoch_seconds": [m["epoch_seconds"] for m in metrics],
+            "train_seconds": [m["train_seconds"] for m in metrics],
+            "total_seconds": before + time.perf_counter() - started,
+            **more,
+        }
+        run.write_json("summary.json", summary)
+        return summary
+
+    summarize("running")
+    images = f"{len(train_split):,} training and {len(test_split):,} test images"
+    what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
+    display.start(what, describe_layers(model, train_split.images.shape[1:]), epochs)
+    epoch = done + 1
+    try:
+        for epoch in range(done + 1, epochs + 1):
+            order = epoch_order(len(train_split), config.seed, epoch)
+            rates = learning_rates(
+                config.optimizer.lr, config.optimizer.schedule, (epoch - 1) * steps, steps, epochs * steps
+            )
+            result = trainer.epoch(order, rates, lambda p, epoch=epoch: display.progress(epoch, p), stopped)
+            metrics.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": result.train_loss,
+                    "train_accuracy": result.train_accuracy,
+                    "test_loss": result.test_loss,
+                    "test_accuracy": result.test_accuracy,
+                    "epoch_seconds": result.train_seconds + result.eval_seconds,
+                    "train_seconds": result.train_seconds,
+                    "eval_seconds": result.eval_seconds,
+                    "images_per_second": result.images_per_second,
+                }
+            )
+            run.write_metrics(metrics)
+            total_seconds = before + time.perf_counter() - started
+            run.write_checkpoint(_checkpoint(epoch, total_seconds, model, optimizer, device))
+            summarize("running")
+            display.epoch(metrics[-1])
+        run.write("curves.png", plots.curves(metrics, f"{config.name}: {config.model.name}, {config.model.multiplier}"))
+        summary = summarize("completed")
+        display.finish(summary, run.folder)
+        return summary
+    except (Interrupted, KeyboardInterrupt):
+        summarize("interrupted")
+        raise Interrupted(
+            f"interrupted in epoch {epoch} of {epochs}; to go on: mbm train --resume {run.folder}"
+        ) from None
+    except RunError as error:
+        failure = RunError(f"epoch {epoch} of {epochs}: {error} (run: {run.folder})")
+        summarize("failed", reason=str(failure))
+        raise failure from error
+    except Exception as error:
+        summarize("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        display.close()
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU ({threads} thread{'s'[: threads != 1]})"
+
+
+def _checkpoint(
+    epoch: int, total_seconds: float, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Any]:
+    """Plain tensors and numbers, as ``torch.load(weights_only=True)`` reads them."""
+    return {
+        "epoch": epoch,
+        "total_seconds": total_seconds,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        },
+    }
+
+
+def _restore(
+    checkpoint: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].to(device)
+    torch.set_rng_state(checkpoint["random"]["cpu"])
+    if checkpoint["random"]["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)

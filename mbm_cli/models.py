@@ -1,0 +1,110 @@
+"""LeNet and the other networks, built with the convolution of a multiplier, and what their layers compute."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mbm_cli.multipliers import Multiplier
+from mbm_cli.nn import MBMConv2d
+
+
+def lenet(multiplier: Multiplier | str) -> nn.Module:
+    """LeNet-5's layout with ReLU and max-pooling: (N, 1, 28, 28) float32 in, (N, 10) logits out."""
+    layers = {
+        "conv1": MBMConv2d(1, 6, 5, padding=2, multiplier=multiplier),
+        "relu1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(2),
+        "conv2": MBMConv2d(6, 16, 5, multiplier=multiplier),
+        "relu2": nn.ReLU(),
+        "pool2": nn.MaxPool2d(2),
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(16 * 5 * 5, 120),
+        "relu3": nn.ReLU(),
+        "fc2": nn.Linear(120, 84),
+        "relu4": nn.ReLU(),
+        "fc3": nn.Linear(84, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def cnn3(multiplier: Multiplier | str) -> nn.Module:
+    """Three 3x3 convolutions with batch norm, then three dense layers: (N, 1, 28, 28) float32 in, (N, 10) out."""
+    layers = {
+        "conv1": MBMConv2d(1, 32, 3, padding=1, multiplier=multiplier),
+        "bn1": nn.BatchNorm2d(32),
+        "relu1": nn.ReLU(),
+        "conv2": MBMConv2d(32, 64, 3, padding=1, multiplier=multiplier),
+        "bn2": nn.BatchNorm2d(64),
+        "relu2": nn.ReLU(),
+        "pool2": nn.MaxPool2d(2),
+        "conv3": MBMConv2d(64, 128, 3, padding=1, multiplier=multiplier),
+        "bn3": nn.BatchNorm2d(128),
+        "relu3": nn.ReLU(),
+        "pool3": nn.MaxPool2d(2),
+        "dropout3": nn.Dropout(0.5),
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(128 * 7 * 7, 128),
+        "bn4": nn.BatchNorm1d(128),
+        "relu4": nn.ReLU(),
+        "dropout4": nn.Dropout(0.5),
+        "fc2": nn.Linear(128, 64),
+        "bn5": nn.BatchNorm1d(64),
+        "relu5": nn.ReLU(),
+        "dropout5": nn.Dropout(0.5),
+        "fc3": nn.Linear(64, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+MODELS: dict[str, Callable[[Multiplier | str], nn.Module]] = {"lenet": lenet, "cnn3": cnn3}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the layer table; ``multiplications`` are those of an image, ``arithmetic`` says what computes them."""
+
+    name: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    parameters: int
+    multiplications: int
+    arithmetic: str
+
+
+def describe_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
+    """Run one image of zeros, (C, H, W), through the model and list the layers that have parameters, in order."""
+    layers: list[Layer] = []
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            parameters = sum(p.numel() for p in module.parameters())
+            multiplications, arithmetic = 0, "exact"
+            if isinstance(module, nn.Conv2d):
+                multiplications = output[0].numel() * module.weight[0].numel()
+                arithmetic = str(getattr(module, "multiplier", "exact"))
+            elif isinstance(module, nn.Linear):
+                multiplications = module.weight.numel()
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                multiplications = output[0].numel()  # by the scale that training and evaluation share
+            kind = type(module).__name__.replace("MBMConv2d", "Conv2d")
+            shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+            layers.append(Layer(name, kind, *shapes, parameters, multiplications, arithmetic))
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children()) and list(m.parameters())]
+    hooks = [module.register_forward_hook(record(name)) for name, module in leaves]
+    training = model.training
+    parameter = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_shape, device=parameter.device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return layers

@@ -1,0 +1,208 @@
+"""Tables and progress: what a person sees of an experiment, on a terminal, in a log, or not at all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mbm_cli.models import Layer
+from mbm_cli.training import Progress as StepProgress
+
+WIDTH = 100
+
+_EPOCH_COLUMNS = (
+    # heading, width, value of an epoch's metrics
+    ("epoch", 7, lambda m, epochs: f"{m['epoch']}/{epochs}"),
+    ("train loss", 10, lambda m, _: f"{m['train_loss']:.4f}"),
+    ("train acc", 9, lambda m, _: percent(m["train_accuracy"])),
+    ("test loss", 9, lambda m, _: f"{m['test_loss']:.4f}"),
+    ("test acc", 9, lambda m, _: percent(m["test_accuracy"])),
+    ("train s", 8, lambda m, _: f"{m['train_seconds']:.2f}"),
+    ("eval s", 7, lambda m, _: f"{m['eval_seconds']:.2f}"),
+    ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
+)
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on standard output (or error) that never goes beyond 100 columns."""
+    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
+    if made.width > WIDTH or not made.is_terminal:
+        made.width = WIDTH
+    return made
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table of ready text; the first ``left`` columns are words, the others numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def layer_table(layers: Sequence[Layer]) -> Table:
+    def shape(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes))
+
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            layer.arithmetic,
+            f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
+            f"{layer.parameters:,}",
+            f"{layer.multiplications:,}",
+        )
+        for layer in layers
+    ]
+    rows.append(
+        ("", "all", "", "", f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}")
+    )
+    columns = ("layer", "kind", "multiplier", "shape", "parameters", "multiplications/image")
+    return table(None, columns, rows, left=4)
+
+
+def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, heading: bool = True) -> Table:
+    """Rows of finished epochs in columns of fixed width, so that rows printed one by one stand below one another."""
+    made = Table(box=box.SIMPLE_HEAD if heading else None, show_header=heading, pad_edge=False, show_edge=heading)
+    for name, width, _ in _EPOCH_COLUMNS:
+        made.add_column(name, justify="right", width=width, no_wrap=True)
+    for m in metrics:
+        made.add_row(*(value(m, epochs) for _, _, value in _EPOCH_COLUMNS))
+    return made
+
+
+class Display:
+    """Shows nothing; its children show an experiment to a person or to a log."""
+
+    def start(self, what: str, layers: Sequence[Layer], epochs: int) -> None:
+        """Before the first epoch: one line that says what is run, and the network."""
+
+    def progress(self, epoch: int, progress: StepProgress) -> None:
+        """A few times a second within an epoch."""
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """After an epoch."""
+
+    def finish(self, summary: dict[str, Any], folder: Path) -> None:
+        """After the last epoch."""
+
+    def close(self) -> None:
+        """Whatever happened; the terminal is given back."""
+
+
+class PlainDisplay(Display):
+    """For a log or a pipe: one line an epoch."""
+
+    def __init__(self) -> None:
+        self.console = console()
+
+    def start(self, what: str, layers: Sequence[Layer], epochs: int) -> None:
+        self.epochs = epochs
+        self.console.print(what, soft_wrap=True)
+        self.console.print(layer_table(layers))
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        m = metrics
+        self.console.print(
+            f"epoch {m['epoch']}/{self.epochs}: "
+            f"train loss {m['train_loss']:.4f}, accuracy {percent(m['train_accuracy'])}; "
+            f"test loss {m['test_loss']:.4f}, accuracy {percent(m['test_accuracy'])}; "
+            f"{m['train_seconds']:.2f} s train, {m['eval_seconds']:.2f} s eval, {m['images_per_second']:,.0f} images/s",
+            soft_wrap=True,
+        )
+
+    def finish(self, summary: dict[str, Any], folder: Path) -> None:
+        for line in result_lines(summary, folder):
+            self.console.print(line, soft_wrap=True)
+
+
+class LiveDisplay(PlainDisplay):
+    """For a terminal: a bar for the epoch at hand, below a table that grows by a row an epoch."""
+
+    def start(self, what: str, layers: Sequence[Layer], epochs: int) -> None:
+        super().start(what, layers, epochs)
+        self.heading = True
+        narrow = self.console.width < 80
+        text = "{task.fields[loss]}" if narrow else "{task.fields[loss]}  {task.fields[accuracy]}  {task.fields[speed]}"
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn(text),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            expand=True,
+        )
+        blank = {"epoch": f"1/{epochs}", "loss": "", "accuracy": "", "speed": ""}
+        self.task = self.bar.add_task("epoch", total=1.0, **blank)
+        self.bar.start()
+
+    def progress(self, epoch: int, progress: StepProgress) -> None:
+        self.bar.update(
+            self.task,
+            completed=progress.step / progress.steps,
+            epoch=f"{epoch}/{self.epochs}",
+            loss=f"loss {progress.loss:.4f}",
+            accuracy=f"accuracy {percent(progress.accuracy)}",
+            speed=f"{progress.images_per_second:,.0f} images/s",
+        )
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        if metrics["epoch"] < self.epochs:
+            self.bar.reset(self.task, epoch=f"{metrics['epoch'] + 1}/{self.epochs}")
+        else:
+            self.bar.stop()
+        self.bar.console.print(epoch_table([metrics], self.epochs, heading=self.heading))
+        self.heading = False
+
+    def finish(self, summary: dict[str, Any], folder: Path) -> None:
+        self.close()
+        self.console.print(Panel("\n".join(result_lines(summary, folder)), expand=False))
+
+    def close(self) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+def run_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """Summaries of runs, each with its folder under ``run``."""
+    rows = [
+        (
+            Path(run["run"]).name,
+            run["status"],
+            run["multiplier"],
+            run["device"],
+            str(run["epochs"]),
+            percent(run["test_accuracy"]),
+            f"{_median(run['epoch_seconds']):.2f}" if run["epoch_seconds"] else "-",
+        )
+        for run in runs
+    ]
+    columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
+    return table(None, columns, rows, left=4)
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def result_lines(summary: dict[str, Any], folder: Path) -> list[str]:
+    epochs = summary["epochs"]
+    return [
+        f"test accuracy {percent(summary['test_accuracy'])} after {epochs} epoch{'s'[: epochs != 1]} "
+        f"with {summary['multiplier']} on {summary['device']} (best {percent(summary['best_test_accuracy'])})",
+        f"{_median(summary['epoch_seconds']):.2f} s an epoch, {summary['total_seconds']:.1f} s in all",
+        f"run: {folder}",
+    ]
