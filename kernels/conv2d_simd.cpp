@@ -3,16 +3,21 @@
 // Mapping: a job is one image, one group and a range of output rows; one thread does it.
 //   1. The input rows that it needs are decoded once, padding included, into planes of powers of two and of fractions.
 //      With a stride, rows and columns of equal phase lie side by side, so that neighbouring outputs read neighbouring
-//      elements whatever the stride.
-//   2. Lanes are consecutive positions of a plane. A tile is one vector of them by up to BLOCK output channels, whose
-//      accumulators stay in registers while the loop walks the kernel's elements: two vector loads a step, two
-//      broadcasts a product. Positions behind the last output column of a row are computed and dropped.
+//      elements whatever the stride; narrow images get a plane for each kernel column.
+//   2. Lanes are consecutive positions of a plane. A tile is VECTORS of them by up to BLOCK output channels, whose
+//      accumulators stay in registers while the loop walks the kernel's elements: two loads a vector and step, two
+//      broadcasts a channel and step. Positions behind the last output column of a row are computed and dropped.
 //   3. Where the operands' exponents do not rule out a product outside the normal range, the job's tiles take each
 //      product from the definition instead (several times slower, and rare).
 //
 // Cost of a product, mbm: integer add, compare, and, float add, multiply, fused multiply-add (6 instructions) on AVX2;
 // 5 with AVX-512, where the correction is one masked addition; mitchell 3. Vector arithmetic is the limit, not memory.
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#else
 #include <cfenv>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -29,7 +34,9 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int BLOCK = 8;                            // output channels of a tile, bounded by the registers
+// Vectors and output channels of a tile: eight accumulators and what a product needs fill the 16 registers of AVX2.
+// With one vector by eight channels, the broadcasts take a sixth of the speed.
+constexpr int VECTORS = 2, BLOCK = 4;
 constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes: they are to stay in the L2 cache
 constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thread waits long for another
 
@@ -47,23 +54,35 @@ template <class V, class T> MBM_FN V load(const T* p) {
 }
 template <class V, class T> MBM_FN void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// A default floating-point environment (subnormals kept) with this rounding mode; the caller's comes back at the end.
+enum RoundingMode { TO_NEAREST, TOWARD_ZERO };
+
+// This rounding mode, subnormals kept, no traps; the caller's environment comes back at the end.
 class Rounding {
+#if defined(__SSE2__)  // what <cfenv> does costs a few hundred cycles more: it sets the x87 unit, too
+  unsigned saved_ = _mm_getcsr();
+
+ public:
+  explicit Rounding(RoundingMode mode) {
+    _mm_setcsr(_MM_MASK_MASK | (mode == TOWARD_ZERO ? _MM_ROUND_TOWARD_ZERO : _MM_ROUND_NEAREST));
+  }
+  ~Rounding() { _mm_setcsr(saved_); }
+#else
   std::fenv_t saved_;
 
  public:
-  explicit Rounding(int mode) {
+  explicit Rounding(RoundingMode mode) {
     std::fegetenv(&saved_);
     std::fesetenv(FE_DFL_ENV);
-    if (mode != FE_TONEAREST) std::fesetround(mode);
+    if (mode == TOWARD_ZERO) std::fesetround(FE_TOWARDZERO);
   }
   ~Rounding() { std::fesetenv(&saved_); }
+#endif
   Rounding(const Rounding&) = delete;
 };
 
 // Only the correction at t = 0 needs rounding (to 24 bits, toward zero); sums are then rounded the same way.
-int rounding_of_products(const Multiplier& m) {
-  return m.form != IEEE && m.correction != 0 && m.operand_set == 0 ? FE_TOWARDZERO : FE_TONEAREST;
+RoundingMode rounding_of_products(const Multiplier& m) {
+  return m.form != IEEE && m.correction != 0 && m.operand_set == 0 ? TOWARD_ZERO : TO_NEAREST;
 }
 
 // std::vector would leave code for this instruction set in templates that others share.
@@ -110,25 +129,30 @@ template <Form FORM, bool MASKED> MBM_FN F accumulate(F sum, F power, I fraction
   return sum + (power * w.power) * significand<Lanes, FORM, MASKED>(fraction, I{} + w.one_plus_fraction, m);
 }
 
-// Sums of `steps` products for LANES positions and N output channels; weights[step][N].
+// Sums of `steps` products for V vectors of positions and N output channels; weights[step][N].
 using Tile = void (*)(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
                       const Weight* weights, const Multiplier& m, float* sums, std::int64_t sums_stride);
 
-template <Form FORM, bool MASKED, int N>
+template <Form FORM, bool MASKED, int V, int N>
 void tile(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
           const Weight* weights, const Multiplier& shared, float* sums, std::int64_t sums_stride) {
   const Multiplier m = shared;  // a copy: constants that no store can alias
-  F sum[N];
+  F sum[N * V];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++) sum[n] = F{};
+  for (F& s : sum) s = F{};
   for (std::int64_t k = 0; k < steps; k++, weights += N) {
-    F a = load<F>(power + offsets[k]);
-    I x = load<I>(fraction + offsets[k]);
+    F a[V];
+    I x[V];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) sum[n] = accumulate<FORM, MASKED>(sum[n], a, x, weights[n], m);
+    for (int v = 0; v < V; v++) {
+      a[v] = load<F>(power + offsets[k] + v * LANES);
+      x[v] = load<I>(fraction + offsets[k] + v * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N * V; i++) sum[i] = accumulate<FORM, MASKED>(sum[i], a[i % V], x[i % V], weights[i / V], m);
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++) store(sums + n * sums_stride, sum[n]);
+  for (int i = 0; i < N * V; i++) store(sums + i / V * sums_stride + i % V * LANES, sum[i]);
 }
 
 // The same for one output channel, each product from the definition; `plane` and `weights` are the operands themselves.
@@ -141,12 +165,12 @@ void tile_by_definition(const float* plane, const std::int64_t* offsets, std::in
 }
 
 struct TileSet {
-  Tile of_size[BLOCK + 1];
+  Tile of_size[VECTORS][BLOCK];  // less one
 };
 
 template <Form FORM, bool MASKED> constexpr TileSet tiles() {
-  return {{nullptr, tile<FORM, MASKED, 1>, tile<FORM, MASKED, 2>, tile<FORM, MASKED, 3>, tile<FORM, MASKED, 4>,
-           tile<FORM, MASKED, 5>, tile<FORM, MASKED, 6>, tile<FORM, MASKED, 7>, tile<FORM, MASKED, 8>}};
+  return {{{tile<FORM, MASKED, 1, 1>, tile<FORM, MASKED, 1, 2>, tile<FORM, MASKED, 1, 3>, tile<FORM, MASKED, 1, 4>},
+           {tile<FORM, MASKED, 2, 1>, tile<FORM, MASKED, 2, 2>, tile<FORM, MASKED, 2, 3>, tile<FORM, MASKED, 2, 4>}}};
 }
 
 bool masked(const Multiplier& m) { return m.result_keep != FRACTION; }
@@ -162,24 +186,37 @@ TileSet tiles_for(const Multiplier& m) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The phases of one axis (height or width) that a strided kernel touches, and the extent of a plane along it.
+// How planes lie along one axis (height or width): a plane's position q holds the image's q * stride + phase. Shared
+// planes have a phase for each remainder of the stride that the kernel touches; kernel elements of equal remainder read
+// the same plane from different positions on. Otherwise each kernel element has a plane of its own.
 struct Axis {
   std::int64_t stride, dilation, kernel, phases = 0;
-  Buffer<std::int64_t> phase;  // the phase-th of `phases` holds the elements congruent to phase[i] modulo stride
+  bool shared;
+  Buffer<std::int64_t> phase;
 
-  Axis(std::int64_t stride, std::int64_t dilation, std::int64_t kernel)
-      : stride(stride), dilation(dilation), kernel(kernel), phase(kernel) {
+  Axis(const Conv2d& c, int axis, bool shared)
+      : stride(c.stride[axis]), dilation(c.dilation[axis]), kernel(c.kernel[axis]), shared(shared), phase(kernel) {
     for (std::int64_t k = 0; k < kernel; k++)
-      if (index(k) == phases) phase[phases++] = k * dilation % stride;
+      if (index(k) == phases) phase[phases++] = phase_of(k);
   }
+  std::int64_t phase_of(std::int64_t k) const { return shared ? k * dilation % stride : k * dilation; }
   std::int64_t index(std::int64_t k) const {
     std::int64_t i = 0;
-    while (i < phases && phase[i] != k * dilation % stride) i++;
+    while (i < phases && phase[i] != phase_of(k)) i++;
     return i;
   }
-  std::int64_t extent(std::int64_t outputs) const { return outputs + (kernel - 1) * dilation / stride; }
-  std::int64_t start(std::int64_t k) const { return k * dilation / stride; }
+  std::int64_t start(std::int64_t k) const { return shared ? k * dilation / stride : 0; }
+  std::int64_t extent(std::int64_t outputs) const { return outputs + start(kernel - 1); }
 };
+
+// Rows of shared planes are longer than rows of outputs, and what lies between is computed for nothing. Where that is
+// more than a fifth, a plane for each kernel column pays, although it is decoded as often. (Both sides in products for
+// one output row; decoding an element costs about as much as four.)
+bool share_columns(const Conv2d& c) {
+  std::int64_t row = c.out_size[1] + (c.kernel[1] - 1) * c.dilation[1] / c.stride[1];
+  std::int64_t products = c.out_channels * c.kernel[0] * c.kernel[1];
+  return 5 * row * (products + 4) <= 6 * c.out_size[1] * (products + 4 * c.kernel[1]);
+}
 
 struct Plan {
   Conv2d c;
@@ -195,7 +232,7 @@ struct Plan {
   TileSet tile_set;
 
   explicit Plan(const Conv2d& conv)
-      : c(conv), high(c.stride[0], c.dilation[0], c.kernel[0]), wide(c.stride[1], c.dilation[1], c.kernel[1]),
+      : c(conv), high(c, 0, true), wide(c, 1, share_columns(c)),
         steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), columns(wide.extent(c.out_size[1])),
         plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
         block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),
@@ -309,7 +346,7 @@ struct Job {
 // Copy a block's sums to the output, with its bias, rounding to nearest.
 void write_block(const Plan& p, const Job& job, std::int64_t b, const float* sums) {
   const Conv2d& c = p.c;
-  Rounding nearest(FE_TONEAREST);
+  Rounding nearest(TO_NEAREST);
   for (std::int64_t n = 0; n < p.block_size(b); n++) {
     std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
     float* out = c.output + ((job.image * c.groups * c.out_channels + channel) * c.out_size[0] + job.row) * c.out_size[1];
@@ -351,9 +388,11 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
       continue;
     }
     std::int64_t first = job.group * c.out_channels + p.block_start(b), size = p.block_size(b);
-    for (std::int64_t q = 0; q < p.positions; q += LANES)
-      p.tile_set.of_size[size](power + q, fraction + q, p.offsets.data, p.steps, &p.weights[first * p.steps],
-                               c.multiplier, sums + q, p.positions);
+    for (std::int64_t q = 0, vectors; q < p.positions; q += vectors * LANES) {
+      vectors = p.positions - q >= VECTORS * LANES ? VECTORS : 1;
+      p.tile_set.of_size[vectors - 1][size - 1](power + q, fraction + q, p.offsets.data, p.steps,
+                                                &p.weights[first * p.steps], c.multiplier, sums + q, p.positions);
+    }
     write_block(p, job, b, sums);
   }
   if (all_fast) return;
@@ -372,7 +411,7 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
 }
 
 void multiply(const Multiplier& m, const float* a, const float* b, float* out, std::int64_t count) {
-  Rounding nearest(FE_TONEAREST);
+  Rounding nearest(TO_NEAREST);
   std::int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(out + i, product<Lanes>(load<F>(a + i), load<F>(b + i), m));
   if (i == count) return;
@@ -394,19 +433,19 @@ void multiply(const Multiplier& m, const float* a, const float* b, float* out, s
 
 template <Form FORM, bool MASKED> std::int64_t ceiling_of(const Multiplier& shared, std::int64_t rounds) {
   const Multiplier m = shared;
-  F sum[BLOCK] = {}, a = F{} + 1.0f;
+  F sum[VECTORS * BLOCK] = {}, a = F{} + 1.0f;
   I x = I{} + (CARRY / 4);
   Weight w{1.0f, ONE + CARRY / 2};
   for (std::int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 8
-    for (int n = 0; n < BLOCK; n++) {
+    for (F& s : sum) {
       MBM_OPAQUE(a);
       MBM_OPAQUE(x);
-      sum[n] = accumulate<FORM, MASKED>(sum[n], a, x, w, m);
+      s = accumulate<FORM, MASKED>(s, a, x, w, m);
     }
   }
   for (F& s : sum) MBM_OPAQUE(s);
-  return rounds * BLOCK * LANES;
+  return rounds * VECTORS * BLOCK * LANES;
 }
 
 std::int64_t ceiling(const Multiplier& m, std::int64_t rounds) {

@@ -64,7 +64,7 @@ MODELS: dict[str, Callable[[Multiplier | str], nn.Module]] = {"lenet": lenet, "c
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the layer table; ``multiplications`` are those of an image, ``arithmetic`` says what computes them."""
+    """One layer of the layer table; ``multiplications`` are an image's, ``arithmetic`` is what computes them."""
 
     name: str
     kind: str
