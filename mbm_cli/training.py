@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_cli.data import Split
+from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
 
 REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
@@ -54,12 +54,16 @@ def learning_rates(lr: float, schedule: str, first_step: int, steps: int, total_
 class Trainer:
     """Trains a model on data that lies on its device, an epoch at a time.
 
+    A step takes nothing from the host and gives nothing back: its number, images and learning rate are looked up on the
+    device, its logits stay there until they are asked for. So the same step runs eagerly or, captured, as a CUDA graph.
+
     Args:
-        model: takes float32 (N, 1, 28, 28), gives logits (N, classes).
-        optimizer: over the model's parameters, with a learning rate that is a tensor on their device.
+        model: takes float32 (N, 1, 28, 28), gives logits (N, 10).
+        optimizer: over the model's parameters, with a learning rate that is a tensor (1,) on their device.
         train, test: the two halves of the data set, on the model's device.
         batch_size: images in a training step; the last step of an epoch may have fewer.
         eval_batch_size: images in an evaluation step.
+        cuda_graph: capture steps once and replay them; for a CUDA device only.
     """
 
     def __init__(
@@ -70,96 +74,195 @@ class Trainer:
         test: Split,
         batch_size: int,
         eval_batch_size: int,
+        cuda_graph: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.train = train
         self.test = test
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.steps = math.ceil(len(train) / batch_size)
+        self._training = _Pass(self._train_step, len(train), batch_size, train.images.device)
+        self._testing = _Pass(self._test_step, len(test), eval_batch_size, test.images.device)
+        self._order = torch.zeros_like(train.labels)
+        self._rates = torch.zeros(self.steps, device=train.images.device)
+        self._to_capture = cuda_graph
+
+    @property
+    def steps(self) -> int:
+        """Training steps of an epoch."""
+        return self._training.steps
 
     def epoch(
         self,
         order: Tensor,
         learning_rates: Tensor,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Callable[[Progress], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Epoch:
         """Train on every image once, in the given order, then evaluate.
 
         Args:
             order: int64 (images,), a permutation, on any device.
-            learning_rates: float32 (steps,).
+            learning_rates: float32 (steps,), on any device.
             report: called a few times a second.
-            stopped: asked at every step.
+            stopped: asked before every step.
 
         Raises:
-            Interrupted: ``stopped`` said so; the step at hand was finished.
+            Interrupted: ``stopped`` said so.
             RunError: the loss of a step is not finite.
         """
-        start = time.perf_counter()
-        loss, accuracy = self._train(order, learning_rates, report, stopped, start)
+        self._order.copy_(order)
+        self._rates.copy_(learning_rates)
+        if self._to_capture:
+            self._capture()
+        start = reported = time.perf_counter()
+        self.model.train()
+        for step in self._training:
+            if stopped():
+                raise Interrupted("interrupted")
+            if report is not None and step > 0 and time.perf_counter() - reported > REPORT_INTERVAL:
+                loss, accuracy, images = self._train_metrics(step)
+                reported = time.perf_counter()
+                report(Progress(step, self.steps, loss, accuracy, images / (reported - start)))
+        train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
         eval_seconds = time.perf_counter() - start - train_seconds
-        images_per_second = len(self.train) / train_seconds
-        return Epoch(loss, accuracy, test_loss, test_accuracy, train_seconds, eval_seconds, images_per_second)
+        return Epoch(
+            train_loss, train_accuracy, test_loss, test_accuracy, train_seconds, eval_seconds, images / train_seconds
+        )
 
-    def _train(self, order, learning_rates, report, stopped, start) -> tuple[float, float]:
-        self.model.train()
-        # A step leaves its loss and hits here; the host looks only a few times a second.
-        losses = torch.zeros(self.steps)
-        hits = torch.zeros(self.steps)
-        sizes = torch.tensor([len(indices) for indices in order.split(self.batch_size)], dtype=torch.float64)
-        reported = start
-        for step, indices in enumerate(order.split(self.batch_size)):
-            if stopped():
-                raise Interrupted("interrupted")
-            losses[step], hits[step] = self._step(indices, learning_rates[step])
-            now = time.perf_counter()
-            if now - reported > REPORT_INTERVAL:
-                reported = now
-                loss, accuracy = _running_means(losses, hits, sizes, step + 1)
-                report(Progress(step + 1, self.steps, loss, accuracy, sizes[: step + 1].sum().item() / (now - start)))
-        return _running_means(losses, hits, sizes, self.steps)
-
-    def _step(self, indices: Tensor, learning_rate: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of training; returns the mean loss and the number of hits of its images."""
-        labels = self.train.labels[indices]
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(learning_rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(self.train.images[indices])
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
-
-    @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the test set."""
         self.model.eval()
-        loss, hits = 0.0, 0
-        batches = zip(
-            self.test.images.split(self.eval_batch_size), self.test.labels.split(self.eval_batch_size), strict=True
-        )
-        for images, labels in batches:
-            logits = self.model(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            hits += (logits.argmax(1) == labels).sum().item()
-        return loss / len(self.test), hits / len(self.test)
+        for _ in self._testing:
+            pass
+        losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
+        return losses.mean().item(), hits.mean().item()
+
+    def _train_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
+        indices = batch_of(self._order)
+        for group in self.optimizer.param_groups:
+            torch.index_select(self._rates, 0, step, out=group["lr"])
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(self.train.images.index_select(0, indices))
+        F.cross_entropy(logits, self.train.labels.index_select(0, indices)).backward()
+        self.optimizer.step()
+        return logits.detach()
+
+    @torch.no_grad()
+    def _test_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
+        return self.model(batch_of(self.test.images))
+
+    def _train_metrics(self, steps: int) -> tuple[float, float, int]:
+        """Means of loss and accuracy over the first steps of the epoch, and their images; waits for the device."""
+        images = min(steps * self._training.batch_size, len(self.train))
+        losses, hits = _losses_and_hits(self._training.logits[:images], self.train.labels[self._order[:images]])
+        loss = losses.mean().item()
+        if not math.isfinite(loss):
+            first = int((~losses.isfinite()).nonzero()[0])
+            step = first // self._training.batch_size + 1
+            raise RunError(f"the loss of step {step} of {self.steps} is {losses[first].item()}")
+        return loss, hits.mean().item(), images
+
+    def _capture(self) -> None:
+        """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
+        before = [(tensor, tensor.clone()) for tensor in self._state()]
+        random_state = torch.cuda.get_rng_state(self._order.device)
+        self.model.train()
+        self._training.capture()
+        self.model.eval()
+        self._testing.capture()
+        torch.cuda.set_rng_state(random_state, self._order.device)
+        known = {id(tensor) for tensor, _ in before}
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+            for tensor in self._state():
+                if id(tensor) not in known:  # made by the optimizer's first step, which starts them from zero
+                    tensor.zero_()
+        self._to_capture = False
+
+    def _state(self) -> list[Tensor]:
+        states = self.optimizer.state.values()
+        optimizer = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *optimizer]
 
 
-def _running_means(losses: Tensor, hits: Tensor, sizes: Tensor, steps: int) -> tuple[float, float]:
-    """Loss and accuracy over the images of the first steps.
+class _Pass:
+    """A pass over a set in batches: ``compute(batch_of, step)`` gives the logits of a step.
 
-    Raises:
-        RunError: the loss of a step is not finite.
+    ``batch_of`` picks the step's part of a tensor over the whole set; ``step`` is its number, int64 (1,) on the device.
+    Iterating runs the steps, and tells before each how many are done.
     """
-    losses, hits, sizes = losses[:steps].double(), hits[:steps].double(), sizes[:steps]
-    if not losses.isfinite().all():
-        step = int((~losses.isfinite()).nonzero()[0])
-        raise RunError(f"the loss of step {step + 1} is {losses[step].item()}")
-    images = sizes.sum()
-    return ((losses * sizes).sum() / images).item(), (hits.sum() / images).item()
+
+    def __init__(
+        self,
+        compute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+        size: int,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.batch_size = batch
+        self.logits = torch.zeros(size, CLASSES, device=device)
+        self._compute = compute
+        self._full_steps, self._rest = divmod(size, batch)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._run_full, self._run_rest = self._full_step, self._rest_step
+
+    @property
+    def steps(self) -> int:
+        return self._full_steps + (self._rest > 0)
+
+    def __iter__(self) -> Iterator[int]:
+        self._step.zero_()
+        for step in range(self._full_steps):
+            yield step
+            self._run_full()
+        if self._rest:
+            yield self._full_steps
+            self._run_rest()
+
+    def capture(self) -> None:
+        """Replace the steps by CUDA graphs of them; trial steps run before, so the state has to be put back after."""
+        if self._full_steps:
+            self._run_full = _captured(self._full_step, self._step.zero_)
+        if self._rest:
+            self._run_rest = _captured(self._rest_step, lambda: self._step.fill_(self._full_steps))
+
+    def _full_step(self) -> None:
+        logits = self._compute(self._full_batch, self._step)
+        self._in_batches(self.logits).index_copy_(0, self._step, logits.unsqueeze(0))
+        self._step.add_(1)
+
+    def _rest_step(self) -> None:
+        logits = self._compute(self._rest_batch, self._step)
+        self.logits[-self._rest :].copy_(logits)
+
+    def _full_batch(self, items: Tensor) -> Tensor:
+        return self._in_batches(items).index_select(0, self._step).squeeze(0)
+
+    def _rest_batch(self, items: Tensor) -> Tensor:
+        return items[-self._rest :]
+
+    def _in_batches(self, items: Tensor) -> Tensor:
+        return items[: self._full_steps * self.batch_size].unflatten(0, (self._full_steps, self.batch_size))
+
+
+def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callable[[], None]:
+    """A CUDA graph of the step. Trial steps come first, on a stream of their own, as PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            rewind()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _losses_and_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and whether the largest logit is the label's, both float64 (images,)."""
+    return F.cross_entropy(logits, labels, reduction="none").double(), (logits.argmax(1) == labels).double()

@@ -110,13 +110,10 @@ def profile_conv(
 
 def measure_ceiling(multiplier: str) -> float:
     """Multiply-accumulates a second of the kernel's arithmetic on registers alone, on all threads of this process."""
-    threads, rounds = torch.get_num_threads(), 100_000
-    rates = []
-    for _ in range(7):
-        start = time.perf_counter()
-        done = cpu.ceiling(multiplier, rounds, threads)
-        rates.append(done / (time.perf_counter() - start))
-    return max(rates)  # a ceiling: whatever disturbs can only lower it
+    # About ten milliseconds a call, as long as a convolution: what else the machine does disturbs both alike.
+    threads, rounds = torch.get_num_threads(), 2_000_000
+    products = cpu.ceiling(multiplier, rounds, threads)
+    return products / median_seconds(lambda: cpu.ceiling(multiplier, rounds, threads))
 
 
 def median_seconds(call: Callable[[], object], least: float = 0.3, repeats: int = 7) -> float:

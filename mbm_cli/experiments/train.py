@@ -100,7 +100,7 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     # A tensor on the device, so that a step changes the learning rate without a copy from the host.
-    lr = torch.tensor(config.lr, device=device)
+    lr = torch.tensor([config.lr], device=device)
     if config.name == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -128,7 +128,9 @@ def _train(
     train_split, test_split = data
     model = build_model(config, device)
     optimizer = build_optimizer(config.optimizer, model, device)
-    trainer = Trainer(model, optimizer, train_split, test_split, config.data.batch_size, config.data.eval_batch_size)
+    use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
+    batch_sizes = config.data.batch_size, config.data.eval_batch_size
+    trainer = Trainer(model, optimizer, train_split, test_split, *batch_sizes, cuda_graph=use_graph)
     epochs, steps = config.train.epochs, trainer.steps
 
     checkpoint = run.checkpoint()

@@ -1,0 +1,28 @@
+# Everything from a bare clone: `make train` is the main job, `make test` the tests.
+VENV := .venv
+PYTHON ?= python3
+# CuPy only where there is an NVIDIA driver.
+comma := ,
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
+
+.PHONY: train test lint clean
+train: $(VENV)/installed
+	$(VENV)/bin/mbm train --config lenet-mbm
+
+test: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The extension is compiled here, so its sources count.
+$(VENV)/installed: pyproject.toml $(wildcard kernels/*)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
