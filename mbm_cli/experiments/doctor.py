@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import product
 
 import torch
@@ -99,30 +99,28 @@ def _mnist() -> Check:
 
 def self_check(device: torch.device, seed: int) -> Check:
     """Every product of a backend against the model, bit for bit: operands with 7 fraction bits, random bit patterns."""
-    name = f"products on {device.type}"
-    products = 0
-    for short_form in CHECKED:
-        multiplier = Multiplier.parse(short_form)
-        for a, b in (_seven_bit_pairs(device), _random_pairs(device, seed)):
-            expected = reference_product(a, b, multiplier)
-            # As a convolution with one product a sum, too: those kernels have a fast form of their own.
-            as_sum = conv2d(a.view(1, -1, 1, 1), b.view(-1, 1, 1, 1), groups=len(a), multiplier=short_form).flatten()
-            for found, what, wanted in (
-                (multiply(a, b, short_form), "multiply", expected),
-                (as_sum, "conv2d", 0.0 + expected),
-            ):
-                differs = _bits(found) != _bits(wanted)
-                if what == "conv2d":
-                    differs &= ~(found.isnan() & wanted.isnan())
-                if differs.any():
-                    i = int(differs.nonzero()[0])
-                    pair = f"{_hex(a[i])} x {_hex(b[i])} is {_hex(found[i])}, not {_hex(wanted[i])}"
-                    wrong = f"{what} with {short_form}: {pair} ({int(differs.sum()):,} of {len(a):,} products differ)"
-                    return Check(
-                        name, wrong, "the kernels are wrong on this machine: do not train with them, report it"
-                    )
-                products += len(a)
+    name, products = f"products on {device.type}", 0
+    for short_form, pairs in product(CHECKED, (_seven_bit_pairs(device), _random_pairs(device, seed))):
+        for what, found, wanted in _answers(short_form, *pairs):
+            differs = (_bits(found) != _bits(wanted)) & ~(found.isnan() & wanted.isnan())
+            if differs.any():
+                i = int(differs.nonzero()[0])
+                a, b, was, should = (_hex(x[i]) for x in (*pairs, found, wanted))
+                wrong = f"{what} with {short_form}: {a} x {b} is {was}, not {should} ({int(differs.sum()):,} differ)"
+                return Check(name, wrong, "the kernels are wrong on this machine: do not train with them, report it")
+            products += len(found)
     return Check(name, f"{products:,} products of {len(CHECKED)} multipliers equal the model, bit for bit")
+
+
+def _answers(short_form: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Who computes the products, what they are there, and what they should be."""
+    multiplier = Multiplier.parse(short_form)
+    expected = reference_product(a, b, multiplier)
+    yield "multiply", multiply(a, b, short_form), expected
+    if not multiplier.is_exact:  # that convolution is PyTorch's own
+        # One product a sum: convolutions have kernels of their own, with another form of the product.
+        sums = conv2d(a.view(1, -1, 1, 1), b.view(-1, 1, 1, 1), groups=len(a), multiplier=short_form)
+        yield "conv2d", sums.flatten(), 0.0 + expected
 
 
 def _seven_bit_pairs(device: torch.device) -> tuple[Tensor, Tensor]:
