@@ -112,10 +112,12 @@ def profile_conv(
     from mbm_cli.experiments import profile as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
-    report = None if json or quiet else render.console().print
-    run, result = experiment.profile_conv(loaded, output, threads, report)
+    with render.live_tables(render.conv_tables, silent=json or quiet) as report:
+        run, result = experiment.profile_conv(loaded, output, threads, report)
     if json:
         _print_json({**result, "run": str(run.folder)})
+    elif not quiet:
+        typer.echo(f"run: {run.folder}")
 
 
 @app.command()

@@ -1,11 +1,13 @@
 """Tables and progress: what a person sees of an experiment, on a terminal, in a log, or not at all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -198,6 +200,65 @@ def run_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def conv_tables(result: dict[str, Any]) -> Group:
+    """The result of `mbm profile conv`, as far as it has come."""
+    name, on_gpu = result["multiplier"], result["device"] == "cuda"
+    scale, unit = (1e6, "us") if on_gpu else (1e3, "ms")
+    rate_scale, rate_unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
+    ceiling = f"{result['ceiling_macs_per_second'] / rate_scale:.2f} {rate_unit}"
+    where = result["device_name"] if on_gpu else f"the CPU ({result['device_name']}, threads: {result['threads']})"
+
+    def time(seconds: float) -> str:
+        return f"{scale * seconds:,.{1 if on_gpu else 2}f}"
+
+    shapes = [(row["name"], row["shape"], str(row["batch"])) for row in result["convolutions"]]
+    forward = [
+        (
+            f"{row['multiplications'] / 1e6:,.1f}",
+            time(row["forward_seconds"]),
+            time(row["exact_forward_seconds"]),
+            f"{row['forward_seconds'] / row['exact_forward_seconds']:.2f}",
+            f"{row['macs_per_second'] / rate_scale:.2f}",
+            f"{100 * row['share_of_ceiling']:.0f} %",
+        )
+        for row in result["convolutions"]
+    ]
+    ways = ("torch_nn_grad", "two_calls", "one_call")
+    backward = [[time(row["backward_seconds"][way]) for way in ways] for row in result["convolutions"]]
+    columns = ("layer", "convolution", "batch")
+    return Group(
+        table(
+            f"forward: {name} on {where}; its arithmetic on registers alone reaches {ceiling}",
+            (*columns, "M mults", f"{name} {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
+            [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
+            left=2,
+        ),
+        table(
+            "backward, exact, three ways to both gradients; training makes one call",
+            (*columns, f"torch.nn.grad {unit}", f"two calls {unit}", f"one call {unit}"),
+            [(*shape, *values) for shape, values in zip(shapes, backward, strict=True)],
+            left=2,
+        ),
+    )
+
+
+@contextmanager
+def live_tables(render: Callable[[dict[str, Any]], Group], silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes results as they grow: on a terminal their tables are redrawn, elsewhere printed once, at the end."""
+    screen, latest = console(), None
+    with Live(console=screen, auto_refresh=False) if screen.is_terminal and not silent else nullcontext() as live:
+
+        def show(result: dict[str, Any]) -> None:
+            nonlocal latest
+            latest = result
+            if live is not None:
+                live.update(render(result), refresh=True)
+
+        yield show
+    if latest is not None and live is None and not silent:
+        screen.print(render(latest))
 
 
 def print_check(screen: Console, check: Any) -> None:

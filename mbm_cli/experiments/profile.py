@@ -1,7 +1,5 @@
 """Where the time goes: `mbm profile conv` times single convolutions."""
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mbm_cli import config as configs
-from mbm_cli import render
 from mbm_cli.backends import cpu
 from mbm_cli.config import Config
 from mbm_cli.environment import environment
@@ -21,9 +18,11 @@ from mbm_cli.experiments.train import build_model, prepare
 from mbm_cli.models import describe_layers
 from mbm_cli.ops import conv2d
 from mbm_cli.runs import Run
+from mbm_cli.timing import median_eager_seconds, median_seconds
 
-# Multiplications of the largest reference shape that is timed: about a tenth of a second a call on two cores.
-CPU_LIMIT = 1 << 30
+# Multiplications of the largest reference shape that is timed: a tenth of a second a call on two cores, 2 ms on a GPU.
+LIMITS = {"cpu": 1 << 30, "cuda": 1 << 33}
+CEILING_ROUNDS = 2_000_000  # about ten milliseconds a call, as long as a convolution: disturbances hit both alike
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class ConvShape:
         return self.batch * self.out_channels * out_size**2 * self.channels * self.kernel**2
 
     def describe(self) -> str:
-        padding = f" pad {self.padding}" if self.padding else ""
-        kernel = f"{self.kernel}x{self.kernel}{padding}"
-        return f"{self.channels}->{self.out_channels}, {kernel}, {self.size}x{self.size}, batch {self.batch}"
+        padding = f" p{self.padding}" if self.padding else ""
+        return f"{self.channels}->{self.out_channels} {self.kernel}x{self.kernel}{padding} {self.size}x{self.size}"
 
 
 # LeNet's two convolutions, and shapes as they occur in larger networks.
@@ -67,17 +65,18 @@ def profile_conv(
     config: Config,
     output: Path,
     threads: int | None = None,
-    report: Callable[[object], None] | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> tuple[Run, dict[str, Any]]:
     """Time the convolutions of the config's model, then the reference shapes that the device can bear.
 
-    Every figure of the result comes from this one call: medians over repeats after a warm-up, in seconds.
+    Every figure of the result comes from this one call: medians over repeats after a warm-up, in seconds. On a GPU the
+    forward passes are replayed in a CUDA graph; backward passes run as a training without graphs calls them.
 
     Args:
         config: its model, multiplier, batch size, device and seed are used.
         output: where the run folder with ``profile.json`` is made.
         threads: CPU threads.
-        report: gets the table.
+        report: gets the result so far after every convolution.
 
     Raises:
         RequestError: the multiplier is the exact one, or the device is not there.
@@ -86,115 +85,94 @@ def profile_conv(
     if multiplier.is_exact:
         raise RequestError("the multiplier is exact, so there is nothing to time against: name one, --multiplier mbm")
     device = prepare(config, threads)
-    shapes = [*_model_shapes(config, device), *REFERENCE_SHAPES]
-    shapes = list(dict.fromkeys(s for s in shapes if s.multiplications <= CPU_LIMIT))
-    ceiling = measure_ceiling(str(multiplier))
-    generator = torch.Generator().manual_seed(config.seed)
-    result = {
-        "multiplier": str(multiplier),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "instruction_set": cpu.instruction_set(),
-        "ceiling_macs_per_second": ceiling,
-        "convolutions": [_time_shape(shape, str(multiplier), ceiling, generator, device) for shape in shapes],
-    }
+    shapes = dict.fromkeys((*_model_shapes(config, device), *REFERENCE_SHAPES))
     run = Run.create(output, f"{config.name}-profile-conv")
     run.write("config.yaml", configs.dump(config))
     run.write_json("environment.json", environment(device))
+    result: dict[str, Any] = {
+        "multiplier": str(multiplier),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.instruction_set(),
+        "threads": torch.get_num_threads(),
+        "ceiling_macs_per_second": measure_ceiling(str(multiplier), device),
+        "convolutions": [],
+    }
+    generator = torch.Generator().manual_seed(config.seed)
+    for shape in shapes:
+        if shape.multiplications <= LIMITS[device.type]:
+            result["convolutions"].append(_time_shape(shape, str(multiplier), generator, device))
+            result["convolutions"][-1]["share_of_ceiling"] = (
+                result["convolutions"][-1]["macs_per_second"] / result["ceiling_macs_per_second"]
+            )
+            report(result)
     run.write_json("profile.json", result)
-    if report is not None:
-        report(conv_table(result))
-        report(f"run: {run.folder}")
     return run, result
 
 
-def measure_ceiling(multiplier: str) -> float:
-    """Multiply-accumulates a second of the kernel's arithmetic on registers alone, on all threads of this process."""
-    # About ten milliseconds a call, as long as a convolution: what else the machine does disturbs both alike.
-    threads, rounds = torch.get_num_threads(), 2_000_000
-    products = cpu.ceiling(multiplier, rounds, threads)
-    return products / median_seconds(lambda: cpu.ceiling(multiplier, rounds, threads))
+def measure_ceiling(multiplier: str, device: torch.device) -> float:
+    """Multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
+    if device.type == "cuda":
+        from mbm_cli.backends import cuda
 
-
-def median_seconds(call: Callable[[], object], least: float = 0.3, repeats: int = 7) -> float:
-    """The median time of a call, over at least so many repeats and seconds, after a warm-up of two."""
-    call()
-    call()
-    times: list[float] = []
-    while len(times) < repeats or sum(times) < least:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        return cuda.ceiling(multiplier, device)
+    threads = torch.get_num_threads()
+    products = cpu.ceiling(multiplier, CEILING_ROUNDS, threads)
+    return products / median_seconds(lambda: cpu.ceiling(multiplier, CEILING_ROUNDS, threads), device)
 
 
 def _model_shapes(config: Config, device: torch.device) -> list[ConvShape]:
     model = build_model(config, device)
-    modules = dict(model.named_modules())
     shapes = []
     for layer in describe_layers(model, (1, 28, 28)):
-        module = modules[layer.name]
+        module = model.get_submodule(layer.name)
         if isinstance(module, nn.Conv2d):
             channels, size, _ = layer.input_shape
-            name = f"{config.model.name} {layer.name}"
-            shapes.append(
-                ConvShape(
-                    name,
-                    config.data.batch_size,
-                    channels,
-                    module.out_channels,
-                    module.kernel_size[0],
-                    module.padding[0],
-                    size,
-                )
-            )
+            (kernel, _), (padding, _) = module.kernel_size, module.padding
+            name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
+            shapes.append(ConvShape(name, batch, channels, module.out_channels, kernel, padding, size))
     return shapes
 
 
-def _time_shape(
-    shape: ConvShape, multiplier: str, ceiling: float, generator: torch.Generator, device: torch.device
-) -> dict[str, Any]:
+def _time_shape(shape: ConvShape, multiplier: str, generator: torch.Generator, device: torch.device) -> dict[str, Any]:
     x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
     weight = torch.randn(shape.out_channels, shape.channels, shape.kernel, shape.kernel, generator=generator).to(device)
-    grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
-    pair = [shape.padding] * 2
-    backward = torch.ops.aten.convolution_backward
-    mask = [True, True, False]
+    padding = shape.padding
     with torch.no_grad():
-        forward = median_seconds(lambda: conv2d(x, weight, padding=shape.padding, multiplier=multiplier))
-        exact = median_seconds(lambda: F.conv2d(x, weight, padding=shape.padding))
-        both = median_seconds(lambda: backward(grad, x, weight, None, [1, 1], pair, [1, 1], False, [0, 0], 1, mask))
-    rate = shape.multiplications / forward
+        forward = median_seconds(lambda: conv2d(x, weight, padding=padding, multiplier=multiplier), device)
+        exact = median_seconds(lambda: F.conv2d(x, weight, padding=padding), device)
+        backward = {
+            name: median_eager_seconds(call, device)
+            for name, call in _backward_paths(
+                x, weight, torch.randn_like(F.conv2d(x, weight, padding=padding)), padding
+            )
+        }
     return {
         "name": shape.name,
         "shape": shape.describe(),
+        "batch": shape.batch,
         "multiplications": shape.multiplications,
         "forward_seconds": forward,
         "exact_forward_seconds": exact,
-        "backward_seconds": both,
-        "macs_per_second": rate,
-        "share_of_ceiling": rate / ceiling,
+        "backward_seconds": backward,
+        "macs_per_second": shape.multiplications / forward,
     }
 
 
-def conv_table(result: dict[str, Any]) -> object:
-    name = result["multiplier"]
-    rows = [
-        (
-            row["name"],
-            row["shape"],
-            f"{row['multiplications'] / 1e6:,.1f}",
-            f"{1e3 * row['forward_seconds']:.2f}",
-            f"{1e3 * row['exact_forward_seconds']:.2f}",
-            f"{1e3 * row['backward_seconds']:.2f}",
-            f"{row['macs_per_second'] / 1e9:.2f}",
-            f"{100 * row['share_of_ceiling']:.0f} %",
-        )
-        for row in result["convolutions"]
-    ]
-    title = (
-        f"{name} on the CPU ({result['instruction_set']}, threads: {result['threads']}); "
-        f"ceiling on registers alone {result['ceiling_macs_per_second'] / 1e9:.1f} GMAC/s"
+def _backward_paths(
+    x: Tensor, weight: Tensor, grad: Tensor, padding: int
+) -> tuple[tuple[str, Callable[[], object]], ...]:
+    """Three ways to both gradients; the last is the one that training takes."""
+
+    def backward(*wanted: bool) -> object:
+        arguments = [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [*wanted, False]
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments)
+
+    def with_torch_nn_grad() -> object:
+        grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=padding)
+        return grad_x, torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=padding)
+
+    return (
+        ("torch_nn_grad", with_torch_nn_grad),
+        ("two_calls", lambda: (backward(True, False), backward(False, True))),
+        ("one_call", lambda: backward(True, True)),
     )
-    columns = ("layer", "convolution", "M mults", f"{name} ms", "exact ms", "backward ms", "GMAC/s", "of ceiling")
-    return render.table(title, columns, rows, left=2)
