@@ -231,7 +231,7 @@ def conv_tables(result: dict[str, Any]) -> Group:
     return Group(
         table(
             f"forward: {name} on {where}; its arithmetic on registers alone reaches {ceiling}",
-            (*columns, "M mults", f"{name} {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
+            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
             [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
             left=2,
         ),

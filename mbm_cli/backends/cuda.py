@@ -1,0 +1,279 @@
+"""The CUDA backend: the kernels of kernels/conv2d.cu, compiled by CuPy for the card, on PyTorch's streams and memory."""
+
+import sys
+from functools import lru_cache
+from importlib.resources import files
+from statistics import median
+from threading import Timer
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbm_cli.errors import RunError
+from mbm_cli.multipliers import FRACTION_BITS, Multiplier
+from mbm_cli.shapes import conv2d_output_shape
+
+_THREADS = 128  # of a block; the tiled kernels are laid out for it
+_INDEX_LIMIT = 1 << 31  # the kernels' 32-bit indices; offsets between images and in the output have 64 bits
+
+# conv2d.cu's struct Conv2d, field by field.
+_CONV2D = np.dtype(
+    [("image_stride", np.int64)]
+    + [(name, np.int32) for name in ("channel_stride", "row_stride", "column_stride")]
+    + [(name, np.int32) for name in ("channels", "out_channels", "groups")]
+    + [(name, np.int32, 2) for name in ("size", "kernel", "out_size", "stride", "padding", "dilation")]
+    + [("pixels", np.uint32)],
+    align=True,
+)
+
+
+class CudaError(RunError, RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message names what to install."""
+
+
+class Tile(NamedTuple):
+    """A tiled kernel: output channels and pixels of a block, and its cost of a product relative to the largest's."""
+
+    kernel: str
+    channels: int
+    pixels: int
+    cost: float
+
+
+_TILES = (
+    Tile("conv2d_64x128", 64, 128, 1.0),
+    Tile("conv2d_32x128", 32, 128, 1.08),
+    Tile("conv2d_16x32", 16, 32, 1.3),
+)
+_CEILING_RELOAD = 4096  # rounds, a power of two
+_DIRECT = (1, 2, 4, 6, 8)  # output channels of the direct kernels
+_KERNELS = (*(tile.kernel for tile in _TILES), *(f"conv2d_direct_{n}" for n in _DIRECT), "multiply", "ceiling")
+
+
+class Launch(NamedTuple):
+    """How a convolution is launched: the kernel's name, the number of blocks, and its arguments after the pointers."""
+
+    kernel: str
+    blocks: int
+    conv: np.ndarray
+
+
+def source() -> str:
+    """The CUDA source as one text, its header pasted in: in a wheel or an editable install they may have no folder."""
+    folder = files("mbm_cli") / "kernels"
+    header = (folder / "multiplier.h").read_text(encoding="utf-8").replace("#pragma once\n", "")
+    return (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
+
+
+def options(multiplier: str) -> tuple[str, ...]:
+    """The compiler's options that make the source the kernels of a multiplier, given by its short form."""
+    parsed = Multiplier.parse(multiplier)
+    return (
+        "-std=c++17",
+        f"-DFAMILY=mbm::{parsed.family.upper()}",
+        f"-DTRUNCATE={parsed.truncate}",
+        f"-DRESULT_BITS={parsed.result_bits or FRACTION_BITS}",
+    )
+
+
+def import_cupy() -> Any:
+    """CuPy, imported when a CUDA tensor first needs it.
+
+    Raises:
+        CudaError: it is not installed, or for another CUDA than PyTorch's.
+    """
+    wanted = (torch.version.cuda or "13").split(".")[0]
+    install = f"pip install 'mbm-cli[cuda{wanted}]'"
+    try:
+        import cupy
+    except ImportError as error:
+        raise CudaError(f"the CUDA kernels need CuPy ({error}): {install}") from error
+    found = str(cupy.cuda.runtime.runtimeGetVersion() // 1000)
+    if found != wanted:
+        raise CudaError(
+            f"CuPy is for CUDA {found}, but PyTorch for CUDA {wanted}: pip uninstall cupy-cuda{found}x, then {install}"
+        )
+    return cupy
+
+
+@lru_cache(maxsize=256)
+def kernels(multiplier: str, device: int) -> dict[str, Any]:
+    """A multiplier's kernels, by name, ready to launch on the device with this index.
+
+    Compiling takes seconds, once; CuPy keeps the result on disk. If it takes longer than loading does, standard error
+    says so.
+
+    Raises:
+        CudaError: CuPy is missing, does not fit, or fails.
+    """
+    cupy = import_cupy()
+    if torch.cuda.is_current_stream_capturing():
+        raise CudaError(f"the kernels of {multiplier} are not loaded: run it once before capturing it in a CUDA graph")
+    message = f"compiling the CUDA kernels of {multiplier} (once: CuPy keeps them on disk)"
+    notice = Timer(0.5, print, (message,), {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
+    try:
+        with torch.cuda.device(device), cupy.cuda.Device(device):
+            module = cupy.RawModule(code=source(), options=options(multiplier))
+            loaded = {name: module.get_function(name) for name in _KERNELS}
+            for kernel in loaded.values():
+                kernel.compile()
+            return loaded
+    except Exception as error:  # CuPy's own kinds, for the compiler, the driver and missing libraries
+        first_line = (str(error).splitlines() or [""])[0]
+        raise CudaError(
+            f"the CUDA kernels of {multiplier} do not compile or load ({type(error).__name__}: {first_line}): check "
+            "that the driver is as new as CuPy's CUDA"
+        ) from error
+    finally:
+        notice.cancel()
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def _stream(device: int, handle: int) -> Any:
+    """PyTorch's current stream, which has this handle, as CuPy's."""
+    cupy = import_cupy()
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+    return cupy.cuda.ExternalStream(handle, device)
+
+
+def _run(multiplier: str, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
+    """Launch a kernel on PyTorch's current stream of the device."""
+    function = kernels(multiplier, device)[kernel]
+    with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
+        function((blocks,), (_THREADS,), arguments)
+
+
+def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+    a, b = torch.broadcast_tensors(a, b)
+    a, b = a.contiguous(), b.contiguous()
+    output = torch.empty_like(a)
+    count = a.numel()
+    if count > 0:
+        # Enough blocks to fill the card; each thread takes every so many-th element.
+        blocks = min(-(-count // _THREADS), 16 * _multiprocessors(a.device.index))
+        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), count)
+        _run(multiplier, "multiply", a.device.index, blocks, arguments)
+    return output
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    multiplier: str,
+) -> Tensor:
+    if Multiplier.parse(multiplier).is_exact:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
+    if output.numel() == 0:
+        return output
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    device = input.device.index
+    launch = plan(
+        tuple(input.shape),
+        input.stride(),
+        tuple(weight.shape),
+        tuple(output.shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        _multiprocessors(device),
+    )
+    pointers = (input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr())
+    _run(multiplier, launch.kernel, device, launch.blocks, (*pointers, launch.conv))
+    return output
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    multiprocessors: int,
+) -> Launch:
+    """Choose the kernel for a convolution, and lay out its arguments.
+
+    Raises:
+        RuntimeError: an image, the weight, or the number of output positions has more elements than 32 bits index.
+    """
+    out_channels, channels, *kernel = weight_shape
+    out_channels //= groups
+    pixels = out_shape[0] * out_shape[2] * out_shape[3]
+    blocks_of = {}
+    if out_channels <= _DIRECT[-1]:
+        # A thread keeps all channels of a pixel.
+        name = f"conv2d_direct_{next(n for n in _DIRECT if n >= out_channels)}"
+        blocks_of[name] = groups * -(-pixels // _THREADS)
+    else:
+        # The tile that needs the least time if every multiprocessor takes one block after the other: large tiles load
+        # less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
+        times = {}
+        for tile in _TILES:
+            blocks = groups * -(-out_channels // tile.channels) * -(-pixels // tile.pixels)
+            blocks_of[tile.kernel] = blocks
+            times[tile.kernel] = -(-blocks // multiprocessors) * tile.channels * tile.pixels * tile.cost
+        name = min(times, key=times.__getitem__)
+
+    reach = [max(shape[2 + i], dilation[i] * (kernel[i] - 1) + 1 + padding[i]) for i in range(2)]
+    image = sum((n - 1) * step for n, step in zip((shape[1], *reach), strides[1:], strict=True))
+    largest = max(image, pixels, blocks_of[name], out_channels * groups * channels * kernel[0] * kernel[1])
+    if largest >= _INDEX_LIMIT:
+        raise RuntimeError(
+            f"an image, the weight, or the output positions of a convolution of {list(shape)} with "
+            f"{list(weight_shape)} exceed 2^31 elements: use smaller batches"
+        )
+    conv = np.zeros((), _CONV2D)
+    values = (*strides, channels, out_channels, groups, shape[2:], kernel, out_shape[2:], stride, padding, dilation, pixels)
+    for field, value in zip(_CONV2D.names, values, strict=True):
+        conv[field] = value
+    return Launch(name, blocks_of[name], conv)
+
+
+def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> float:
+    """Multiply-accumulates a second of the kernels' instructions alone: operands and sums stay in registers.
+
+    Args:
+        multiplier: a short form, for example ``"mbm"``.
+        device: a CUDA device; the current one without it.
+    """
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        blocks, rounds = 3 * _multiprocessors(index), 20_000
+        operands = torch.rand(16, _THREADS, device="cuda") + 0.5
+        sums = torch.empty(blocks, _THREADS, device="cuda")
+        times = []
+        for _ in range(6):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            arguments = (operands.data_ptr(), sums.data_ptr(), np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
+            _run(multiplier, "ceiling", index, blocks, arguments)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+    return blocks * _THREADS * 64 * rounds / median(times[1:])
+
+
+torch.library.impl("mbm::multiply", "cuda", multiply)
+torch.library.impl("mbm::conv2d", "cuda", conv2d)
