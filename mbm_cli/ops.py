@@ -19,7 +19,7 @@ torch.library.define(
     "mbm::multiply", "(Tensor a, Tensor b, str multiplier) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 
-from mbm_cli.backends import cpu, reference  # noqa: E402, F401  (they register themselves with the names just defined)
+from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they register themselves with the names just defined)
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:

@@ -17,6 +17,7 @@ from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
 _THREADS = 128  # of a block; the tiled kernels are laid out for it
+_SLICE = 8  # products of a sum between two barriers
 _INDEX_LIMIT = 1 << 31  # the kernels' 32-bit indices; offsets between images and in the output have 64 bits
 
 # conv2d.cu's struct Conv2d, field by field.
@@ -25,6 +26,7 @@ _CONV2D = np.dtype(
     + [(name, np.int32) for name in ("channel_stride", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channels", "out_channels", "groups")]
     + [(name, np.int32, 2) for name in ("size", "kernel", "out_size", "stride", "padding", "dilation")]
+    + [("slice", np.int32, 3)]
     + [("pixels", np.uint32)],
     align=True,
 )
@@ -49,7 +51,7 @@ _TILES = (
     Tile("conv2d_16x32", 16, 32, 1.3),
 )
 _CEILING_RELOAD = 4096  # rounds, a power of two
-_DIRECT = (1, 2, 4, 6, 8)  # output channels of the direct kernels
+_DIRECT = {1: 4, 2: 4, 4: 2, 6: 2, 8: 2}  # output channels of the direct kernels, and pixels of a thread
 _KERNELS = (*(tile.kernel for tile in _TILES), *(f"conv2d_direct_{n}" for n in _DIRECT), "multiply", "ceiling")
 
 
@@ -222,10 +224,11 @@ def plan(
     out_channels //= groups
     pixels = out_shape[0] * out_shape[2] * out_shape[3]
     blocks_of = {}
-    if out_channels <= _DIRECT[-1]:
-        # A thread keeps all channels of a pixel.
-        name = f"conv2d_direct_{next(n for n in _DIRECT if n >= out_channels)}"
-        blocks_of[name] = groups * -(-pixels // _THREADS)
+    if out_channels <= max(_DIRECT):
+        # A thread keeps all channels of its pixels.
+        fitting = next(n for n in _DIRECT if n >= out_channels)
+        name = f"conv2d_direct_{fitting}"
+        blocks_of[name] = groups * -(-pixels // (_THREADS * _DIRECT[fitting]))
     else:
         # The tile that needs the least time if every multiprocessor takes one block after the other: large tiles load
         # less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
@@ -244,8 +247,11 @@ def plan(
             f"an image, the weight, or the output positions of a convolution of {list(shape)} with "
             f"{list(weight_shape)} exceed 2^31 elements: use smaller batches"
         )
+    steps, column = divmod(_SLICE, kernel[1])
+    channel, row = divmod(steps, kernel[0])
     conv = np.zeros((), _CONV2D)
-    values = (*strides, channels, out_channels, groups, shape[2:], kernel, out_shape[2:], stride, padding, dilation, pixels)
+    values = (*strides, channels, out_channels, groups, shape[2:], kernel, out_shape[2:], stride, padding, dilation)
+    values = (*values, (channel, row, column), pixels)
     for field, value in zip(_CONV2D.names, values, strict=True):
         conv[field] = value
     return Launch(name, blocks_of[name], conv)

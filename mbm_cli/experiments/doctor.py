@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mbm_cli import data
-from mbm_cli.backends import cpu
+from mbm_cli.backends import cpu, cuda
 from mbm_cli.environment import cpu_name
-from mbm_cli.errors import MbmError
 from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, Multiplier, reference_product
 from mbm_cli.ops import conv2d, multiply
 
@@ -79,14 +78,12 @@ def _driver_version() -> str:
 
 
 def _cupy() -> Check:
-    from mbm_cli.backends import cuda
-
     try:
         found = cuda.import_cupy()
-    except MbmError as error:
+    except cuda.CudaError as error:
         return Check("cupy", "not usable", str(error))
-    cache = found.cuda.compiler.get_cache_dir() if hasattr(found.cuda.compiler, "get_cache_dir") else "?"
-    return Check("cupy", f"{found.__version__}, compile cache {cache}")
+    cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    return Check("cupy", f"{found.__version__}, compile cache in {cache}")
 
 
 def _mnist() -> Check:

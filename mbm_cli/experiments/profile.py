@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu
+from mbm_cli.backends import cpu, cuda
 from mbm_cli.config import Config
 from mbm_cli.environment import environment
 from mbm_cli.errors import RequestError
@@ -112,8 +112,6 @@ def profile_conv(
 def measure_ceiling(multiplier: str, device: torch.device) -> float:
     """Multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
     if device.type == "cuda":
-        from mbm_cli.backends import cuda
-
         return cuda.ceiling(multiplier, device)
     threads = torch.get_num_threads()
     products = cpu.ceiling(multiplier, CEILING_ROUNDS, threads)
