@@ -129,6 +129,7 @@ std::int64_t ceiling(const Multiplier& multiplier, std::int64_t rounds, int thre
 
 NB_MODULE(_cpu, module) {
   using namespace mbm;
+  nb::set_leak_warnings(false);  // cpu.py keeps multipliers in a cache until the end
   using nogil = nb::call_guard<nb::gil_scoped_release>;
   nb::enum_<Family>(module, "Family").value("exact", EXACT).value("mitchell", MITCHELL).value("mbm", MBM);
   nb::class_<Multiplier>(module, "Multiplier")

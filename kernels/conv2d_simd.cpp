@@ -155,12 +155,15 @@ void tile(const float* power, const int* fraction, const std::int64_t* offsets, 
   for (int i = 0; i < N * V; i++) store(sums + i / V * sums_stride + i % V * LANES, sum[i]);
 }
 
-// The same for one output channel, each product from the definition; `plane` and `weights` are the operands themselves.
-void tile_by_definition(const float* plane, const std::int64_t* offsets, std::int64_t steps, const float* weights,
-                        const Multiplier& m, float* sums) {
+// The same for one vector and one output channel, each product from the definition; `operands` and `weights` are as they
+// were given, and `inside` is a mask: padding times an infinite weight would be NaN, but padding contributes nothing.
+void tile_by_definition(const float* operands, const int* inside, const std::int64_t* offsets, std::int64_t steps,
+                        const float* weights, const Multiplier& m, float* sums) {
   F sum = {};
-  for (std::int64_t k = 0; k < steps; k++)
-    sum += product<Lanes>(load<F>(plane + offsets[k]), F{} + weights[k], m);
+  for (std::int64_t k = 0; k < steps; k++) {
+    F p = product<Lanes>(load<F>(operands + offsets[k]), F{} + weights[k], m);
+    sum += from_bits<Lanes>(bits<Lanes>(p) & load<I>(inside + offsets[k]));
+  }
   store(sums, sum);
 }
 
@@ -173,14 +176,13 @@ template <Form FORM, bool MASKED> constexpr TileSet tiles() {
            {tile<FORM, MASKED, 2, 1>, tile<FORM, MASKED, 2, 2>, tile<FORM, MASKED, 2, 3>, tile<FORM, MASKED, 2, 4>}}};
 }
 
-bool masked(const Multiplier& m) { return m.result_keep != FRACTION; }
 
 TileSet tiles_for(const Multiplier& m) {
   switch (m.form) {
     case IEEE: return tiles<IEEE, true>();
-    case PLAIN: return masked(m) ? tiles<PLAIN, true>() : tiles<PLAIN, false>();
-    case ONE_LEVEL: return masked(m) ? tiles<ONE_LEVEL, true>() : tiles<ONE_LEVEL, false>();
-    default: return masked(m) ? tiles<TWO_LEVELS, true>() : tiles<TWO_LEVELS, false>();
+    case PLAIN: return result_is_masked(m) ? tiles<PLAIN, true>() : tiles<PLAIN, false>();
+    case ONE_LEVEL: return result_is_masked(m) ? tiles<ONE_LEVEL, true>() : tiles<ONE_LEVEL, false>();
+    default: return result_is_masked(m) ? tiles<TWO_LEVELS, true>() : tiles<TWO_LEVELS, false>();
   }
 }
 
@@ -284,12 +286,12 @@ struct Plan {
   }
 };
 
-enum Decoding { OPERANDS, TRUNCATED, SPLIT };  // as they are; truncated (family exact); power of two and fraction
+enum Decoding { OPERANDS, TRUNCATED, SPLIT };  // as they are, and a mask; truncated (exact); power and fraction
 
 template <Decoding HOW>
 MBM_FN void decode(float x, const Multiplier& m, float& power, int& fraction) {
   int raw = __builtin_bit_cast(int, x);
-  if constexpr (HOW == OPERANDS) power = x;
+  if constexpr (HOW == OPERANDS) power = x, fraction = -1;
   if constexpr (HOW == TRUNCATED)
     power = __builtin_bit_cast(float, (raw & INFINITE) == INFINITE ? raw : raw & (m.operand_keep | ~FRACTION));
   if constexpr (HOW == SPLIT) {
@@ -379,7 +381,10 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   bool ieee = c.multiplier.form == IEEE;
   Exponents e = ieee ? decode_planes<TRUNCATED>(p, image, job.row, power, fraction)
                      : decode_planes<SPLIT>(p, image, job.row, power, fraction);
-  auto is_fast = [&](std::int64_t b) { return ieee || in_range(e, p.weight_exponents[job.group * p.blocks + b]); };
+  auto is_fast = [&](std::int64_t b) {
+    const Exponents& w = p.weight_exponents[job.group * p.blocks + b];
+    return ieee ? !w.special() : in_range(e, w);
+  };
 
   bool all_fast = true;
   for (std::int64_t b = 0; b < p.blocks; b++) {
@@ -403,8 +408,8 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
     for (std::int64_t n = 0; n < p.block_size(b); n++) {
       std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
       for (std::int64_t q = 0; q < p.positions; q += LANES)
-        tile_by_definition(power + q, p.offsets.data, p.steps, c.weight + channel * p.steps, c.multiplier,
-                           sums + n * p.positions + q);
+        tile_by_definition(power + q, fraction + q, p.offsets.data, p.steps, c.weight + channel * p.steps,
+                           c.multiplier, sums + n * p.positions + q);
     }
     write_block(p, job, b, sums);
   }
@@ -452,9 +457,9 @@ std::int64_t ceiling(const Multiplier& m, std::int64_t rounds) {
   Rounding rounding(rounding_of_products(m));
   switch (m.form) {
     case IEEE: return ceiling_of<IEEE, true>(m, rounds);
-    case PLAIN: return masked(m) ? ceiling_of<PLAIN, true>(m, rounds) : ceiling_of<PLAIN, false>(m, rounds);
-    case ONE_LEVEL: return masked(m) ? ceiling_of<ONE_LEVEL, true>(m, rounds) : ceiling_of<ONE_LEVEL, false>(m, rounds);
-    default: return masked(m) ? ceiling_of<TWO_LEVELS, true>(m, rounds) : ceiling_of<TWO_LEVELS, false>(m, rounds);
+    case PLAIN: return result_is_masked(m) ? ceiling_of<PLAIN, true>(m, rounds) : ceiling_of<PLAIN, false>(m, rounds);
+    case ONE_LEVEL: return result_is_masked(m) ? ceiling_of<ONE_LEVEL, true>(m, rounds) : ceiling_of<ONE_LEVEL, false>(m, rounds);
+    default: return result_is_masked(m) ? ceiling_of<TWO_LEVELS, true>(m, rounds) : ceiling_of<TWO_LEVELS, false>(m, rounds);
   }
 }
 

@@ -1,6 +1,7 @@
 """The command line: commands and flags, nothing else."""
 
 import json as json_module
+import os
 import signal
 import sys
 import traceback
@@ -12,6 +13,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mbm_cli.errors import MbmError, RequestError
+
+# An interrupt, a polite kill, a terminal that was closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 app = typer.Typer(
     name="mbm",
@@ -46,13 +50,17 @@ ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, 
 MultiplierOption = Annotated[
     str | None, typer.Option(help="Short form: family[-tT][-rR], e.g. mbm-t8.", callback=_multiplier)
 ]
-EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs of training.")]
+EpochsOption = Annotated[
+    int | None, typer.Option(min=1, max=2**31 - 1, help="Epochs; the learning rate's schedule spans all of them.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set optimizer.lr=0.002")
 ]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Decides initial weights and the order of the images.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Decides the initial weights and the images' order.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads; default: PyTorch's choice.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder in which run folders are made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end and nothing else.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -75,7 +83,10 @@ def train(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a network and keep the run, for example: mbm train --config lenet-mbm --epochs 3"""
+    """Train a network and keep the run.
+
+    For example: mbm train --config lenet-mbm --multiplier mbm-t8 --epochs 3
+    """
     from mbm_cli import config as configs
     from mbm_cli.experiments import train as experiment
     from mbm_cli.runs import Run
@@ -106,17 +117,21 @@ def profile_conv(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time the convolutions of a model and of reference shapes: mbm profile conv --multiplier mbm-t16-r7"""
+    """Time single convolutions beside exact ones.
+
+    For example: mbm profile conv --multiplier mbm-t16-r7
+    """
     from mbm_cli import config as configs
     from mbm_cli import render
     from mbm_cli.experiments import profile as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
-    with render.live_tables(render.conv_tables, silent=json or quiet) as report:
-        run, result = experiment.profile_conv(loaded, output, threads, report)
+    with render.console(stderr=True).status("timing") as status:
+        run, result = experiment.profile_conv(loaded, output, threads, status.update)
     if json:
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:
+        render.console().print(render.conv_tables(result))
         typer.echo(f"run: {run.folder}")
 
 
@@ -128,7 +143,7 @@ def doctor(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check the installation, and every backend's products against the model: mbm doctor"""
+    """Check the installation, and every backend's products."""
     import torch
 
     from mbm_cli import render
@@ -162,7 +177,9 @@ def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, deb
     from mbm_cli import render
     from mbm_cli.runs import list_runs
 
-    runs = [{"run": str(run.folder), **run.summary()} for run in list_runs(output)]
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output} is not a folder: name the one that holds the runs")
+    runs = [_summary_or_damage(run) for run in list_runs(output)]
     if json:
         _print_json({"runs": runs})
     elif runs:
@@ -179,6 +196,7 @@ def runs_show(
     debug: DebugOption = False,
 ) -> None:
     """Show a run: its result, its epochs and its config."""
+    from mbm_cli import config as configs
     from mbm_cli import render
     from mbm_cli.runs import Run
 
@@ -189,8 +207,12 @@ def runs_show(
         return
     screen = render.console()
     screen.print(render.run_table([{"run": str(found.folder), **summary}]))
-    screen.print(render.epoch_table(metrics, summary["epochs"]))
-    screen.print(found.config_text())
+    if "reason" in summary:
+        screen.print(f"{summary['status']}: {summary['reason']}\n", soft_wrap=True)
+    if metrics:
+        epochs = configs.parse(found.config_text(), str(found.folder / "config.yaml")).train.epochs
+        screen.print(render.epoch_table(metrics, epochs, screen.width))
+    screen.print("\n" + found.config_text(), soft_wrap=True)
 
 
 @configs_app.command("list")
@@ -251,8 +273,10 @@ def _version(
 def main() -> None:
     """The entry point: an error becomes a line on standard error and an exit code."""
     arguments = sys.argv[1:]
+    # While libraries are being imported, an exception would end up in their hands.
+    signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once())
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="mbm", standalone_mode=False)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -263,8 +287,13 @@ def main() -> None:
 def _report(error: Exception) -> int:
     if isinstance(error, MbmError):
         message, code = str(error), error.exit_code
+    elif type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return 0
     elif hasattr(error, "format_message"):  # a usage error of click, which newer versions of Typer carry inside
-        message, code = f"{error.format_message()} (mbm --help)", 2
+        command = error.ctx.command_path if error.ctx else "mbm"
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        message, code = f"{message}; see {command} --help", 2
     elif isinstance(error, BrokenPipeError):
         sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
         return 1
@@ -281,15 +310,30 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once())
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_at_once() -> None:
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h\n")  # a progress bar hides the cursor
+        sys.stdout.flush()
+    os._exit(130)
+
+
+def _summary_or_damage(run: Any) -> dict[str, Any]:
+    """A run's summary; of a damaged run what there is to tell."""
+    try:
+        return {"run": str(run.folder), **run.summary()}
+    except MbmError as error:
+        return {"run": str(run.folder), "status": "damaged", "reason": str(error)}
 
 
 def _overrides(
@@ -305,9 +349,7 @@ def _refuse_with_resume(context: typer.Context) -> None:
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     wrong = [f"--{name.rstrip('_')}" for name in given if name not in fitting]
     if wrong:
-        raise RequestError(
-            f"--resume goes on with the run's own config: of {', '.join(wrong)} none fits, only --epochs"
-        )
+        raise RequestError(f"--resume uses the run's own config: drop {', '.join(wrong)}; only --epochs may change")
 
 
 def _display(json: bool, quiet: bool) -> Any:

@@ -208,7 +208,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
         with open(source, "rb") as file:
             content = file.read(_SIZE_LIMIT + 1)
     except FileNotFoundError:
-        raise RequestError(f"config {_show(source)}: there is no such file, {_no_shipped_config(source)}") from None
+        raise RequestError(f"config {_show(source)}: there is no such file, and {_no_shipped_config(source)}") from None
     except IsADirectoryError:
         raise RequestError(f"config {_show(source)} is a folder: name a YAML file") from None
     except (OSError, ValueError) as error:

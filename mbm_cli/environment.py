@@ -25,7 +25,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "command": sys.argv,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": torch.backends.cudnn.deterministic,
+        "tf32": torch.backends.cudnn.allow_tf32,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -35,8 +36,6 @@ def environment(device: torch.device) -> dict[str, object]:
             "memory_bytes": properties.total_memory,
             "runtime": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "tf32": torch.backends.cudnn.allow_tf32,
-            "deterministic": torch.backends.cudnn.deterministic,
         }
     return found
 

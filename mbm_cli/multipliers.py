@@ -6,7 +6,6 @@ and Floating-Point Multiplication", IEEE TCAD 37(11), 2018 (the floating-point f
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Self
 
 import torch
@@ -22,7 +21,7 @@ _SIGN = -(1 << 31)  # as a signed 32-bit integer
 _INFINITY = 0x7F800000
 _NAN = 0x7FC00000
 _FRACTION = (1 << FRACTION_BITS) - 1
-_SHORT_FORM = re.compile(r"(?P<family>[a-z]+)(?:-t(?P<t>\d{1,3}))?(?:-r(?P<r>\d{1,3}))?")
+_SHORT_FORM = re.compile(r"(?P<family>[a-z]+)(?:-t(?P<t>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?")
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ class Multiplier:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown multiplier family {self.family!r}: the families are {', '.join(FAMILIES)}")
-        if not 0 <= self.truncate < FRACTION_BITS:
+        if type(self.truncate) is not int or not 0 <= self.truncate < FRACTION_BITS:
             raise ValueError(f"truncate is {self.truncate}, but 0 to {FRACTION_BITS - 1} fraction bits can be dropped")
-        if self.result_bits is not None and not 1 <= self.result_bits <= FRACTION_BITS:
+        if self.result_bits is None:
+            return
+        if type(self.result_bits) is not int or not 1 <= self.result_bits <= FRACTION_BITS:
             raise ValueError(f"result_bits is {self.result_bits}, but 1 to {FRACTION_BITS} fraction bits can be kept")
 
     @classmethod
-    @lru_cache(maxsize=256)
     def parse(cls, text: str) -> Self:
         """Read the short form ``family[-tT][-rR]``, for example ``mbm-t16-r7``.
 

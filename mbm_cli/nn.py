@@ -63,4 +63,8 @@ def convert(model: nn.Module, multiplier: Multiplier | str) -> nn.Module:
 
 
 def _as_multiplier(multiplier: Multiplier | str) -> Multiplier:
-    return Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier
+    if isinstance(multiplier, Multiplier):
+        return multiplier
+    if not isinstance(multiplier, str):
+        raise ValueError(f"a multiplier is a Multiplier or its short form, not {multiplier!r}")
+    return Multiplier.parse(multiplier)

@@ -78,6 +78,8 @@ def conv2d(
     if bias is not None:
         _check_operands(weight, bias, "weight", "bias")
     stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        raise RuntimeError(f"the input has 3 or 4 dimensions and the weight 4, not {input.dim()} and {weight.dim()}")
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     padding = _pair(padding, "padding")

@@ -1,13 +1,11 @@
 """Tables and progress: what a person sees of an experiment, on a terminal, in a log, or not at all."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group
-from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,17 +15,18 @@ from mbm_cli.training import Progress as StepProgress
 
 WIDTH = 100
 
+# Heading, width, value of an epoch's metrics; all of them fit 80 columns.
 _EPOCH_COLUMNS = (
-    # heading, width, value of an epoch's metrics
     ("epoch", 7, lambda m, epochs: f"{m['epoch']}/{epochs}"),
-    ("train loss", 10, lambda m, _: f"{m['train_loss']:.4f}"),
-    ("train acc", 9, lambda m, _: percent(m["train_accuracy"])),
-    ("test loss", 9, lambda m, _: f"{m['test_loss']:.4f}"),
-    ("test acc", 9, lambda m, _: percent(m["test_accuracy"])),
-    ("train s", 8, lambda m, _: f"{m['train_seconds']:.2f}"),
-    ("eval s", 7, lambda m, _: f"{m['eval_seconds']:.2f}"),
+    ("train\nloss", 7, lambda m, _: f"{m['train_loss']:.4f}"),
+    ("train\naccuracy", 8, lambda m, _: percent(m["train_accuracy"])),
+    ("test\nloss", 7, lambda m, _: f"{m['test_loss']:.4f}"),
+    ("test\naccuracy", 8, lambda m, _: percent(m["test_accuracy"])),
+    ("train s", 7, lambda m, _: f"{m['train_seconds']:.2f}"),
+    ("eval s", 6, lambda m, _: f"{m['eval_seconds']:.2f}"),
     ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
 )
+_NARROW_EPOCH_COLUMNS = tuple(_EPOCH_COLUMNS[i] for i in (0, 1, 4, 5))
 
 
 def percent(fraction: float | None) -> str:
@@ -70,17 +69,18 @@ def layer_table(layers: Sequence[Layer]) -> Table:
     rows.append(
         ("", "all", "", "", f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}")
     )
-    columns = ("layer", "kind", "multiplier", "shape", "parameters", "multiplications/image")
+    columns = ("layer", "kind", "multiplier", "shape", "parameters", "mults/image")
     return table(None, columns, rows, left=4)
 
 
-def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, heading: bool = True) -> Table:
+def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:
     """Rows of finished epochs in columns of fixed width, so that rows printed one by one stand below one another."""
     made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
-    for name, width, _ in _EPOCH_COLUMNS:
-        made.add_column(name, justify="right", width=width, no_wrap=True)
+    columns = _EPOCH_COLUMNS if width >= 80 else _NARROW_EPOCH_COLUMNS
+    for name, size, _ in columns:
+        made.add_column(name, justify="right", width=size, no_wrap=True)
     for m in metrics:
-        made.add_row(*(value(m, epochs) for _, _, value in _EPOCH_COLUMNS))
+        made.add_row(*(value(m, epochs) for _, _, value in columns))
     return made
 
 
@@ -168,7 +168,7 @@ class LiveDisplay(PlainDisplay):
             self.bar.reset(self.task, **self._blank(metrics["epoch"] + 1))
         else:
             self.bar.stop()
-        self.bar.console.print(epoch_table([metrics], self.epochs, heading=self.heading))
+        self.bar.console.print(epoch_table([metrics], self.epochs, self.console.width, heading=self.heading))
         self.heading = False
 
     def finish(self, summary: dict[str, Any], folder: Path) -> None:
@@ -181,16 +181,16 @@ class LiveDisplay(PlainDisplay):
 
 
 def run_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Summaries of runs, each with its folder under ``run``."""
+    """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that."""
     rows = [
         (
             Path(run["run"]).name,
             run["status"],
-            run["multiplier"],
-            run["device"],
-            str(run["epochs"]),
-            percent(run["test_accuracy"]),
-            f"{_median(run['epoch_seconds']):.2f}" if run["epoch_seconds"] else "-",
+            run.get("multiplier", "-"),
+            run.get("device", "-"),
+            str(run.get("epochs", "-")),
+            percent(run.get("test_accuracy")),
+            f"{_median(run['epoch_seconds']):.2f}" if run.get("epoch_seconds") else "-",
         )
         for run in runs
     ]
@@ -242,23 +242,6 @@ def conv_tables(result: dict[str, Any]) -> Group:
             left=2,
         ),
     )
-
-
-@contextmanager
-def live_tables(render: Callable[[dict[str, Any]], Group], silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Takes results as they grow: on a terminal their tables are redrawn, elsewhere printed once, at the end."""
-    screen, latest = console(), None
-    with Live(console=screen, auto_refresh=False) if screen.is_terminal and not silent else nullcontext() as live:
-
-        def show(result: dict[str, Any]) -> None:
-            nonlocal latest
-            latest = result
-            if live is not None:
-                live.update(render(result), refresh=True)
-
-        yield show
-    if latest is not None and live is None and not silent:
-        screen.print(render(latest))
 
 
 def print_check(screen: Console, check: Any) -> None:

@@ -15,6 +15,11 @@ import torch
 
 from mbm_cli.errors import RequestError, RunError
 
+SUMMARY_FIELDS = {
+    *("status", "multiplier", "device", "epochs", "test_accuracy", "best_test_accuracy"),
+    *("epoch_seconds", "train_seconds", "total_seconds"),
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -34,6 +39,10 @@ class Run:
         try:
             output.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+        except FileExistsError:
+            if folder.exists():  # the id of another run of this second
+                return cls.create(output, name)
+            raise RunError(f"cannot make a run folder: {output} is a file; name another with --output") from None
         except OSError as error:
             raise RunError(
                 f"cannot make the run folder {folder} ({error.strerror}): name another with --output"
@@ -49,7 +58,7 @@ class Run:
         """
         for folder in (Path(name), output / name):
             if (folder / "summary.json").is_file():
-                return cls(folder)
+                return cls(folder.resolve() if folder.name == "" else folder)
         near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
         raise RequestError(f"no run {name!r}, neither as a path nor in {output}{hint}")
@@ -96,7 +105,16 @@ class Run:
         return self._read("config.yaml")
 
     def summary(self) -> dict[str, Any]:
-        return self._parse("summary.json", self._read("summary.json"))
+        """What ``summary.json`` holds.
+
+        Raises:
+            RunError: it cannot be read, or a field is missing.
+        """
+        summary = self._parse("summary.json", self._read("summary.json"))
+        missing = SUMMARY_FIELDS - summary.keys()
+        if missing:
+            raise RunError(f"{self.folder / 'summary.json'} is damaged (without {', '.join(sorted(missing))})")
+        return summary
 
     def environment(self) -> dict[str, Any]:
         return self._parse("environment.json", self._read("environment.json"))
@@ -121,7 +139,8 @@ class Run:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.folder / name} cannot be read ({error})") from error
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise RunError(f"{self.folder / name} cannot be read ({reason}): the run is damaged") from error
 
     def _parse(self, name: str, text: str) -> dict[str, Any]:
         try:

@@ -34,6 +34,7 @@ class Epoch:
     train_accuracy: float
     test_loss: float
     test_accuracy: float
+    epoch_seconds: float  # training and evaluation
     train_seconds: float
     eval_seconds: float
     images_per_second: float
@@ -126,9 +127,16 @@ class Trainer:
         train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
-        eval_seconds = time.perf_counter() - start - train_seconds
+        epoch_seconds = time.perf_counter() - start
         return Epoch(
-            train_loss, train_accuracy, test_loss, test_accuracy, train_seconds, eval_seconds, images / train_seconds
+            train_loss,
+            train_accuracy,
+            test_loss,
+            test_accuracy,
+            epoch_seconds,
+            train_seconds,
+            epoch_seconds - train_seconds,
+            images / train_seconds,
         )
 
     def evaluate(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The CUDA backend: the kernels of kernels/conv2d.cu, compiled by CuPy for the card, on PyTorch's streams and memory."""
+"""The CUDA backend: the kernels of kernels/conv2d.cu, compiled by CuPy, on PyTorch's streams and memory."""
 
 import sys
 from functools import lru_cache
@@ -16,28 +16,29 @@ from mbm_cli.errors import RunError
 from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
-_THREADS = 128  # of a block; the tiled kernels are laid out for it
-_SLICE = 8  # products of a sum between two barriers
-_INDEX_LIMIT = 1 << 31  # the kernels' 32-bit indices; offsets between images and in the output have 64 bits
+# As in conv2d.cu: threads of a block, and steps of a sum between two barriers of a tiled kernel.
+_THREADS, _DIRECT_THREADS, _SLICE = 128, 64, 8
+_INDEX_LIMIT = 1 << 31  # of the 32-bit indices; offsets between images and in the output have 64 bits
+_CEILING_RELOAD = 4096  # rounds, a power of two
 
 # conv2d.cu's struct Conv2d, field by field.
 _CONV2D = np.dtype(
-    [("image_stride", np.int64)]
+    [(name, np.uint64) for name in ("input", "weight", "bias", "output")]
+    + [("image_stride", np.int64)]
     + [(name, np.int32) for name in ("channel_stride", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channels", "out_channels", "groups")]
     + [(name, np.int32, 2) for name in ("size", "kernel", "out_size", "stride", "padding", "dilation")]
-    + [("slice", np.int32, 3)]
-    + [("pixels", np.uint32)],
+    + [("slice", np.int32, 3), ("pixels", np.uint32)],
     align=True,
 )
 
 
 class CudaError(RunError, RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message names what to install."""
+    """The kernels cannot be compiled or loaded here; the message says what to install."""
 
 
 class Tile(NamedTuple):
-    """A tiled kernel: output channels and pixels of a block, and its cost of a product relative to the largest's."""
+    """A tiled kernel: output channels and pixels of a block, and a product's time as a multiple of the first's."""
 
     kernel: str
     channels: int
@@ -47,31 +48,31 @@ class Tile(NamedTuple):
 
 _TILES = (
     Tile("conv2d_64x128", 64, 128, 1.0),
-    Tile("conv2d_32x128", 32, 128, 1.08),
+    Tile("conv2d_32x128", 32, 128, 1.06),
     Tile("conv2d_16x32", 16, 32, 1.3),
 )
-_CEILING_RELOAD = 4096  # rounds, a power of two
-_DIRECT = {1: 4, 2: 4, 4: 2, 6: 2, 8: 2}  # output channels of the direct kernels, and pixels of a thread
+_DIRECT = {1: 4, 4: 2, 6: 2, 8: 2}  # output channels of the direct kernels, and pixels of a thread
 _KERNELS = (*(tile.kernel for tile in _TILES), *(f"conv2d_direct_{n}" for n in _DIRECT), "multiply", "ceiling")
 
 
 class Launch(NamedTuple):
-    """How a convolution is launched: the kernel's name, the number of blocks, and its arguments after the pointers."""
+    """How a convolution is launched: kernel, blocks, threads of a block, and the argument (its pointers left open)."""
 
     kernel: str
     blocks: int
+    threads: int
     conv: np.ndarray
 
 
 def source() -> str:
-    """The CUDA source as one text, its header pasted in: in a wheel or an editable install they may have no folder."""
+    """The CUDA source as one text with its header pasted in: the package's resources may have no common folder."""
     folder = files("mbm_cli") / "kernels"
     header = (folder / "multiplier.h").read_text(encoding="utf-8").replace("#pragma once\n", "")
     return (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
 
 
 def options(multiplier: str) -> tuple[str, ...]:
-    """The compiler's options that make the source the kernels of a multiplier, given by its short form."""
+    """The compiler's options that make of the source the kernels of a multiplier, given by its short form."""
     parsed = Multiplier.parse(multiplier)
     return (
         "-std=c++17",
@@ -105,8 +106,7 @@ def import_cupy() -> Any:
 def kernels(multiplier: str, device: int) -> dict[str, Any]:
     """A multiplier's kernels, by name, ready to launch on the device with this index.
 
-    Compiling takes seconds, once; CuPy keeps the result on disk. If it takes longer than loading does, standard error
-    says so.
+    Compiling takes seconds, once; CuPy keeps the result on disk, and loads it faster than the message below appears.
 
     Raises:
         CudaError: CuPy is missing, does not fit, or fails.
@@ -125,11 +125,11 @@ def kernels(multiplier: str, device: int) -> dict[str, Any]:
             for kernel in loaded.values():
                 kernel.compile()
             return loaded
-    except Exception as error:  # CuPy's own kinds, for the compiler, the driver and missing libraries
+    except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
         first_line = (str(error).splitlines() or [""])[0]
         raise CudaError(
-            f"the CUDA kernels of {multiplier} do not compile or load ({type(error).__name__}: {first_line}): check "
-            "that the driver is as new as CuPy's CUDA"
+            f"the CUDA kernels of {multiplier} do not compile or load ({type(error).__name__}: {first_line}): "
+            "check that the NVIDIA driver is new enough for CuPy's CUDA"
         ) from error
     finally:
         notice.cancel()
@@ -146,26 +146,26 @@ def _stream(device: int, handle: int) -> Any:
     cupy = import_cupy()
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
-    return cupy.cuda.ExternalStream(handle, device)
+    return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
 
 
-def _run(multiplier: str, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
+def _run(multiplier: str, kernel: str, device: int, blocks: int, threads: int, arguments: tuple) -> None:
     """Launch a kernel on PyTorch's current stream of the device."""
     function = kernels(multiplier, device)[kernel]
     with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
-        function((blocks,), (_THREADS,), arguments)
+        function((blocks,), (threads,), arguments)
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
     a, b = torch.broadcast_tensors(a, b)
     a, b = a.contiguous(), b.contiguous()
     output = torch.empty_like(a)
-    count = a.numel()
+    count, device = a.numel(), a.device.index
     if count > 0:
         # Enough blocks to fill the card; each thread takes every so many-th element.
-        blocks = min(-(-count // _THREADS), 16 * _multiprocessors(a.device.index))
+        blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
         arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), count)
-        _run(multiplier, "multiply", a.device.index, blocks, arguments)
+        _run(multiplier, "multiply", device, blocks, _THREADS, arguments)
     return output
 
 
@@ -198,8 +198,10 @@ def conv2d(
         groups,
         _multiprocessors(device),
     )
-    pointers = (input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr())
-    _run(multiplier, launch.kernel, device, launch.blocks, (*pointers, launch.conv))
+    conv = launch.conv.copy()
+    bias_pointer = 0 if bias is None else bias.data_ptr()
+    conv.view(np.uint64)[:4] = input.data_ptr(), weight.data_ptr(), bias_pointer, output.data_ptr()
+    _run(multiplier, launch.kernel, device, launch.blocks, launch.threads, (conv,))
     return output
 
 
@@ -215,7 +217,7 @@ def plan(
     groups: int,
     multiprocessors: int,
 ) -> Launch:
-    """Choose the kernel for a convolution, and lay out its arguments.
+    """Choose the kernel for a convolution, and lay out its argument.
 
     Raises:
         RuntimeError: an image, the weight, or the number of output positions has more elements than 32 bits index.
@@ -223,38 +225,46 @@ def plan(
     out_channels, channels, *kernel = weight_shape
     out_channels //= groups
     pixels = out_shape[0] * out_shape[2] * out_shape[3]
-    blocks_of = {}
-    if out_channels <= max(_DIRECT):
-        # A thread keeps all channels of its pixels.
-        fitting = next(n for n in _DIRECT if n >= out_channels)
-        name = f"conv2d_direct_{fitting}"
-        blocks_of[name] = groups * -(-pixels // (_THREADS * _DIRECT[fitting]))
-    else:
-        # The tile that needs the least time if every multiprocessor takes one block after the other: large tiles load
-        # less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
-        times = {}
-        for tile in _TILES:
-            blocks = groups * -(-out_channels // tile.channels) * -(-pixels // tile.pixels)
-            blocks_of[tile.kernel] = blocks
-            times[tile.kernel] = -(-blocks // multiprocessors) * tile.channels * tile.pixels * tile.cost
-        name = min(times, key=times.__getitem__)
+    name, blocks, threads = _choose_kernel(out_channels, groups, pixels, multiprocessors)
 
     reach = [max(shape[2 + i], dilation[i] * (kernel[i] - 1) + 1 + padding[i]) for i in range(2)]
     image = sum((n - 1) * step for n, step in zip((shape[1], *reach), strides[1:], strict=True))
-    largest = max(image, pixels, blocks_of[name], out_channels * groups * channels * kernel[0] * kernel[1])
-    if largest >= _INDEX_LIMIT:
+    weights = out_channels * groups * channels * kernel[0] * kernel[1]
+    # Positions outside of the image are told by rows of 2^29 and more.
+    if max(image, weights, pixels, blocks, 8 * max(reach)) >= _INDEX_LIMIT:
         raise RuntimeError(
-            f"an image, the weight, or the output positions of a convolution of {list(shape)} with "
-            f"{list(weight_shape)} exceed 2^31 elements: use smaller batches"
+            f"a convolution of {list(shape)} with {list(weight_shape)} needs indices of more than 32 bits within an "
+            "image, in the weight, or for its output positions: use smaller batches or images"
         )
+
     steps, column = divmod(_SLICE, kernel[1])
     channel, row = divmod(steps, kernel[0])
-    conv = np.zeros((), _CONV2D)
-    values = (*strides, channels, out_channels, groups, shape[2:], kernel, out_shape[2:], stride, padding, dilation)
-    values = (*values, (channel, row, column), pixels)
-    for field, value in zip(_CONV2D.names, values, strict=True):
+    values = (*strides, channels, out_channels, groups)
+    values += (shape[2:], kernel, out_shape[2:], stride, padding, dilation, (channel, row, column), pixels)
+    conv = np.zeros(1, _CONV2D)
+    for field, value in zip(_CONV2D.names[4:], values, strict=True):
         conv[field] = value
-    return Launch(name, blocks_of[name], conv)
+    return Launch(name, blocks, threads, conv)
+
+
+def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int, int]:
+    """The kernel's name, the number of blocks, and the threads of a block."""
+    if out_channels <= max(_DIRECT):
+        # A thread keeps all channels of its pixels.
+        fitting = next(n for n in _DIRECT if n >= out_channels)
+        blocks = groups * -(-pixels // (_DIRECT_THREADS * _DIRECT[fitting]))
+        return f"conv2d_direct_{fitting}", blocks, _DIRECT_THREADS
+
+    # The tile that needs the least time if every multiprocessor computes one block after the other: large tiles fetch
+    # and decode less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
+    def blocks(tile: Tile) -> int:
+        return groups * -(-out_channels // tile.channels) * -(-pixels // tile.pixels)
+
+    def time(tile: Tile) -> float:
+        return -(-blocks(tile) // multiprocessors) * tile.channels * tile.pixels * tile.cost
+
+    best = min(_TILES, key=time)
+    return best.kernel, blocks(best), _THREADS
 
 
 def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> float:
@@ -266,19 +276,19 @@ def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> 
     """
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        blocks, rounds = 3 * _multiprocessors(index), 20_000
-        operands = torch.rand(16, _THREADS, device="cuda") + 0.5
-        sums = torch.empty(blocks, _THREADS, device="cuda")
+        blocks, rounds, sums_of_thread = 3 * _multiprocessors(index), 20_000, 64
+        numbers = torch.rand(2 * _SLICE, _THREADS, device="cuda") + 0.5
+        output = torch.empty(blocks, _THREADS, device="cuda")
+        arguments = (numbers.data_ptr(), output.data_ptr(), np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
         times = []
         for _ in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            arguments = (operands.data_ptr(), sums.data_ptr(), np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
-            _run(multiplier, "ceiling", index, blocks, arguments)
+            _run(multiplier, "ceiling", index, blocks, _THREADS, arguments)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e-3)
-    return blocks * _THREADS * 64 * rounds / median(times[1:])
+    return blocks * _THREADS * sums_of_thread * rounds / median(times[1:])
 
 
 torch.library.impl("mbm::multiply", "cuda", multiply)

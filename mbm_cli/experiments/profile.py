@@ -65,7 +65,7 @@ def profile_conv(
     config: Config,
     output: Path,
     threads: int | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
+    report: Callable[[str], None] = lambda doing: None,
 ) -> tuple[Run, dict[str, Any]]:
     """Time the convolutions of the config's model, then the reference shapes that the device can bear.
 
@@ -76,7 +76,7 @@ def profile_conv(
         config: its model, multiplier, batch size, device and seed are used.
         output: where the run folder with ``profile.json`` is made.
         threads: CPU threads.
-        report: gets the result so far after every convolution.
+        report: told, in words, what is being timed.
 
     Raises:
         RequestError: the multiplier is the exact one, or the device is not there.
@@ -100,11 +100,10 @@ def profile_conv(
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if shape.multiplications <= LIMITS[device.type]:
-            result["convolutions"].append(_time_shape(shape, str(multiplier), generator, device))
-            result["convolutions"][-1]["share_of_ceiling"] = (
-                result["convolutions"][-1]["macs_per_second"] / result["ceiling_macs_per_second"]
-            )
-            report(result)
+            report(f"timing {shape.describe()}, batch {shape.batch}")
+            timed = _time_shape(shape, str(multiplier), generator, device)
+            timed["share_of_ceiling"] = timed["macs_per_second"] / result["ceiling_macs_per_second"]
+            result["convolutions"].append(timed)
     run.write_json("profile.json", result)
     return run, result
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,13 @@ def resume(
     if epochs is not None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
     summary = run.summary()
+    if epochs is not None and epochs < summary["epochs"]:
+        raise RequestError(f"the run has {summary['epochs']} epochs already: --epochs {epochs} would take some back")
     if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
+        display.finish(summary, run.folder)
         return summary
     # The number of threads decides how sums are split, hence the last bits.
-    device = prepare(config, run.environment()["threads"])
+    device = prepare(config, run.environment().get("threads"))
     data = load_data(config, device)
     run.write("config.yaml", configs.dump(config))
     return _train(run, config, device, data, display, stopped, started)
@@ -137,7 +141,7 @@ def _train(
     done = 0 if checkpoint is None else checkpoint["epoch"]
     if checkpoint is not None:
         _restore(checkpoint, model, optimizer, device)
-    metrics = run.metrics()[:done]
+    metrics = checkpoint["metrics"] if checkpoint else []
     before = checkpoint["total_seconds"] if checkpoint else 0.0
 
     def summarize(status: str, **more: Any) -> dict[str, Any]:
@@ -160,31 +164,21 @@ def _train(
     summarize("running")
     images = f"{len(train_split):,} training and {len(test_split):,} test images"
     what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
-    display.start(what, describe_layers(model, train_split.images.shape[1:]), epochs)
     epoch = done + 1
     try:
+        display.start(what, describe_layers(model, train_split.images.shape[1:]), epochs)
         for epoch in range(done + 1, epochs + 1):
             order = epoch_order(len(train_split), config.seed, epoch)
             rates = learning_rates(
                 config.optimizer.lr, config.optimizer.schedule, (epoch - 1) * steps, steps, epochs * steps
             )
             result = trainer.epoch(order, rates, lambda p, epoch=epoch: display.progress(epoch, p), stopped)
-            metrics.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": result.train_loss,
-                    "train_accuracy": result.train_accuracy,
-                    "test_loss": result.test_loss,
-                    "test_accuracy": result.test_accuracy,
-                    "epoch_seconds": result.train_seconds + result.eval_seconds,
-                    "train_seconds": result.train_seconds,
-                    "eval_seconds": result.eval_seconds,
-                    "images_per_second": result.images_per_second,
-                }
-            )
-            run.write_metrics(metrics)
+            row = {"epoch": epoch, **asdict(result)}
             total_seconds = before + time.perf_counter() - started
-            run.write_checkpoint(_checkpoint(epoch, total_seconds, model, optimizer, device))
+            # First, and with the metrics in it: whatever fails from here on, nothing contradicts the checkpoint.
+            run.write_checkpoint(_checkpoint([*metrics, row], total_seconds, model, optimizer, device))
+            metrics.append(row)
+            run.write_metrics(metrics)
             summarize("running")
             display.epoch(metrics[-1])
         run.write("curves.png", plots.curves(metrics, f"{config.name}: {config.model.name}, {config.model.multiplier}"))
@@ -215,11 +209,16 @@ def _describe(device: torch.device) -> str:
 
 
 def _checkpoint(
-    epoch: int, total_seconds: float, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    metrics: list[dict[str, Any]],
+    total_seconds: float,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Plain tensors and numbers, as ``torch.load(weights_only=True)`` reads them."""
     return {
-        "epoch": epoch,
+        "epoch": len(metrics),
+        "metrics": metrics,
         "total_seconds": total_seconds,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -1,0 +1,124 @@
+"""The acceptance run for the CPU's products: every multiplier below, 10^7 random operands in each layout, bit for bit.
+
+``python -m tests.exhaustive_cpu`` takes some minutes, prints a line for each multiplier, and ends with 1 if a product
+differs from the reference. test_cpu.py runs a hundredth of it.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import mbm_cli.ops as mbm
+from mbm_cli import _cpu
+from mbm_cli.multipliers import FAMILIES, Multiplier, reference_product
+
+MULTIPLIERS = [
+    Multiplier(family, t, r) for family, t, r in product(FAMILIES, (0, 1, 7, 8, 15, 16, 17, 18, 19, 20, 22), (None, 7))
+]
+ROUNDS, PRODUCTS = 10, 10**6
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Have the kernels use this one."""
+    _cpu.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        _cpu.use_instruction_set(_cpu.instruction_sets()[0])
+
+
+def wild(count: int, generator: torch.Generator) -> Tensor:
+    """Random bit patterns; an eighth are zeros, subnormals, extremes, infinities and NaN."""
+    anything = torch.randint(-(2**31), 2**31, (count,), generator=generator)
+    exponent = torch.tensor([0, 1, 127, 254, 255])[torch.randint(5, (count,), generator=generator)]
+    fraction = torch.tensor([0, 1, 2**22, 2**23 - 1])[torch.randint(4, (count,), generator=generator)]
+    edge = (anything & -(2**31)) | exponent << 23 | fraction
+    is_edge = torch.randint(8, (count,), generator=generator) == 0
+    return torch.where(is_edge, edge, anything).to(torch.int32).view(torch.float32)
+
+
+def in_range(count: int, generator: torch.Generator) -> Tensor:
+    """Random signs and fractions; no product leaves the normal range, so that convolutions take their fast path."""
+    exponent = torch.randint(64, 190, (count,), generator=generator)
+    sign_and_fraction = torch.randint(-(2**31), 2**31, (count,), generator=generator) & ~(255 << 23)
+    return (sign_and_fraction | exponent << 23).to(torch.int32).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random operands in one layout, broadcasting with one another, and how the backend multiplies them."""
+
+    name: str
+    compute: Callable[[Multiplier], Tensor]
+    a: Tensor
+    b: Tensor
+    is_sum: bool  # of one product, hence 0.0 + product, and NaN may be any
+
+
+def cases(count: int, seed: int) -> list[Case]:
+    """At least ``count`` products of either kind of operands in each layout."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        case
+        for kind, draw in (("wild", wild), ("in-range", in_range))
+        for case in _layouts(kind, count, partial(draw, generator=generator))
+    ]
+
+
+def _layouts(kind: str, count: int, draw: Callable[[int], Tensor]) -> Iterator[Case]:
+    a, b = draw(count), draw(count)
+    yield Case(f"{kind} elementwise", lambda m: mbm.multiply(a, b, m), a, b, False)
+    channels = count // 100
+    image, weight = draw(count).reshape(1, channels, 10, 10), draw(channels).reshape(channels, 1, 1, 1)
+    depthwise = partial(mbm.conv2d, image, weight, None, 1, 0, 1, channels)
+    yield Case(f"{kind} depthwise", depthwise, image, weight.squeeze(1), True)
+    side = math.ceil(math.sqrt(count))
+    row, column = draw(side).reshape(1, 1, 1, side), draw(side).reshape(side, 1, 1, 1)
+    yield Case(f"{kind} 1x1", partial(mbm.conv2d, row, column, None, 1, 0, 1, 1), row, column.squeeze(1), True)
+
+
+def differences(multiplier: Multiplier, case: Case) -> list[str]:
+    """How often, and where first, each instruction set differs from the reference."""
+    expected, found = reference_product(case.a, case.b, multiplier), []
+    if case.is_sum:
+        expected = 0.0 + expected
+    for name in _cpu.instruction_sets():
+        with instruction_set(name):
+            actual = case.compute(multiplier)
+        if case.is_sum and multiplier.is_exact:
+            actual = 0.0 + actual  # PyTorch's own convolution, whose sums need not begin with zero
+        differ = actual.view(torch.int32) != expected.view(torch.int32)
+        if case.is_sum:
+            differ &= ~(actual.isnan() & expected.isnan())
+        if differ.any():
+            a, b = torch.broadcast_tensors(case.a, case.b)
+            first = f"{a[differ][0].item().hex()} * {b[differ][0].item().hex()}"
+            found.append(f"{differ.sum()} {case.name} products on {name}, first {first}")
+    return found
+
+
+def main() -> int:
+    drawn = [case for seed in range(ROUNDS) for case in cases(PRODUCTS, seed)]
+    layouts = ", ".join(dict.fromkeys(case.name for case in drawn))
+    print(f"{ROUNDS * PRODUCTS:,} products each: {layouts}; each on {', '.join(_cpu.instruction_sets())}")
+    failed = False
+    for multiplier in MULTIPLIERS:
+        start = time.perf_counter()
+        found = [difference for case in drawn for difference in differences(multiplier, case)]
+        failed |= bool(found)
+        verdict = f"DIFFERS: {'; '.join(found)}" if found else "none differs"
+        print(f"{multiplier!s:16} {time.perf_counter() - start:5.1f} s  {verdict}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""What a multiplier is called, and the reference model against one written differently: scalar Python integers."""
+
+import dataclasses
+import itertools
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mbm_cli.multipliers import FAMILIES, Multiplier, reference_product
+
+INFINITY, NAN, SIGN = 0x7F800000, 0x7FC00000, 0x80000000
+EDGES = [
+    0x00000000,  # zero
+    0x00000001,  # the smallest subnormal
+    0x00400000,
+    0x007FFFFF,  # the largest subnormal
+    0x00800000,  # the smallest normal
+    0x00800001,
+    0x00FFFFFF,
+    0x1FFFFFFF,  # its square is just below the smallest normal
+    0x20000000,  # its square just below, or at, the smallest normal
+    0x20350000,
+    0x3F000000,
+    0x3F7FFFFF,  # the largest below 1
+    0x3F800000,  # 1
+    0x3F800001,
+    0x3FBFFFFF,
+    0x3FC00000,  # 1.5: with itself, the sum of the fractions carries
+    0x3FFFFFFF,  # all-ones fraction
+    0x40490FDB,
+    0x5F7FFFFF,
+    0x5F800000,  # its square is infinite
+    0x7F000000,
+    0x7F7FFFFF,  # the largest
+    INFINITY,
+    0x7F800001,  # signalling NaN
+    NAN,
+    0x7FFFFFFF,
+]
+EDGES += [SIGN | bits for bits in EDGES]
+# On both sides of an exponent of 0 and of 255, the sum of the fractions carrying or not, and where nothing can happen.
+EXPONENT_PAIRS = [
+    *[(127, 127), (1, 1), (1, 125), (1, 126), (1, 127), (63, 63), (64, 64), (100, 27)],
+    *[(254, 254), (254, 126), (254, 127), (254, 128), (200, 180), (200, 181), (200, 182)],
+]
+
+
+def scalar_product(a: int, b: int, multiplier: Multiplier) -> int:
+    """The bits of the product of two float32 numbers given as bits."""
+    product = _scalar_exact if multiplier.family == "exact" else _scalar_approximate
+    return product(a, b, multiplier.family, multiplier.truncate, multiplier.result_bits or 23)
+
+
+def _scalar_exact(a: int, b: int, family: str, t: int, r: int) -> int:
+    # The product of two float32 numbers is exact in float64, hence rounded once.
+    product = math.prod(_value(_cleared(x, t)) for x in (a, b))
+    if math.isnan(product):
+        return NAN
+    try:
+        rounded = struct.pack("<f", product)
+    except OverflowError:
+        rounded = struct.pack("<f", math.copysign(math.inf, product))
+    return _cleared(struct.unpack("<I", rounded)[0], 23 - r)
+
+
+def _scalar_approximate(a: int, b: int, family: str, t: int, r: int) -> int:
+    (sign_a, exponent_a, fraction_a), (sign_b, exponent_b, fraction_b) = _fields(a), _fields(b)
+    sign = SIGN if sign_a != sign_b else 0
+    if (exponent_a == 255 and fraction_a) or (exponent_b == 255 and fraction_b):
+        return NAN
+    if 255 in (exponent_a, exponent_b):
+        return NAN if 0 in (exponent_a, exponent_b) else sign | INFINITY
+    if 0 in (exponent_a, exponent_b):
+        return sign
+
+    unit = 2**t
+    x, y = fraction_a // unit * unit, fraction_b // unit * unit
+    if family == "mbm" and t > 0:
+        x, y = x | unit, y | unit
+    carry, f = divmod(x + y, 2**23)
+    exponent = exponent_a + exponent_b - 127 + carry
+    if family == "mbm":
+        c = (327680 if carry else 655360) // unit * unit
+        if not carry or f + c < 2**23:
+            f += c
+    if f >= 2**23:
+        exponent, f = exponent + 1, (f - 2**23) // 2
+    if exponent <= 0:
+        return sign
+    if exponent >= 255:
+        return sign | INFINITY
+    return sign + exponent * 2**23 + f // 2 ** (23 - r) * 2 ** (23 - r)
+
+
+def _fields(bits: int) -> tuple[int, int, int]:
+    return bits >> 31, bits >> 23 & 255, bits % 2**23
+
+
+def _value(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def _cleared(bits: int, low: int) -> int:
+    """The number without its low fraction bits, if it is finite."""
+    return bits if bits >> 23 & 255 == 255 else bits >> low << low
+
+
+def as_floats(bits: list[int]) -> torch.Tensor:
+    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def assert_reference_is_scalar_model(pairs: list[tuple[int, int]], multiplier: Multiplier) -> None:
+    a, b = zip(*pairs, strict=True)
+    product = reference_product(as_floats(a), as_floats(b), multiplier).view(torch.int32).tolist()
+    expected = [scalar_product(x, y, multiplier) for x, y in pairs]
+    wrong = [
+        f"{x:08x} * {y:08x} is {e:08x}, not {p & 0xFFFFFFFF:08x}"
+        for (x, y), p, e in zip(pairs, product, expected, strict=True)
+        if p & 0xFFFFFFFF != e
+    ]
+    assert not wrong, f"{multiplier}: {len(wrong)} of {len(pairs)} differ, first {wrong[0]}"
+
+
+def boundary_fractions(t: int) -> list[tuple[int, int]]:
+    """Pairs of fractions whose sum lies around every threshold of the definition."""
+    unit = 2**t
+    thresholds = [2**23]  # carry
+    for c in (655360, 655360 // unit * unit):
+        thresholds += [2**23 - c, 2**24 - c // 2, 2**24 - c // 2 // unit * unit]  # renormalisation; correction skipped
+    sums = {threshold + step * unit for threshold in thresholds for step in range(-4, 5)}
+    sums |= {threshold + step for threshold in thresholds for step in (-1, 0, 1)}
+    firsts = [0, unit, 2**22, 2**22 + unit, 7 << 20, 2**23 - unit, 2**23 - 1]
+    return [(x, s - x) for x in firsts for s in sums if 0 <= x < 2**23 and 0 <= s - x < 2**23]
+
+
+def multipliers(families=FAMILIES) -> st.SearchStrategy[Multiplier]:
+    result_bits = st.none() | st.integers(1, 23)
+    return st.builds(Multiplier, st.sampled_from(families), st.integers(0, 22), result_bits)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("text", "multiplier", "printed"),
+    [
+        ("exact", Multiplier("exact"), "exact"),
+        ("mitchell", Multiplier("mitchell", 0, None), "mitchell"),
+        ("mbm", Multiplier("mbm"), "mbm"),
+        ("mbm-t8", Multiplier("mbm", 8), "mbm-t8"),
+        ("mbm-t0", Multiplier("mbm", 0), "mbm"),
+        ("mbm-r10", Multiplier("mbm", 0, 10), "mbm-r10"),
+        ("mbm-r23", Multiplier("mbm", 0, 23), "mbm-r23"),
+        ("mbm-t22-r1", Multiplier("mbm", 22, 1), "mbm-t22-r1"),
+        ("mitchell-t16-r7", Multiplier("mitchell", 16, 7), "mitchell-t16-r7"),
+        ("exact-t1-r2", Multiplier("exact", 1, 2), "exact-t1-r2"),
+    ],
+)
+def test_the_short_form(text, multiplier, printed):
+    assert Multiplier.parse(text) == multiplier
+    assert str(multiplier) == printed
+
+
+@given(multipliers())
+def test_what_is_printed_is_read_back(multiplier):
+    assert Multiplier.parse(str(multiplier)) == multiplier
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a multiplier"),
+        ("MBM", "is not a multiplier"),
+        ("mbm ", "is not a multiplier"),
+        ("mbm\n", "is not a multiplier"),
+        ("mbm-t", "is not a multiplier"),
+        ("mbm-t-1", "is not a multiplier"),
+        ("mbm-t1.5", "is not a multiplier"),
+        ("mbm-t8-", "is not a multiplier"),
+        ("mbm-r7-t16", "is not a multiplier"),
+        ("mbm_t8", "is not a multiplier"),
+        ("booth", "families are exact, mitchell, mbm"),
+        ("mbm-t23", "0 to 22"),
+        ("mbm-r0", "1 to 23"),
+        ("mbm-r24", "1 to 23"),
+    ],
+)
+def test_what_is_not_a_multiplier(text, message):
+    with pytest.raises(ValueError, match=message):
+        Multiplier.parse(text)
+
+
+@pytest.mark.parametrize("fields", [("MBM",), ("mbm", -1), ("mbm", 23), ("mbm", 0, 0), ("mbm", 0, 24)])
+def test_the_constructor_checks_too(fields):
+    with pytest.raises(ValueError):
+        Multiplier(*fields)
+
+
+def test_a_multiplier_is_a_value():
+    multiplier = Multiplier.parse("mbm-t8")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        multiplier.truncate = 9
+    assert {multiplier, Multiplier("mbm", 8)} == {multiplier}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_exact"),
+    [("exact", True), ("exact-r23", True), ("exact-r22", False), ("exact-t1", False), ("mbm", False)],
+)
+def test_is_exact_is_the_ieee_product_alone(text, is_exact):
+    assert Multiplier.parse(text).is_exact is is_exact
+
+
+# The product
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "multiplier", "product"),
+    [
+        (1.0, 1.0, "mitchell", 1.0),
+        (1.5, 1.5, "mitchell", 2.0),  # 1 + 0.5 + 0.5
+        (1.75, 1.5, "mitchell", 2.5),  # 2 * (0.75 + 0.5)
+        (-1.25, 1.5, "mitchell", -1.75),
+        (1.0, 1.0, "mbm", 1.078125),  # c = 2^-4 + 2^-6
+        (1.5, 1.5, "mbm", 2.078125),  # half of c, doubled by the carry
+        (1.9375, 1.9375, "mbm", 3.828125),
+        (1.984375, 1.984375, "mbm", 3.9375),  # the correction would overflow: skipped
+        (1.0, 1.96875, "mbm", 2.046875),  # renormalised: 31/32 + 5/64 is 1 + 3/64, of which half is the fraction
+        (1.0, 1.0, "mbm-t22", 2.0),  # both fractions become 1/2, and nothing is left of c
+        (1.0, 1.96875, "mbm-r5", 2.0),
+        (1.75, 1.75, "mitchell-r1", 3.0),
+        (1.75, 1.75, "exact-t22", 2.25),
+        (1.75, 1.75, "exact-t22-r1", 2.0),
+    ],
+)
+def test_products_worked_out_by_hand(a, b, multiplier, product):
+    multiplier = Multiplier.parse(multiplier)
+    assert reference_product(torch.tensor(a), torch.tensor(b), multiplier).item() == product
+
+
+RESULT_BITS = (None, 1, 2, 7, 22, 23)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edge_values(family):
+    """Every pair of the edge values: signed zeros, subnormals, extremes, infinities, several NaNs."""
+    pairs = list(itertools.product(EDGES, EDGES))
+    for t in range(23):
+        assert_reference_is_scalar_model(pairs, Multiplier(family, t, RESULT_BITS[t % len(RESULT_BITS)]))
+    for t, r in itertools.product((0, 1, 16), RESULT_BITS):
+        assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fractions_and_exponents_at_the_thresholds(family):
+    """Carry or not, renormalised or not, corrected or not, each at an exponent that is just in range or just not."""
+    for t in range(23):
+        pairs = [
+            (exponent_a << 23 | x, SIGN | exponent_b << 23 | y)
+            for x, y in boundary_fractions(t)
+            for exponent_a, exponent_b in EXPONENT_PAIRS
+        ]
+        for r in (None, RESULT_BITS[1 + t % 5]):
+            assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
+
+
+BITS = st.integers(0, 2**32 - 1) | st.sampled_from(EDGES)
+
+
+@settings(max_examples=300, deadline=None)
+@given(multipliers(), st.lists(st.tuples(BITS, BITS), min_size=1, max_size=50))
+@example(Multiplier("mbm", 17), [(0x3FC00000, 0x3FDC0000)])
+def test_random_bit_patterns(multiplier, pairs):
+    assert_reference_is_scalar_model(pairs, multiplier)
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "mean", "peak", "peak_tolerance"),
+    [
+        ("mbm", -0.10, 2.58, 7.81, 0.01),
+        ("mitchell", -3.85, 3.85, 11.11, 0.01),
+        ("mbm-t20", -3.85, 6.91, 24.95, 0.1),
+    ],
+)
+def test_the_published_error_figures(name, bias, mean, peak, peak_tolerance):
+    """Relative error in percent over uniform random operands in [1, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1 << 22, generator=generator) + 1 for _ in range(2))
+    exact = a.double() * b.double()
+    error = 100 * (reference_product(a, b, Multiplier.parse(name)).double() / exact - 1)
+    assert error.mean().item() == pytest.approx(bias, abs=0.01)
+    assert error.abs().mean().item() == pytest.approx(mean, abs=0.01)
+    assert error.abs().max().item() == pytest.approx(peak, abs=peak_tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_layout_broadcasts(family):
+    multiplier = Multiplier(family, 3)
+    a = torch.randn(4, 6).t()[::2]  # (3, 4), neither contiguous nor dense
+    b = torch.randn(5, 1, 1).expand(5, 3, 1)
+    product = reference_product(a, b, multiplier)
+    assert product.shape == (5, 3, 4)
+    for k, i, j in itertools.product(range(5), range(3), range(4)):
+        assert product[k, i, j] == reference_product(a[i, j], b[k, i, 0], multiplier)
+    assert reference_product(torch.ones(0, 3), torch.ones(3), multiplier).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+def test_operands_are_float32(dtype):
+    with pytest.raises(TypeError, match=r"float32.*\.float\(\)"):
+        reference_product(torch.ones(2), torch.ones(2, dtype=dtype), Multiplier("mbm"))

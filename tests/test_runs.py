@@ -1,0 +1,199 @@
+"""A run's folder: made once, written whole or not at all, found again, and never trusted blindly."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbm_cli.errors import RequestError, RunError
+from mbm_cli.runs import SUMMARY_FIELDS, Run, list_runs
+
+
+def make_run(output: Path, name: str, summary: str = '{"status": "completed"}') -> Run:
+    folder = output / name
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(summary)
+    return Run(folder)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return make_run(tmp_path / "runs", "20260101T000000Z-lenet-mbm-0001")
+
+
+# Making one
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path):
+    output = tmp_path / "a" / "b"
+    runs = [Run.create(output, "lenet-mbm") for _ in range(3)]
+    assert len({run.folder for run in runs}) == 3
+    for run in runs:
+        assert run.folder.parent == output
+        assert list(run.folder.iterdir()) == []
+        assert re.fullmatch(r"\d{8}T\d{6}Z-lenet-mbm-[0-9a-f]+", run.name)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"{tmp_path / 'file' / 'runs'}.*--output"):
+        Run.create(tmp_path / "file" / "runs", "x")
+
+
+# Writing
+
+
+def test_what_is_written_is_read_back(run):
+    run.write("config.yaml", "name: é\n")
+    run.write_json("environment.json", {"device": "cpu", "git_commit": None})
+    summary = dict.fromkeys(SUMMARY_FIELDS)
+    run.write_json("summary.json", summary)
+    run.write_metrics([{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": 1e-300}])
+    assert run.config_text() == "name: é\n"
+    assert run.environment() == {"device": "cpu", "git_commit": None}
+    assert run.summary() == summary
+    assert run.metrics() == [{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": 1e-300}]
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_before_the_first_epoch_there_are_no_metrics_and_no_checkpoint(run):
+    assert run.metrics() == []
+    assert run.checkpoint() is None
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_what_was_there(run, monkeypatch, function, failure):
+    def fail(*args):
+        raise failure
+
+    run.write("config.yaml", "old")
+    before = sorted(run.folder.iterdir())
+    monkeypatch.setattr(os, function, fail)
+    expected = RunError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as error:
+        run.write("config.yaml", "new")
+    assert sorted(run.folder.iterdir()) == before
+    assert run.config_text() == "old"
+    if expected is RunError:
+        assert str(run.folder / "config.yaml") in str(error.value)
+        assert "No space left on device" in str(error.value)
+
+
+def test_a_file_appears_only_when_it_is_whole(run, monkeypatch):
+    replace, seen = os.replace, []
+
+    def look(source, target):
+        seen.append((Path(target).exists(), Path(source).parent, Path(source).read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    run.write("config.yaml", "content")
+    assert seen == [(False, run.folder, "content")]
+
+
+def test_writing_to_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(RunError, match="gone"):
+        Run(tmp_path / "gone").write("config.yaml", "x")
+
+
+# Finding
+
+
+def test_a_run_is_found_by_its_name_and_by_its_path(run, tmp_path, monkeypatch):
+    output = run.folder.parent
+    assert Run.find(run.name, output) == run
+    assert Run.find(str(run.folder), tmp_path / "elsewhere") == run
+    assert Run.find(f"{run.folder}/", tmp_path / "elsewhere").folder == run.folder
+    monkeypatch.chdir(output)
+    assert Run.find(run.name, tmp_path / "elsewhere").folder.resolve() == run.folder
+
+
+def test_a_run_that_is_not_there(run):
+    output = run.folder.parent
+    with pytest.raises(RequestError, match=f"did you mean {run.name}"):
+        Run.find(run.name.replace("lenet", "lent"), output)
+    with pytest.raises(RequestError, match=r"'qqq'.*mbm runs list"):
+        Run.find("qqq", output)
+    with pytest.raises(RequestError, match="nowhere"):
+        Run.find(run.name, output / "nowhere")
+
+
+def test_the_list_is_in_order_of_time_and_holds_runs_only(tmp_path):
+    names = ["20251231T235959Z-z-ffff", "20260101T000000Z-a-0000", "20260101T000001Z-a-0000"]
+    for name in (names[1], names[2], names[0]):
+        make_run(tmp_path, name)
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "20260101T000002Z-no-summary").mkdir()
+    assert [run.name for run in list_runs(tmp_path)] == names
+    assert list_runs(tmp_path / "nowhere") == []
+
+
+# What is damaged
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "comp', b"[1, 2]", b"null", b"\xff\xfe{}"])
+def test_a_damaged_summary_is_named(run, content):
+    (run.folder / "summary.json").write_bytes(content)
+    with pytest.raises(RunError, match=re.escape(str(run.folder / "summary.json"))):
+        run.summary()
+
+
+@pytest.mark.parametrize("content", [b'{"epoch": 1}\n{"epo', b'{"epoch": 1}\n\n', b"3\n", b"\xff\n"])
+def test_damaged_metrics_are_named(run, content):
+    (run.folder / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=re.escape(str(run.folder / "metrics.jsonl"))):
+        run.metrics()
+
+
+def test_a_missing_file_is_named(run):
+    with pytest.raises(RunError, match=re.escape(str(run.folder / "config.yaml"))):
+        run.config_text()
+
+
+CHECKPOINT = {"epoch": 1, "model": {"weight": torch.arange(4.0)}, "random": {"cpu": torch.get_rng_state()}}
+
+
+def test_a_checkpoint_is_plain_data(run):
+    run.write_checkpoint(CHECKPOINT)
+    found = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    assert found["epoch"] == 1
+    assert torch.equal(run.checkpoint()["model"]["weight"], torch.arange(4.0))
+    assert torch.equal(run.checkpoint()["random"]["cpu"], CHECKPOINT["random"]["cpu"])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"garbage\n"])
+def test_a_damaged_checkpoint_is_named(run, damage):
+    run.write_checkpoint(CHECKPOINT)
+    path = run.folder / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RunError, match=re.escape(str(path))):
+        run.checkpoint()
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(run, tmp_path):
+    torch.save({"epoch": Payload(tmp_path / "made")}, run.folder / "checkpoint.pt")
+    with pytest.raises(RunError, match=re.escape(str(run.folder / "checkpoint.pt"))):
+        run.checkpoint()
+    assert not (tmp_path / "made").exists()
+
+
+def test_json_files_end_with_a_newline(run):
+    run.write_json("summary.json", {"status": "failed"})
+    text = (run.folder / "summary.json").read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"status": "failed"}
