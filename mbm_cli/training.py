@@ -145,7 +145,7 @@ class Trainer:
         for _ in self._testing:
             pass
         losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
-        return losses.mean().item(), hits.mean().item()
+        return losses.mean().item(), hits.sum().item() / len(self.test)
 
     def _train_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
         indices = batch_of(self._order)
@@ -170,11 +170,12 @@ class Trainer:
             first = int((~losses.isfinite()).nonzero()[0])
             step = first // self._training.batch_size + 1
             raise RunError(f"the loss of step {step} of {self.steps} is {losses[first].item()}")
-        return loss, hits.mean().item(), images
+        return loss, hits.sum().item() / images, images
 
     def _capture(self) -> None:
         """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
-        before = [(tensor, tensor.clone()) for tensor in self._state()]
+        # Detached: a clone's graph would tie the parameters' gradients to this stream, which capture does not allow.
+        before = [(tensor, tensor.detach().clone()) for tensor in self._state()]
         random_state = torch.cuda.get_rng_state(self._order.device)
         self.model.train()
         self._training.capture()

@@ -67,14 +67,8 @@ def _cuda(cupy: Check) -> Iterator[Check]:
         p = torch.cuda.get_device_properties(index)
         memory = f"{p.total_memory / 2**30:.0f} GiB"
         yield Check(f"cuda:{index}", f"{p.name}, compute capability {p.major}.{p.minor}, {memory}")
-    cudnn = torch.backends.cudnn.version()
-    yield Check("cuda", f"PyTorch built for {torch.version.cuda}, driver for {_driver_version()}, cuDNN {cudnn}")
+    yield Check("cuda", f"PyTorch built for {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     yield cupy
-
-
-def _driver_version() -> str:
-    number = torch._C._cuda_getDriverVersion()
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _cupy() -> Check:
@@ -82,8 +76,9 @@ def _cupy() -> Check:
         found = cuda.import_cupy()
     except cuda.CudaError as error:
         return Check("cupy", "not usable", str(error))
+    driver = found.cuda.runtime.driverGetVersion()
     cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
-    return Check("cupy", f"{found.__version__}, compile cache in {cache}")
+    return Check("cupy", f"{found.__version__}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, cache {cache}")
 
 
 def _mnist() -> Check:
