@@ -32,7 +32,7 @@ enum Family { EXACT, MITCHELL, MBM };
 // How the fast form corrects the sum of the fractions; a compile-time variant of every kernel.
 enum Form {
   IEEE,        // family exact: a * b
-  PLAIN,       // no correction (mitchell)
+  PLAIN,       // no correction (mitchell, and mbm with t > 19)
   ONE_LEVEL,   // one constant below a threshold
   TWO_LEVELS,  // t = 17, where halving c and clearing its low bits do not commute
 };
@@ -51,16 +51,30 @@ constexpr int keep_from(int bit) { return FRACTION & ~((1 << bit) - 1); }
 constexpr Multiplier make_multiplier(Family family, int truncate, int result_bits) {
   int c0 = family == MBM ? CORRECTION & keep_from(truncate) : 0;
   int c1 = family == MBM ? (CORRECTION >> 1) & keep_from(truncate) : 0;
-  Form form = family == EXACT ? IEEE : family == MITCHELL ? PLAIN : c1 == 0 || c0 == 2 * c1 ? ONE_LEVEL : TWO_LEVELS;
+  Form form = family == EXACT ? IEEE : c0 == 0 ? PLAIN : c1 == 0 || c0 == 2 * c1 ? ONE_LEVEL : TWO_LEVELS;
   int set = family == MBM && truncate > 0 ? 1 << truncate : 0;
   return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits)};
+}
+
+// Whether clearing result bits changes any product. It does not where they are zero anyway, as in the published forms
+// (mbm-t16-r7 and the like).
+constexpr bool result_is_masked(const Multiplier& m) {
+  int operand = m.operand_set ? 2 * m.operand_set : m.operand_keep & -m.operand_keep;  // what every sum is a multiple of
+  int shifted = operand | m.correction;                                                // without a carry, perhaps halved
+  int result = operand | m.correction_carry | (m.correction == 0 ? 0 : (shifted >> 1) | (shifted & 1));
+  return (result & -result) < (m.result_keep & -m.result_keep);
 }
 
 // What differs between one lane on the GPU and a vector of lanes on the CPU. L::I is 32-bit integers, L::F floats.
 #if defined(__CUDACC__)
 template <class L> MBM_FN int bits(float x) { return __float_as_int(x); }
 template <class L> MBM_FN float from_bits(int x) { return __int_as_float(x); }
-MBM_FN float multiply_to_nearest(float a, float b) { return __fmul_rn(a, b); }  // never contracted into an FMA
+// Never contracted into an FMA, and subnormals are kept whatever the compiler's options (CuPy sets -ftz=true).
+MBM_FN float multiply_to_nearest(float a, float b) {
+  float p;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
+  return p;
+}
 template <class L> MBM_FN float add_where(float w, bool where, float c) { return where ? __fadd_rz(w, c) : w; }
 #else
 template <class L> MBM_FN typename L::I bits(typename L::F x) { return __builtin_bit_cast(typename L::I, x); }

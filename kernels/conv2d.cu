@@ -1,0 +1,634 @@
+// The CUDA kernels. NVRTC compiles this text once for each multiplier, named by the macros FAMILY, TRUNCATE and
+// RESULT_BITS: every branch on the multiplier is gone at run time.
+//
+// A product and its addition to the sum cost 4 instructions for mbm (2 for mitchell):
+//   w = fraction of a + bits of b       integer addition: Mitchell's product of a's significand and b
+//   p = w below a threshold of b        whether the correction is not skipped
+//   if p: w = w + correction of b       float addition toward zero: c times b's power of two
+//   sum = power of a * w + sum          fused multiply-add: the multiplication by a signed power of two is exact
+// What depends on one operand alone (a: fraction, power; b: bits, threshold, correction) is decoded once for each tile.
+// Zeros need no case of their own: a zero a has power 0; a zero b leaves w subnormal, which the float instructions take
+// for zero (.ftz). For that to be harmless no sum may be subnormal, so where the operands' exponents do not rule out
+// products below 2^-103 or above the largest float, a tile is computed again, each product from the definition (several
+// times slower, and rare).
+//
+// conv2d_tiled, implicit GEMM: rows are the output channels of a group, columns are pixels (all output positions of the
+// batch), and the steps of a sum run over channels, kernel rows and kernel columns.
+//   Mapping: a team of BN threads computes a tile of BM channels by BN pixels, TM by TN a thread. The 128 threads of a
+//     block are one team, or several that divide a sum's steps among them and add their partial sums in a fixed order
+//     (for few pixels).
+//   Tile: each thread fetches its own pixel and some weights for the next 8 steps while the current 8 are multiplied,
+//     then decodes them into the other half of the team's shared memory. One barrier for 8 steps.
+//   Limit: instructions. In the 64 x 128 tile 85 % of them are the products', 3 % load from shared memory, the others
+//     fetch and decode. On Hopper they issue at 3.2 a cycle, of 4, as they do in the ceiling kernel: what is left goes
+//     to conflicts of the register banks, which only the compiler could avoid. 64 sums a thread leave room for 12 warps
+//     a multiprocessor.
+// conv2d_direct, for up to 8 output channels a group (first layers, depthwise): a thread computes all channels of 2 or
+//   4 pixels, whose operands stay in registers; the weights are decoded into shared memory. Limit: fetching and
+//   decoding.
+//
+// Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
+#include "multiplier.h"
+
+#define MBM_MEMBER __device__ __forceinline__
+
+namespace mbm {
+
+struct Lane {
+  typedef int I;
+  typedef float F;
+};
+
+__device__ constexpr Multiplier M = make_multiplier(FAMILY, TRUNCATE, RESULT_BITS);
+constexpr bool MASKED = result_is_masked(M);
+constexpr int THREADS = 128;        // of a block of tiled kernels
+constexpr int SLICE = 8;            // steps of a sum between two barriers
+constexpr int DIRECT_THREADS = 64;  // of a block of direct kernels
+constexpr int DIRECT_SLICE = 5;     // steps whose pixels are fetched together; 5 by 5 and 3 by 3 waste none and one
+constexpr int OUTSIDE = 1 << 29;    // a row outside of any image, whatever is added to it or to its negative
+constexpr float UNIT = 1.0f / CARRY;
+
+// What the host tells of a convolution; cuda.py mirrors it.
+struct Conv2d {
+  const float *input, *weight, *bias;
+  float* output;
+  long long image_stride;  // elements
+  int channel_stride, row_stride, column_stride;
+  int channels, out_channels, groups;  // channels of one group
+  int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];
+  int slice[3];     // SLICE steps as channels, kernel rows and kernel columns
+  unsigned pixels;  // batch * out_size[0] * out_size[1]
+};
+
+// ---- The product ---------------------------------------------------------------------------------------------------
+
+// PTX says what happens to subnormals; the C operators would follow the compiler's options, and CuPy sets -ftz=true.
+MBM_FN float add(float a, float b) {
+  float sum;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+MBM_FN float multiply_add_ftz(float a, float b, float c) {
+  float sum;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
+  return sum;
+}
+// A predicated addition, which the compiler would make an addition and a selection.
+MBM_FN void add_below_ftz(float& w, int sum, int threshold, float c) {
+  asm("{\n\t.reg .pred below;\n\tsetp.lt.u32 below, %1, %2;\n\t@below add.rz.ftz.f32 %0, %0, %3;\n\t}"
+      : "+f"(w)
+      : "r"(sum), "r"(threshold), "f"(c));
+}
+
+// The pixel's operand a. Family exact: power is the truncated operand itself, fraction is not used.
+struct Pixel {
+  float power;
+  int fraction;
+};
+// The weight's operand b. Family exact: bits are the truncated operand's; without a correction: only bits are used.
+struct __align__(16) Weight {
+  int bits;
+  int threshold;
+  float correction;
+  int unused;
+};
+
+MBM_FN Pixel decode_pixel(float a) {
+  if constexpr (M.form == IEEE) return {truncate_finite<Lane>(a, M.operand_keep), 0};
+  return {decode_power<Lane>(a), decode_fraction<Lane>(a, M)};
+}
+
+MBM_FN Weight decode_weight(float b) {
+  if constexpr (M.form == IEEE) return {bits<Lane>(truncate_finite<Lane>(b, M.operand_keep)), 0, 0, 0};
+  constexpr int THRESHOLD = M.correction_carry == 0 ? CARRY : 2 * CARRY - M.correction_carry;
+  constexpr float C = UNIT * (M.form == TWO_LEVELS ? 2 * M.correction_carry : M.correction);
+  float power = decode_power<Lane>(b);
+  int normal = (bits<Lane>(b) & INFINITE) != 0;
+  return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C, 0};
+}
+
+MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b) {
+  if constexpr (M.form == IEEE) return add(sum, ieee_product<Lane>(a.power, from_bits<Lane>(b.bits), M));
+  int significand = a.fraction + b.bits;  // with b's sign and exponent
+  float w = from_bits<Lane>(significand);
+  // The comparison takes the sum and not a's fraction, though it has to wait for it: the sum can lie in any register,
+  // and two operands of one instruction from the same of the two register banks cost a cycle.
+  if constexpr (M.form == ONE_LEVEL) add_below_ftz(w, significand, b.threshold, b.correction);
+  if constexpr (M.form == TWO_LEVELS) {
+    constexpr float REST = float(M.correction - 2 * M.correction_carry) / (2 * M.correction_carry);
+    add_below_ftz(w, significand, b.threshold, b.correction);
+    add_below_ftz(w, significand, b.threshold - (CARRY - M.correction_carry), REST * b.correction);
+  }
+  if constexpr (MASKED) w = from_bits<Lane>(bits<Lane>(w) & (M.result_keep | ~FRACTION));
+  return multiply_add_ftz(a.power, w, sum);
+}
+
+// The exponents of the normal operands of a set.
+struct Exponents {
+  unsigned above_subnormal = ~0u;  // the smallest magnitude's bits less CARRY: for zeros and subnormals it wraps around
+  int highest = 0;
+
+  MBM_MEMBER void add(float x) {
+    int magnitude = bits<Lane>(x) & ~SIGN;
+    above_subnormal = min(above_subnormal, unsigned(magnitude) - CARRY);
+    highest = max(highest, magnitude);
+  }
+  MBM_MEMBER void add(const Exponents& other) {
+    above_subnormal = min(above_subnormal, other.above_subnormal);
+    highest = max(highest, other.highest);
+  }
+  MBM_MEMBER bool empty() const { return highest < CARRY; }
+  MBM_MEMBER int lowest_exponent() const { return int(above_subnormal >> FRACTION_BITS) + 1; }
+  MBM_MEMBER int highest_exponent() const { return highest >> FRACTION_BITS; }
+};
+
+// Whether the fast form is right for all products of two sets.
+MBM_FN bool in_range(const Exponents& pixels, const Exponents& weights) {
+  // Every product is a * b itself then, except that padding must not meet an infinite weight: 0 * inf is NaN.
+  if constexpr (M.form == IEEE) return weights.highest < INFINITE;
+  // w is up to twice b's power of two, a correction down to 2^-6 of it; both must be normal and finite.
+  if (pixels.highest >= INFINITE || weights.highest_exponent() > 253) return false;
+  if (pixels.empty() || weights.empty()) return true;
+  // Products of exponent 24 and above are multiples of 2^-126, and so is every sum of them: none is subnormal.
+  return weights.lowest_exponent() > 6 && pixels.lowest_exponent() + weights.lowest_exponent() - BIAS > FRACTION_BITS &&
+         pixels.highest_exponent() + weights.highest_exponent() - BIAS < 254;
+}
+
+MBM_FN unsigned warp_max(unsigned x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(~0u, x);
+#else
+  for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(~0u, x, lane));
+  return x;
+#endif
+}
+
+// The exponents of the whole block's operands, for several sets at once. All threads take part, once in a kernel.
+template <int BLOCK, int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
+  __shared__ Exponents of_warp[BLOCK / 32][SETS];
+#pragma unroll
+  for (int i = 0; i < SETS; i++) {
+    Exponents warp{~warp_max(~sets[i].above_subnormal), int(warp_max(sets[i].highest))};
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = warp;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < BLOCK / 32; warp++)
+#pragma unroll
+    for (int i = 0; i < SETS; i++) sets[i].add(of_warp[warp][i]);
+}
+
+// ---- Positions -----------------------------------------------------------------------------------------------------
+
+// An output position: where its input elements and its outputs lie.
+struct Position {
+  const float* origin;  // the input element under the kernel's first one, in the padding perhaps
+  int row, column;      // of that element
+  long long output;     // the group's first channel there
+
+  Position() = default;
+  MBM_MEMBER Position(const Conv2d& c, int group, unsigned pixel) {
+    unsigned plane = c.out_size[0] * c.out_size[1];
+    unsigned image = pixel / plane, rest = pixel % plane;
+    unsigned width = c.out_size[1];
+    row = int(rest / width) * c.stride[0] - c.padding[0];
+    column = int(rest % width) * c.stride[1] - c.padding[1];
+    origin = c.input + image * c.image_stride + (long long)group * c.channels * c.channel_stride +
+             (long long)row * c.row_stride + (long long)column * c.column_stride;
+    output = ((long long)image * c.groups + group) * c.out_channels * plane + rest;
+    if (pixel >= c.pixels) row = -2 * OUTSIDE;  // behind the last
+  }
+};
+
+MBM_FN int sum_length(const Conv2d& c) { return c.channels * c.kernel[0] * c.kernel[1]; }
+
+MBM_FN float bias_of(const Conv2d& c, int group, int channel) {
+  return c.bias ? c.bias[group * c.out_channels + channel] : 0.0f;
+}
+
+// base[offset] if x < limit_x and y < limit_y, else zero. A predicated load, which the compiler would not make of
+// several: it would collect their predicates first.
+MBM_FN float load_if_below(const float* base, int offset, unsigned x, unsigned limit_x, unsigned y, unsigned limit_y) {
+  float value;
+  asm volatile(
+      "{\n\t.reg .pred below;\n\t.reg .s64 address;\n\t"
+      "setp.lt.u32 below, %3, %4;\n\tsetp.lt.and.u32 below, %5, %6, below;\n\t"
+      "mad.wide.s32 address, %2, 4, %1;\n\tmov.f32 %0, 0f00000000;\n\t@below ld.global.nc.f32 %0, [address];\n\t}"
+      : "=f"(value)
+      : "l"(base), "r"(offset), "r"(x), "r"(limit_x), "r"(y), "r"(limit_y));
+  return value;
+}
+
+// A step of a sum: where its input element lies from a position's first one.
+struct __align__(16) Step {
+  int offset, down, right, unused;
+
+  MBM_MEMBER bool inside(const Conv2d& c, const Position& at) const {
+    return unsigned(at.row + down) < unsigned(c.size[0]) && unsigned(at.column + right) < unsigned(c.size[1]);
+  }
+  // The element, or zero in the padding.
+  MBM_MEMBER float load(const Conv2d& c, const Position& at) const {
+    return load_if_below(at.origin, offset, at.row + down, c.size[0], at.column + right, c.size[1]);
+  }
+};
+
+// A step as a channel and an element of the kernel; steps follow one another as the weights do.
+struct Walk {
+  int channel, row, column;
+
+  MBM_MEMBER Walk(const Conv2d& c, unsigned step) {
+    unsigned elements = c.kernel[0] * c.kernel[1], columns = c.kernel[1];
+    channel = step / elements;
+    row = step % elements / columns;
+    column = step % elements % columns;
+  }
+  MBM_MEMBER void advance(const Conv2d& c, int channels, int rows, int columns) {
+    channel += channels;
+    row += rows;
+    column += columns;
+    if (column >= c.kernel[1]) {
+      column -= c.kernel[1];
+      row++;
+    }
+    if (row >= c.kernel[0]) {
+      row -= c.kernel[0];
+      channel++;
+    }
+  }
+  MBM_MEMBER Step step(const Conv2d& c) const {
+    int down = row * c.dilation[0], right = column * c.dilation[1];
+    return {channel * c.channel_stride + down * c.row_stride + right * c.column_stride,
+            channel < c.channels ? down : OUTSIDE, right, 0};
+  }
+};
+
+// An output without the fast form: any operands, any exponents.
+MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, int channel) {
+  const float* weight = c.weight + (long long)(group * c.out_channels + channel) * sum_length(c);
+  float sum = 0;
+#pragma unroll 1
+  for (Walk walk(c, 0); walk.channel < c.channels; walk.advance(c, 0, 0, 1), weight++) {
+    Step step = walk.step(c);
+    if (step.inside(c, at)) sum = add(sum, product<Lane>(at.origin[step.offset], *weight, M));
+  }
+  return sum;
+}
+
+MBM_FN void write_by_definition(const Conv2d& c, const Position& at, int group, int channel) {
+  float* output = c.output + at.output + (long long)channel * c.out_size[0] * c.out_size[1];
+  *output = add(sum_by_definition(c, at, group, channel), bias_of(c, group, channel));
+}
+
+// ---- Tiles ---------------------------------------------------------------------------------------------------------
+
+// The decoded operands of one step of a tile's sums. With 4 words more than a multiple of 16, threads store a column of
+// 4 weights by 8 steps without bank conflicts.
+template <int BM, int BN> struct Planes {
+  float power[BN];
+  int fraction[BN];
+  int bits[BM];
+  int threshold[BM];
+  float correction[BM + 4];
+};
+
+template <class T> MBM_FN void load4(T* to, const T* from) {
+  struct __align__(16) Four { T x[4]; };
+  *reinterpret_cast<Four*>(to) = *reinterpret_cast<const Four*>(from);
+}
+
+// Where the outputs of 4 pixels in a row lie, the first pixel a multiple of 4.
+struct Outputs4 {
+  long long offset[4];  // of the group's first channel
+  int count, plane;
+  bool in_line;
+
+  MBM_MEMBER Outputs4(const Conv2d& c, int group, unsigned pixel) {
+    plane = c.out_size[0] * c.out_size[1];
+    count = pixel < c.pixels ? min(4u, c.pixels - pixel) : 0;
+    in_line = plane % 4 == 0;
+    unsigned image = pixel / plane;
+    int rest = pixel % plane;
+    long long image_size = (long long)c.groups * c.out_channels * plane;
+    long long first = image * image_size + (long long)group * c.out_channels * plane;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      offset[i] = first + rest;
+      if (++rest == plane) {
+        rest = 0;
+        first += image_size;
+      }
+    }
+  }
+  MBM_MEMBER void write(const Conv2d& c, int group, int channel, const float* sums) const {
+    if (channel >= c.out_channels) return;
+    float* output = c.output + (long long)channel * plane;
+    float bias = bias_of(c, group, channel);
+    if (in_line) {
+      if (count > 0)
+        *reinterpret_cast<float4*>(output + offset[0]) = {add(sums[0], bias), add(sums[1], bias), add(sums[2], bias),
+                                                          add(sums[3], bias)};
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < count) output[offset[i]] = add(sums[i], bias);
+    }
+  }
+};
+
+// Fetches a team's operands into registers, a slice at a time, and stores them decoded.
+template <int BM, int BN> struct Fetch {
+  static constexpr int ROWS = BN / SLICE;       // of weights that the team fetches at a time
+  static constexpr int WEIGHTS = BM / ROWS;     // of a slice, each thread
+  const Conv2d& c;
+  Position at;          // this thread's pixel
+  int row, k;           // this thread's first weight in the tile and its step in the slice
+  int rows_left;        // from there
+  Walk walk;            // that step
+  const float* weight;  // that weight
+  float pixel_next[SLICE], weight_next[WEIGHTS];
+
+  MBM_MEMBER Fetch(const Conv2d& c, int group, int first_row, unsigned first_pixel, int first, int thread)
+      : c(c), at(c, group, first_pixel + thread), row(thread / SLICE), k(thread % SLICE),
+        rows_left(max(c.out_channels - first_row - row, 0)), walk(c, first + k),
+        weight(c.weight + (long long)(group * c.out_channels + first_row + row) * sum_length(c) + first + k) {}
+
+  // Tell the team the steps of the next slice.
+  MBM_MEMBER void announce(Step (&steps)[SLICE]) const {
+    if (row == 0) steps[k] = walk.step(c);
+  }
+
+  MBM_MEMBER void fetch(const Step (&steps)[SLICE]) {
+#pragma unroll
+    for (int i = 0; i < SLICE; i++) {
+      __align__(16) Step step;
+      load4(&step.offset, &steps[i].offset);
+      pixel_next[i] = step.load(c, at);
+    }
+#pragma unroll
+    for (int i = 0; i < WEIGHTS; i++)
+      weight_next[i] = load_if_below(weight, i * ROWS * sum_length(c), i * ROWS, rows_left, walk.channel, c.channels);
+    weight += SLICE;
+    walk.advance(c, c.slice[0], c.slice[1], c.slice[2]);
+  }
+
+  MBM_MEMBER void store(Planes<BM, BN> (&slice)[SLICE], int thread, Exponents& pixels, Exponents& weights) const {
+#pragma unroll
+    for (int i = 0; i < SLICE; i++) {
+      pixels.add(pixel_next[i]);
+      Pixel a = decode_pixel(pixel_next[i]);
+      slice[i].power[thread] = a.power;
+      if constexpr (M.form != IEEE) slice[i].fraction[thread] = a.fraction;
+    }
+#pragma unroll
+    for (int i = 0; i < WEIGHTS; i++) {
+      weights.add(weight_next[i]);
+      Weight b = decode_weight(weight_next[i]);
+      slice[k].bits[row + i * ROWS] = b.bits;
+      if constexpr (M.form == ONE_LEVEL || M.form == TWO_LEVELS) {
+        slice[k].threshold[row + i * ROWS] = b.threshold;
+        slice[k].correction[row + i * ROWS] = b.correction;
+      }
+    }
+  }
+};
+
+template <int TEAM> MBM_FN void team_barrier() {
+  static_assert(TEAM == 32 || TEAM == THREADS);
+  if constexpr (TEAM == 32)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
+// A thread's operands of one step: TM weights, TN pixels, in blocks of 4 spread over the tile.
+template <int TM, int TN> struct Operands {
+  __align__(16) float power[TN], correction[TM];
+  __align__(16) int fraction[TN], bits[TM], threshold[TM];
+
+  template <int BM, int BN> MBM_MEMBER void load(const Planes<BM, BN>& from, int row, int column) {
+#pragma unroll
+    for (int n = 0; n < TN; n += 4) {
+      load4(power + n, &from.power[column + n * (BN / TN)]);
+      load4(fraction + n, &from.fraction[column + n * (BN / TN)]);
+    }
+#pragma unroll
+    for (int m = 0; m < TM; m += 4) {
+      load4(bits + m, &from.bits[row + m * (BM / TM)]);
+      load4(threshold + m, &from.threshold[row + m * (BM / TM)]);
+      load4(correction + m, &from.correction[row + m * (BM / TM)]);
+    }
+  }
+  MBM_MEMBER void multiply(float (&sums)[TM][TN]) const {
+#pragma unroll
+    for (int m = 0; m < TM; m++)
+#pragma unroll
+      for (int n = 0; n < TN; n++)
+        sums[m][n] = accumulate(sums[m][n], {power[n], fraction[n]}, {bits[m], threshold[m], correction[m], 0});
+  }
+};
+
+template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d& c) {
+  constexpr int TEAM = BN, TEAMS = THREADS / TEAM;
+  static_assert(BM / TM * (BN / TN) == TEAM, "TM by TN outputs for each thread of the team");
+  __shared__ __align__(16) Planes<BM, BN> slices[TEAMS][2][SLICE];
+  __shared__ Step steps[TEAMS][2][SLICE];
+  static_assert(TEAMS == 1 || sizeof(slices) >= TEAMS * BM * BN * sizeof(float), "the partial sums need the room");
+
+  // Blocks that share pixels follow one another.
+  unsigned row_tiles = (c.out_channels + BM - 1) / BM, column_tile = blockIdx.x / row_tiles;
+  int first_row = blockIdx.x % row_tiles * BM;
+  int group = column_tile % unsigned(c.groups);
+  unsigned first_pixel = column_tile / unsigned(c.groups) * BN;
+
+  int team = threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
+  int slice_count = (sum_length(c) + SLICE - 1) / SLICE;
+  int first = team * slice_count / TEAMS, last = (team + 1) * slice_count / TEAMS;
+  Fetch<BM, BN> next(c, group, first_row, first_pixel, first * SLICE, thread);
+
+  // A warp is 4 rows by 8 columns of threads.
+  constexpr int WARP_COLUMNS = BN / TN / 8;
+  int warp = thread / 32, lane = thread % 32;
+  int row = 4 * (warp / WARP_COLUMNS * 4 + lane / 8), column = 4 * (warp % WARP_COLUMNS * 8 + lane % 8);
+
+  float sums[TM][TN] = {};
+  Exponents exponents[2];
+  Exponents &pixels = exponents[0], &weights = exponents[1];
+  next.announce(steps[team][first % 2]);
+  team_barrier<TEAM>();
+  next.fetch(steps[team][first % 2]);
+  for (int s = first; s < last; s++) {
+    next.store(slices[team][s % 2], thread, pixels, weights);
+    next.announce(steps[team][(s + 1) % 2]);
+    team_barrier<TEAM>();
+    if (s + 1 < last) next.fetch(steps[team][(s + 1) % 2]);
+#pragma unroll(TM * TN > 32 ? 2 : 4)  // more would spill
+    for (int k = 0; k < SLICE; k++) {
+      Operands<TM, TN> operands;
+      operands.load(slices[team][s % 2][k], row, column);
+      operands.multiply(sums);
+    }
+  }
+
+  combine<THREADS>(exponents);
+  if (!in_range(pixels, weights)) {
+    for (int i = threadIdx.x; i < BM * BN; i += THREADS) {
+      int channel = first_row + i / BN;
+      unsigned pixel = first_pixel + i % BN;
+      if (channel < c.out_channels && pixel < c.pixels)
+        write_by_definition(c, Position(c, group, pixel), group, channel);
+    }
+    return;
+  }
+
+  if constexpr (TEAMS == 1) {
+#pragma unroll
+    for (int n = 0; n < TN; n += 4) {
+      Outputs4 outputs(c, group, first_pixel + column + n * (BN / TN));
+#pragma unroll
+      for (int m = 0; m < TM; m++)
+        outputs.write(c, group, first_row + row + m / 4 * 4 * (BM / TM) + m % 4, &sums[m][n]);
+    }
+  } else {
+    float(&partial)[TEAMS][BM][BN] = reinterpret_cast<float(&)[TEAMS][BM][BN]>(slices);
+    __syncthreads();  // the slices have been read
+#pragma unroll
+    for (int m = 0; m < TM; m++)
+#pragma unroll
+      for (int n = 0; n < TN; n += 4)
+        load4(&partial[team][row + m / 4 * 4 * (BM / TM) + m % 4][column + n * (BN / TN)], &sums[m][n]);
+    __syncthreads();
+    for (int i = 4 * threadIdx.x; i < BM * BN; i += 4 * THREADS) {
+      __align__(16) float sum[4];
+      load4(sum, &partial[0][i / BN][i % BN]);
+#pragma unroll
+      for (int t = 1; t < TEAMS; t++) {
+        __align__(16) float more[4];
+        load4(more, &partial[t][i / BN][i % BN]);
+#pragma unroll
+        for (int n = 0; n < 4; n++) sum[n] = add(sum[n], more[n]);
+      }
+      Outputs4(c, group, first_pixel + i % BN).write(c, group, first_row + i / BN, sum);
+    }
+  }
+}
+
+// ---- Few output channels -------------------------------------------------------------------------------------------
+
+template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
+  constexpr int STEPS = 1024 / CHANNELS / DIRECT_SLICE * DIRECT_SLICE;  // of a sum that are in shared memory at a time
+  __shared__ Weight decoded[STEPS][CHANNELS];
+  __shared__ Step steps[STEPS];
+  int group = blockIdx.x % unsigned(c.groups);
+  unsigned pixel = blockIdx.x / unsigned(c.groups) * DIRECT_THREADS * PIXELS + threadIdx.x;
+  Position at[PIXELS];
+#pragma unroll
+  for (int p = 0; p < PIXELS; p++) at[p] = Position(c, group, pixel + p * DIRECT_THREADS);
+  int length = sum_length(c);
+  const float* weight = c.weight + (long long)group * c.out_channels * length;
+
+  float sums[PIXELS][CHANNELS] = {};
+  Exponents pixels[PIXELS], weights[1];
+  for (int first = 0; first < length; first += STEPS) {
+    int count = min(STEPS, (length - first + DIRECT_SLICE - 1) / DIRECT_SLICE * DIRECT_SLICE);
+    __syncthreads();  // the last steps have been read
+    for (int k = threadIdx.x; k < count; k += DIRECT_THREADS) steps[k] = Walk(c, first + k).step(c);
+    for (int i = threadIdx.x; i < count * CHANNELS; i += DIRECT_THREADS) {
+      int k = i / CHANNELS, m = i % CHANNELS;
+      float b = m < c.out_channels && first + k < length ? weight[m * length + first + k] : 0.0f;
+      weights[0].add(b);
+      decoded[k][m] = decode_weight(b);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int slice = 0; slice < count; slice += DIRECT_SLICE) {
+#pragma unroll
+      for (int k = slice; k < slice + DIRECT_SLICE; k++) {
+        __align__(16) Step step;
+        load4(&step.offset, &steps[k].offset);
+        Pixel a[PIXELS];
+#pragma unroll
+        for (int p = 0; p < PIXELS; p++) {
+          float x = step.load(c, at[p]);
+          pixels[p].add(x);
+          a[p] = decode_pixel(x);
+        }
+#pragma unroll
+        for (int m = 0; m < CHANNELS; m++) {
+          __align__(16) Weight b;
+          load4(&b.bits, &decoded[k][m].bits);
+#pragma unroll
+          for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[p], b);
+        }
+      }
+    }
+  }
+
+  combine<DIRECT_THREADS>(weights);
+#pragma unroll
+  for (int p = 0; p < PIXELS; p++) {
+    if (pixel + p * DIRECT_THREADS >= c.pixels) break;
+    if (in_range(pixels[p], weights[0])) {
+      float* output = c.output + at[p].output;
+#pragma unroll
+      for (int m = 0; m < CHANNELS; m++)
+        if (m < c.out_channels)
+          output[(long long)m * c.out_size[0] * c.out_size[1]] = add(sums[p][m], bias_of(c, group, m));
+    } else {
+#pragma unroll 1
+      for (int m = 0; m < c.out_channels; m++) write_by_definition(c, at[p], group, m);
+    }
+  }
+}
+
+}  // namespace mbm
+
+// ---- Entry points --------------------------------------------------------------------------------------------------
+
+#define KERNEL(NAME, THREADS, BLOCKS, ...)                                                                        \
+  extern "C" __global__ void __launch_bounds__(mbm::THREADS, BLOCKS) NAME(const __grid_constant__ mbm::Conv2d c) { \
+    mbm::__VA_ARGS__(c);                                                                                          \
+  }
+
+KERNEL(conv2d_64x128, THREADS, 3, conv2d_tiled<64, 128, 8, 8>)
+KERNEL(conv2d_32x128, THREADS, 4, conv2d_tiled<32, 128, 8, 4>)
+KERNEL(conv2d_16x32, THREADS, 4, conv2d_tiled<16, 32, 4, 4>)
+KERNEL(conv2d_direct_1, DIRECT_THREADS, 8, conv2d_direct<1, 4>)
+KERNEL(conv2d_direct_4, DIRECT_THREADS, 8, conv2d_direct<4, 2>)
+KERNEL(conv2d_direct_6, DIRECT_THREADS, 8, conv2d_direct<6, 2>)
+KERNEL(conv2d_direct_8, DIRECT_THREADS, 8, conv2d_direct<8, 2>)
+
+extern "C" __global__ void multiply(const float* a, const float* b, float* output, long long count) {
+  long long step = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step)
+    output[i] = mbm::product<mbm::Lane>(a[i], b[i], mbm::M);
+}
+
+// The products of a 64 x 128 tile's threads with nothing around them: the ceiling that the kernels are measured
+// against. The operands are loaded again in some rounds only, but the compiler cannot know in which, and find the
+// others alike.
+extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
+    ceiling(const float* numbers, float* output, int rounds, int mask) {
+  __shared__ __align__(16) mbm::Planes<64, 128> slice[mbm::SLICE];
+  for (int k = 0; k < mbm::SLICE; k++) {
+    mbm::Pixel a = mbm::decode_pixel(numbers[k * mbm::THREADS + threadIdx.x]);
+    slice[k].power[threadIdx.x] = a.power;
+    slice[k].fraction[threadIdx.x] = a.fraction;
+    mbm::Weight b = mbm::decode_weight(numbers[(mbm::SLICE + k) * mbm::THREADS + threadIdx.x]);
+    int row = threadIdx.x % 64;
+    slice[k].bits[row] = b.bits;
+    slice[k].threshold[row] = b.threshold;
+    slice[k].correction[row] = b.correction;
+  }
+  __syncthreads();
+  float sums[8][8] = {};
+  mbm::Operands<8, 8> operands;
+#pragma unroll 1
+  for (int round = 0; round < rounds; round++) {
+    if ((round & mask) == 0) operands.load(slice[threadIdx.x % mbm::SLICE], threadIdx.x / 16 * 4, threadIdx.x % 16 * 4);
+    operands.multiply(sums);
+  }
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < 64; i++) total = mbm::add(total, sums[i / 8][i % 8]);
+  output[blockIdx.x * mbm::THREADS + threadIdx.x] = total;
+}
