@@ -19,7 +19,7 @@
 //     (for few pixels).
 //   Tile: each thread fetches its own pixel and some weights for the next 8 steps while the current 8 are multiplied,
 //     then decodes them into the other half of the team's shared memory. One barrier for 8 steps.
-//   Limit: instructions. In the 64 x 128 tile 85 % of them are the products', 3 % load from shared memory, the others
+//   Limit: instructions. In the 64 x 128 tile 84 % of them are the products', 3 % load from shared memory, the others
 //     fetch and decode. On Hopper they issue at 3.2 a cycle, of 4, as they do in the ceiling kernel: what is left goes
 //     to conflicts of the register banks, which only the compiler could avoid. 64 sums a thread leave room for 12 warps
 //     a multiprocessor.
@@ -41,11 +41,10 @@ struct Lane {
 
 __device__ constexpr Multiplier M = make_multiplier(FAMILY, TRUNCATE, RESULT_BITS);
 constexpr bool MASKED = result_is_masked(M);
-constexpr int THREADS = 128;        // of a block of tiled kernels
-constexpr int SLICE = 8;            // steps of a sum between two barriers
-constexpr int DIRECT_THREADS = 64;  // of a block of direct kernels
-constexpr int DIRECT_SLICE = 5;     // steps whose pixels are fetched together; 5 by 5 and 3 by 3 waste none and one
-constexpr int OUTSIDE = 1 << 29;    // a row outside of any image, whatever is added to it or to its negative
+constexpr int THREADS = 128;      // of a block
+constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
+constexpr int DIRECT_SLICE = 5;   // steps that a direct kernel fetches together; 5 by 5 and 3 by 3 waste none and one
+constexpr int OUTSIDE = 1 << 29;  // a row outside of any image, whatever is added to it or to its negative
 constexpr float UNIT = 1.0f / CARRY;
 
 // What the host tells of a convolution; cuda.py mirrors it.
@@ -164,8 +163,8 @@ MBM_FN unsigned warp_max(unsigned x) {
 }
 
 // The exponents of the whole block's operands, for several sets at once. All threads take part, once in a kernel.
-template <int BLOCK, int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
-  __shared__ Exponents of_warp[BLOCK / 32][SETS];
+template <int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
+  __shared__ Exponents of_warp[THREADS / 32][SETS];
 #pragma unroll
   for (int i = 0; i < SETS; i++) {
     Exponents warp{~warp_max(~sets[i].above_subnormal), int(warp_max(sets[i].highest))};
@@ -173,7 +172,7 @@ template <int BLOCK, int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
   }
   __syncthreads();
 #pragma unroll
-  for (int warp = 0; warp < BLOCK / 32; warp++)
+  for (int warp = 0; warp < THREADS / 32; warp++)
 #pragma unroll
     for (int i = 0; i < SETS; i++) sets[i].add(of_warp[warp][i]);
 }
@@ -469,7 +468,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     }
   }
 
-  combine<THREADS>(exponents);
+  combine(exponents);
   if (!in_range(pixels, weights)) {
     for (int i = threadIdx.x; i < BM * BN; i += THREADS) {
       int channel = first_row + i / BN;
@@ -519,20 +518,33 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   __shared__ Weight decoded[STEPS][CHANNELS];
   __shared__ Step steps[STEPS];
   int group = blockIdx.x % unsigned(c.groups);
-  unsigned pixel = blockIdx.x / unsigned(c.groups) * DIRECT_THREADS * PIXELS + threadIdx.x;
+  unsigned pixel = blockIdx.x / unsigned(c.groups) * THREADS * PIXELS + threadIdx.x;
   Position at[PIXELS];
 #pragma unroll
-  for (int p = 0; p < PIXELS; p++) at[p] = Position(c, group, pixel + p * DIRECT_THREADS);
+  for (int p = 0; p < PIXELS; p++) at[p] = Position(c, group, pixel + p * THREADS);
   int length = sum_length(c);
   const float* weight = c.weight + (long long)group * c.out_channels * length;
+
+  float next[DIRECT_SLICE][PIXELS];
+  auto fetch = [&](int first) {
+#pragma unroll
+    for (int k = 0; k < DIRECT_SLICE; k++) {
+      __align__(16) Step step;
+      load4(&step.offset, &steps[first + k].offset);
+#pragma unroll
+      for (int p = 0; p < PIXELS; p++) next[k][p] = step.load(c, at[p]);
+    }
+  };
 
   float sums[PIXELS][CHANNELS] = {};
   Exponents pixels[PIXELS], weights[1];
   for (int first = 0; first < length; first += STEPS) {
     int count = min(STEPS, (length - first + DIRECT_SLICE - 1) / DIRECT_SLICE * DIRECT_SLICE);
     __syncthreads();  // the last steps have been read
-    for (int k = threadIdx.x; k < count; k += DIRECT_THREADS) steps[k] = Walk(c, first + k).step(c);
-    for (int i = threadIdx.x; i < count * CHANNELS; i += DIRECT_THREADS) {
+    for (int k = threadIdx.x; k < count; k += THREADS) steps[k] = Walk(c, first + k).step(c);
+    __syncthreads();
+    fetch(0);
+    for (int i = threadIdx.x; i < count * CHANNELS; i += THREADS) {
       int k = i / CHANNELS, m = i % CHANNELS;
       float b = m < c.out_channels && first + k < length ? weight[m * length + first + k] : 0.0f;
       weights[0].add(b);
@@ -541,32 +553,31 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     __syncthreads();
 #pragma unroll 1
     for (int slice = 0; slice < count; slice += DIRECT_SLICE) {
+      Pixel a[DIRECT_SLICE][PIXELS];
 #pragma unroll
-      for (int k = slice; k < slice + DIRECT_SLICE; k++) {
-        __align__(16) Step step;
-        load4(&step.offset, &steps[k].offset);
-        Pixel a[PIXELS];
+      for (int k = 0; k < DIRECT_SLICE; k++)
 #pragma unroll
         for (int p = 0; p < PIXELS; p++) {
-          float x = step.load(c, at[p]);
-          pixels[p].add(x);
-          a[p] = decode_pixel(x);
+          pixels[p].add(next[k][p]);
+          a[k][p] = decode_pixel(next[k][p]);
         }
+      if (slice + DIRECT_SLICE < count) fetch(slice + DIRECT_SLICE);
+#pragma unroll
+      for (int k = 0; k < DIRECT_SLICE; k++)
 #pragma unroll
         for (int m = 0; m < CHANNELS; m++) {
           __align__(16) Weight b;
-          load4(&b.bits, &decoded[k][m].bits);
+          load4(&b.bits, &decoded[slice + k][m].bits);
 #pragma unroll
-          for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[p], b);
+          for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[k][p], b);
         }
-      }
     }
   }
 
-  combine<DIRECT_THREADS>(weights);
+  combine(weights);
 #pragma unroll
   for (int p = 0; p < PIXELS; p++) {
-    if (pixel + p * DIRECT_THREADS >= c.pixels) break;
+    if (pixel + p * THREADS >= c.pixels) break;
     if (in_range(pixels[p], weights[0])) {
       float* output = c.output + at[p].output;
 #pragma unroll
@@ -584,18 +595,18 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
 
 // ---- Entry points --------------------------------------------------------------------------------------------------
 
-#define KERNEL(NAME, THREADS, BLOCKS, ...)                                                                        \
+#define KERNEL(NAME, BLOCKS, ...)                                                                                 \
   extern "C" __global__ void __launch_bounds__(mbm::THREADS, BLOCKS) NAME(const __grid_constant__ mbm::Conv2d c) { \
     mbm::__VA_ARGS__(c);                                                                                          \
   }
 
-KERNEL(conv2d_64x128, THREADS, 3, conv2d_tiled<64, 128, 8, 8>)
-KERNEL(conv2d_32x128, THREADS, 4, conv2d_tiled<32, 128, 8, 4>)
-KERNEL(conv2d_16x32, THREADS, 4, conv2d_tiled<16, 32, 4, 4>)
-KERNEL(conv2d_direct_1, DIRECT_THREADS, 8, conv2d_direct<1, 4>)
-KERNEL(conv2d_direct_4, DIRECT_THREADS, 8, conv2d_direct<4, 2>)
-KERNEL(conv2d_direct_6, DIRECT_THREADS, 8, conv2d_direct<6, 2>)
-KERNEL(conv2d_direct_8, DIRECT_THREADS, 8, conv2d_direct<8, 2>)
+KERNEL(conv2d_64x128, 3, conv2d_tiled<64, 128, 8, 8>)
+KERNEL(conv2d_32x128, 4, conv2d_tiled<32, 128, 8, 4>)
+KERNEL(conv2d_16x32, 4, conv2d_tiled<16, 32, 4, 4>)
+KERNEL(conv2d_direct_1, 4, conv2d_direct<1, 4>)
+KERNEL(conv2d_direct_4, 4, conv2d_direct<4, 2>)
+KERNEL(conv2d_direct_6, 4, conv2d_direct<6, 2>)
+KERNEL(conv2d_direct_8, 4, conv2d_direct<8, 2>)
 
 extern "C" __global__ void multiply(const float* a, const float* b, float* output, long long count) {
   long long step = (long long)gridDim.x * blockDim.x;

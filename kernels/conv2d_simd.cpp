@@ -213,7 +213,7 @@ struct Axis {
 
 // Rows of shared planes are longer than rows of outputs, and what lies between is computed for nothing. Where that is
 // more than a fifth, a plane for each kernel column pays, although it is decoded as often. (Both sides in products for
-// one output row; decoding an element costs about as much as four.)
+// one output row; gathering and decoding an element costs about as much as four.)
 bool share_columns(const Conv2d& c) {
   std::int64_t row = c.out_size[1] + (c.kernel[1] - 1) * c.dilation[1] / c.stride[1];
   std::int64_t products = c.out_channels * c.kernel[0] * c.kernel[1];
@@ -286,59 +286,65 @@ struct Plan {
   }
 };
 
-enum Decoding { OPERANDS, TRUNCATED, SPLIT };  // as they are, and a mask; truncated (exact); power and fraction
-
-template <Decoding HOW>
-MBM_FN void decode(float x, const Multiplier& m, float& power, int& fraction) {
-  int raw = __builtin_bit_cast(int, x);
-  if constexpr (HOW == OPERANDS) power = x, fraction = -1;
-  if constexpr (HOW == TRUNCATED)
-    power = __builtin_bit_cast(float, (raw & INFINITE) == INFINITE ? raw : raw & (m.operand_keep | ~FRACTION));
-  if constexpr (HOW == SPLIT) {
-    power = __builtin_bit_cast(float, raw & ~FRACTION);
-    fraction = (raw & m.operand_keep) | m.operand_set;
-  }
-}
-
-// Fill the planes for the output rows from `row` on; padding is zero.
-template <Decoding HOW>
-Exponents decode_planes(const Plan& p, const float* image, std::int64_t row, float* power, int* fraction) {
+// Copy the input elements that the output rows from `row` on need into their planes; padding is zero. With `inside`, mark
+// there which elements are the input's own.
+void gather_planes(const Plan& p, const float* image, std::int64_t row, float* plane, int* inside) {
   const Conv2d& c = p.c;
-  const Multiplier m = c.multiplier;
-  Exponents e;
   std::int64_t plane_rows = p.high.extent(p.rows), column_step = c.input_stride[3] * c.stride[1];
+  if (inside) std::memset(inside, 0, p.planes_elements() * sizeof(int));
   for (std::int64_t ch = 0; ch < c.channels; ch++)
     for (std::int64_t i = 0; i < p.high.phases; i++)
       for (std::int64_t j = 0; j < p.wide.phases; j++) {
-        // Plane column q is image column q * stride + left.
+        // Plane column q is image column q * stride + left; columns first to last are inside the image.
         std::int64_t left = p.wide.phase[j] - c.padding[1];
         std::int64_t first = left < 0 ? ceil_div(-left, c.stride[1]) : 0;
         std::int64_t last = c.size[1] > left ? ceil_div(c.size[1] - left, c.stride[1]) : 0;
         first = first < p.columns ? first : p.columns;
-        last = last < p.columns ? last : p.columns;
-        if (last < first) last = first;
-        for (std::int64_t r = 0; r < plane_rows; r++, power += p.columns, fraction += p.columns) {
+        last = last < first ? first : last < p.columns ? last : p.columns;
+        for (std::int64_t r = 0; r < plane_rows; r++, plane += p.columns) {
           std::int64_t y = (row + r) * c.stride[0] + p.high.phase[i] - c.padding[0];
-          bool inside = y >= 0 && y < c.size[0];
-          std::int64_t from = inside ? first : p.columns, to = inside ? last : p.columns;
-          for (std::int64_t q = 0; q < from; q++) power[q] = 0, fraction[q] = 0;
+          std::int64_t end = y >= 0 && y < c.size[0] ? last : first;
+          const float* x = image + ch * c.input_stride[1] + y * c.input_stride[2] + left * c.input_stride[3];
+          for (std::int64_t q = 0; q < first; q++) plane[q] = 0;
+          if (column_step == 1)
+            std::memcpy(plane + first, x + first, (end - first) * sizeof(float));
+          else
+            for (std::int64_t q = first; q < end; q++) plane[q] = x[q * column_step];
+          for (std::int64_t q = end; q < p.columns; q++) plane[q] = 0;
           if (inside) {
-            const float* x = image + ch * c.input_stride[1] + y * c.input_stride[2] + left * c.input_stride[3];
-            if (column_step == 1)
-              for (std::int64_t q = first; q < last; q++) {
-                e.add(x[q]);
-                decode<HOW>(x[q], m, power[q], fraction[q]);
-              }
-            else
-              for (std::int64_t q = first; q < last; q++) {
-                e.add(x[q * column_step]);
-                decode<HOW>(x[q * column_step], m, power[q], fraction[q]);
-              }
+            for (std::int64_t q = first; q < end; q++) inside[q] = -1;
+            inside += p.columns;
           }
-          for (std::int64_t q = to; q < p.columns; q++) power[q] = 0, fraction[q] = 0;
         }
       }
+  // The last tile reads up to a vector past the planes; stale bits there could be subnormals, which are slow.
+  std::memset(plane, 0, (p.planes_elements() - p.plane_count * p.plane) * sizeof(float));
+}
+
+// Split the operands into powers of two, in their place, and fractions; tells their exponents.
+Exponents split_planes(const Plan& p, float* power, int* fraction) {
+  const Multiplier m = p.c.multiplier;
+  I lowest = I{} + INFINITE, highest = {};
+  for (std::int64_t i = 0; i < p.planes_elements(); i += LANES) {
+    F x = load<F>(power + i);
+    I magnitude = bits<Lanes>(x) & ~SIGN;
+    I normal = magnitude < CARRY ? I{} + INFINITE : magnitude;
+    lowest = normal < lowest ? normal : lowest;
+    highest = magnitude > highest ? magnitude : highest;
+    store(power + i, decode_power<Lanes>(x));
+    store(fraction + i, decode_fraction<Lanes>(x, m));
+  }
+  Exponents e;
+  for (int lane = 0; lane < LANES; lane++) {
+    e.lowest = lowest[lane] < e.lowest ? lowest[lane] : e.lowest;
+    e.highest = highest[lane] > e.highest ? highest[lane] : e.highest;
+  }
   return e;
+}
+
+void truncate_planes(const Plan& p, float* operands) {
+  for (std::int64_t i = 0; i < p.planes_elements(); i += LANES)
+    store(operands + i, truncate_finite<Lanes>(load<F>(operands + i), p.c.multiplier.operand_keep));
 }
 
 struct Job {
@@ -374,13 +380,14 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   float* power = static_cast<float*>(scratch);
   int* fraction = reinterpret_cast<int*>(power + p.planes_elements());
   float* sums = power + 2 * p.planes_elements();
-  // The last tile reads up to a vector past the planes; stale bits there could be subnormals, which are slow.
-  std::memset(power + p.plane_count * p.plane, 0, (p.planes_elements() - p.plane_count * p.plane) * sizeof(float));
-
   Rounding rounding(rounding_of_products(c.multiplier));
   bool ieee = c.multiplier.form == IEEE;
-  Exponents e = ieee ? decode_planes<TRUNCATED>(p, image, job.row, power, fraction)
-                     : decode_planes<SPLIT>(p, image, job.row, power, fraction);
+  Exponents e;
+  gather_planes(p, image, job.row, power, nullptr);
+  if (ieee)
+    truncate_planes(p, power);
+  else
+    e = split_planes(p, power, fraction);
   auto is_fast = [&](std::int64_t b) {
     const Exponents& w = p.weight_exponents[job.group * p.blocks + b];
     return ieee ? !w.special() : in_range(e, w);
@@ -402,13 +409,14 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   }
   if (all_fast) return;
 
-  decode_planes<OPERANDS>(p, image, job.row, power, fraction);
+  int* inside = fraction;
+  gather_planes(p, image, job.row, power, inside);
   for (std::int64_t b = 0; b < p.blocks; b++) {
     if (is_fast(b)) continue;
     for (std::int64_t n = 0; n < p.block_size(b); n++) {
       std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
       for (std::int64_t q = 0; q < p.positions; q += LANES)
-        tile_by_definition(power + q, fraction + q, p.offsets.data, p.steps, c.weight + channel * p.steps,
+        tile_by_definition(power + q, inside + q, p.offsets.data, p.steps, c.weight + channel * p.steps,
                            c.multiplier, sums + n * p.positions + q);
     }
     write_block(p, job, b, sums);

@@ -119,7 +119,7 @@ def test_products_of_all_seven_bit_fractions(multiplier):
 @on_gpu
 @pytest.mark.parametrize("seed", range(40))
 def test_random_convolution(seed):
-    check_random_convolution(random.Random(seed), torch.Generator("cuda").manual_seed(seed))
+    check_random_convolution(random.Random(seed))
 
 
 @on_gpu

@@ -17,7 +17,7 @@ from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
 # As in conv2d.cu: threads of a block, and steps of a sum between two barriers of a tiled kernel.
-_THREADS, _DIRECT_THREADS, _SLICE = 128, 64, 8
+_THREADS, _SLICE = 128, 8
 _INDEX_LIMIT = 1 << 31  # of the 32-bit indices; offsets between images and in the output have 64 bits
 _CEILING_RELOAD = 4096  # rounds, a power of two
 
@@ -56,11 +56,10 @@ _KERNELS = (*(tile.kernel for tile in _TILES), *(f"conv2d_direct_{n}" for n in _
 
 
 class Launch(NamedTuple):
-    """How a convolution is launched: kernel, blocks, threads of a block, and the argument (its pointers left open)."""
+    """How a convolution is launched: the kernel, the number of blocks, and the argument with its pointers left open."""
 
     kernel: str
     blocks: int
-    threads: int
     conv: np.ndarray
 
 
@@ -149,11 +148,11 @@ def _stream(device: int, handle: int) -> Any:
     return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
 
 
-def _run(multiplier: str, kernel: str, device: int, blocks: int, threads: int, arguments: tuple) -> None:
+def _run(multiplier: str, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
     """Launch a kernel on PyTorch's current stream of the device."""
     function = kernels(multiplier, device)[kernel]
     with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
-        function((blocks,), (threads,), arguments)
+        function((blocks,), (_THREADS,), arguments)
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
@@ -165,7 +164,7 @@ def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
         # Enough blocks to fill the card; each thread takes every so many-th element.
         blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
         arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), count)
-        _run(multiplier, "multiply", device, blocks, _THREADS, arguments)
+        _run(multiplier, "multiply", device, blocks, arguments)
     return output
 
 
@@ -201,7 +200,7 @@ def conv2d(
     conv = launch.conv.copy()
     bias_pointer = 0 if bias is None else bias.data_ptr()
     conv.view(np.uint64)[:4] = input.data_ptr(), weight.data_ptr(), bias_pointer, output.data_ptr()
-    _run(multiplier, launch.kernel, device, launch.blocks, launch.threads, (conv,))
+    _run(multiplier, launch.kernel, device, launch.blocks, (conv,))
     return output
 
 
@@ -225,7 +224,7 @@ def plan(
     out_channels, channels, *kernel = weight_shape
     out_channels //= groups
     pixels = out_shape[0] * out_shape[2] * out_shape[3]
-    name, blocks, threads = _choose_kernel(out_channels, groups, pixels, multiprocessors)
+    name, blocks = _choose_kernel(out_channels, groups, pixels, multiprocessors)
 
     reach = [max(shape[2 + i], dilation[i] * (kernel[i] - 1) + 1 + padding[i]) for i in range(2)]
     image = sum((n - 1) * step for n, step in zip((shape[1], *reach), strides[1:], strict=True))
@@ -244,16 +243,16 @@ def plan(
     conv = np.zeros(1, _CONV2D)
     for field, value in zip(_CONV2D.names[4:], values, strict=True):
         conv[field] = value
-    return Launch(name, blocks, threads, conv)
+    return Launch(name, blocks, conv)
 
 
-def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int, int]:
-    """The kernel's name, the number of blocks, and the threads of a block."""
+def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int]:
+    """The kernel's name, and the number of blocks."""
     if out_channels <= max(_DIRECT):
         # A thread keeps all channels of its pixels.
         fitting = next(n for n in _DIRECT if n >= out_channels)
-        blocks = groups * -(-pixels // (_DIRECT_THREADS * _DIRECT[fitting]))
-        return f"conv2d_direct_{fitting}", blocks, _DIRECT_THREADS
+        blocks = groups * -(-pixels // (_THREADS * _DIRECT[fitting]))
+        return f"conv2d_direct_{fitting}", blocks
 
     # The tile that needs the least time if every multiprocessor computes one block after the other: large tiles fetch
     # and decode less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
@@ -264,7 +263,7 @@ def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors:
         return -(-blocks(tile) // multiprocessors) * tile.channels * tile.pixels * tile.cost
 
     best = min(_TILES, key=time)
-    return best.kernel, blocks(best), _THREADS
+    return best.kernel, blocks(best)
 
 
 def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> float:
@@ -284,7 +283,7 @@ def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> 
         for _ in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            _run(multiplier, "ceiling", index, blocks, _THREADS, arguments)
+            _run(multiplier, "ceiling", index, blocks, arguments)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e-3)
