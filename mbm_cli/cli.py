@@ -25,10 +25,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+compare_app = typer.Typer(no_args_is_help=True, help="Is there a difference, and is it more than noise?")
 data_app = typer.Typer(no_args_is_help=True, help="The data set.")
 runs_app = typer.Typer(no_args_is_help=True, help="Runs: list them, show one.")
 configs_app = typer.Typer(no_args_is_help=True, help="Configs: list those that ship, copy one to edit, check one.")
 profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
+app.add_typer(compare_app, name="compare")
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(configs_app, name="configs")
@@ -92,7 +94,7 @@ def train(
     from mbm_cli.runs import Run
 
     if resume is not None:
-        _refuse_with_resume(context)
+        _refuse_with_resume(context, "epochs")
         run = Run.find(resume, output)
         with _stop_on_signal() as stopped:
             summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
@@ -102,6 +104,54 @@ def train(
             run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
     if json:
         _print_json({**summary, "run": str(run.folder)})
+
+
+@compare_app.command("exact-vs-mbm")
+def compare_exact_vs_mbm(
+    context: typer.Context,
+    config: ConfigOption = "lenet-mbm",
+    multiplier: Annotated[
+        str | None, typer.Option(help="One or several, separated by commas; default: the config's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 3,
+    epochs: EpochsOption = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a comparison.")] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    output: OutputOption = Path("runs"),
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train exact and approximate, seed by seed, and compare.
+
+    For example: mbm compare exact-vs-mbm --multiplier mbm,mbm-t16-r7 --seeds 3
+    """
+    from mbm_cli import config as configs
+    from mbm_cli import render
+    from mbm_cli.experiments import compare as experiment
+    from mbm_cli.runs import Run
+
+    if json or quiet:
+        display = render.CompareDisplay()
+    else:
+        display = render.LiveCompareDisplay() if sys.stdout.isatty() else render.PlainCompareDisplay()
+    if resume is not None:
+        _refuse_with_resume(context, "nothing")
+        run = Run.find(resume, output)
+        with _stop_on_signal() as stopped:
+            result = experiment.resume(run, display, stopped)
+    else:
+        loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
+        columns = [_multiplier(part.strip()) for part in multiplier.split(",")] if multiplier else None
+        with _stop_on_signal() as stopped:
+            run, result = experiment.compare(
+                loaded, columns or [str(loaded.model.multiplier)], seeds, output, display, stopped, threads
+            )
+    if json:
+        _print_json({**result, "run": str(run.folder)})
 
 
 @profile_app.command("conv")
@@ -344,12 +394,12 @@ def _overrides(
     return [*(set_ or []), *(f"{field}={value}" for field, value in flags.items() if value is not None)]
 
 
-def _refuse_with_resume(context: typer.Context) -> None:
-    fitting = {"resume", "epochs", "output", "json", "quiet", "debug"}
+def _refuse_with_resume(context: typer.Context, changeable: str) -> None:
+    fitting = {"resume", changeable, "output", "json", "quiet", "debug"}
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     wrong = [f"--{name.rstrip('_')}" for name in given if name not in fitting]
     if wrong:
-        raise RequestError(f"--resume uses the run's own config: drop {', '.join(wrong)}; only --epochs may change")
+        raise RequestError(f"--resume uses the run's own config: drop {', '.join(wrong)} ({changeable} may change)")
 
 
 def _display(json: bool, quiet: bool) -> Any:

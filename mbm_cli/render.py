@@ -180,6 +180,142 @@ class LiveDisplay(PlainDisplay):
             self.bar.stop()
 
 
+class CompareDisplay:
+    """Shows nothing of a comparison; its children show it to a log or on a terminal."""
+
+    def start(self, what: str, runs: int) -> None:
+        """Before the first of so many runs."""
+
+    def run(self, what: str, epochs: int) -> Display:
+        """Before each run; what it returns watches that run."""
+        return Display()
+
+    def run_done(self, run: dict[str, Any]) -> None:
+        """After each run."""
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        """After the last run."""
+
+    def close(self) -> None:
+        """Whatever happened; the terminal is given back."""
+
+
+class PlainCompareDisplay(CompareDisplay):
+    """For a log or a pipe: one line a run, then the table."""
+
+    def __init__(self) -> None:
+        self.console = console()
+
+    def start(self, what: str, runs: int) -> None:
+        self.runs, self.done = runs, 0
+        self.console.print(what, soft_wrap=True)
+
+    def run_done(self, run: dict[str, Any]) -> None:
+        self.done += 1
+        self.console.print(
+            f"run {self.done}/{self.runs}: seed {run['seed']}, {run['multiplier']}: "
+            f"test accuracy {percent(run['test_accuracy'])}, {_median(run['epoch_seconds']):.2f} s an epoch",
+            soft_wrap=True,
+        )
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        self.console.print(comparison_table(result))
+        for verdict in result["verdicts"]:
+            self.console.print(verdict, soft_wrap=True)
+        self.console.print(f"run: {folder}", soft_wrap=True)
+
+
+class LiveCompareDisplay(PlainCompareDisplay):
+    """For a terminal: a bar for the whole comparison below the lines."""
+
+    def start(self, what: str, runs: int) -> None:
+        super().start(what, runs)
+        self.bar = Progress(
+            TextColumn("{task.fields[what]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            expand=True,
+        )
+        self.task = self.bar.add_task("", total=runs, what="")
+        self.bar.start()
+
+    def run(self, what: str, epochs: int) -> Display:
+        return _RunOfComparison(self, what, epochs)
+
+    def run_done(self, run: dict[str, Any]) -> None:
+        super().run_done(run)
+        self.bar.update(self.task, completed=self.done)
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        self.close()
+        super().finish(result, folder)
+
+    def close(self) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+class _RunOfComparison(Display):
+    """Moves the comparison's bar by a run's steps."""
+
+    def __init__(self, whole: LiveCompareDisplay, what: str, epochs: int) -> None:
+        self.whole, self.what, self.epochs = whole, what, epochs
+
+    def progress(self, epoch: int, progress: StepProgress) -> None:
+        done = self.whole.done + (epoch - 1 + progress.step / progress.steps) / self.epochs
+        self.whole.bar.update(
+            self.whole.task, completed=done, what=f"{self.what}, epoch {epoch}/{self.epochs}, loss {progress.loss:.4f}"
+        )
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """A column for each multiplier, means over seeds."""
+
+    def interval(values: dict[str, float | None] | None, scale: float, digits: int, sign: str = "") -> str:
+        if values is None:
+            return "-"
+        mean = f"{scale * values['mean']:{sign}.{digits}f}"
+        if values["low"] is None:
+            return mean
+        return f"{mean} ({scale * values['low']:{sign}.{digits}f} to {scale * values['high']:{sign}.{digits}f})"
+
+    def epochs_to(counts: Sequence[int | None]) -> str:
+        return ", ".join("-" if count is None else str(count) for count in counts)
+
+    def spread(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    measures: list[tuple[str, Any]] = [
+        ("test accuracy, mean, %", lambda c: f"{100 * c['test_accuracy_mean']:.2f}"),
+        ("  standard deviation", lambda c: spread(c["test_accuracy_std"])),
+        ("  best", lambda c: f"{100 * c['test_accuracy_best']:.2f}"),
+        ("  difference to exact (95 %)", lambda c: interval(c.get("accuracy_difference"), 100, 2, "+")),
+        ("training loss, last epoch", lambda c: f"{c['train_loss_mean']:.4f}"),
+        ("test loss, last epoch", lambda c: f"{c['test_loss_mean']:.4f}"),
+        *(
+            (f"epochs to {100 * float(goal):.0f} %, each seed", lambda c, g=goal: epochs_to(c["epochs_to"][g]))
+            for goal in result["columns"][0]["epochs_to"]
+        ),
+        ("trained exact, evaluated so, %", lambda c: f"{100 * _mean(c['trained_exact_evaluated_here']):.2f}"),
+        ("trained so, evaluated exact, %", lambda c: f"{100 * _mean(c['trained_here_evaluated_exact']):.2f}"),
+        ("s an epoch, median", lambda c: f"{c['epoch_seconds_median']:.3f}"),
+        ("  ratio to exact (95 %)", lambda c: interval(c.get("epoch_seconds_ratio"), 1, 2)),
+        ("  forward convolutions, %", lambda c: f"{100 * c['convolution_share']:.0f}"),
+        ("images/s, median", lambda c: f"{c['images_per_second_median']:,.0f}"),
+        ("peak memory, MiB", lambda c: f"{c['peak_memory_bytes'] / 2**20:,.0f}"),
+    ]
+    rows = [(name, *(measure(column) for column in result["columns"])) for name, measure in measures]
+    title = f"{result['model']} on {result['device']}, {result['epochs']} epochs, {result['seeds']} seeds"
+    return table(title, ("", *result["multipliers"]), rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def run_table(runs: Sequence[dict[str, Any]]) -> Table:
     """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that."""
     rows = [

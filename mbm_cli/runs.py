@@ -110,14 +110,22 @@ class Run:
         Raises:
             RunError: it cannot be read, or a field is missing.
         """
-        summary = self._parse("summary.json", self._read("summary.json"))
+        summary = self.read_json("summary.json")
         missing = SUMMARY_FIELDS - summary.keys()
         if missing:
             raise RunError(f"{self.folder / 'summary.json'} is damaged (without {', '.join(sorted(missing))})")
         return summary
 
     def environment(self) -> dict[str, Any]:
-        return self._parse("environment.json", self._read("environment.json"))
+        return self.read_json("environment.json")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What a JSON file of the run holds.
+
+        Raises:
+            RunError: it cannot be read, or holds no JSON object.
+        """
+        return self._parse(name, self._read(name))
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dictionary an epoch; empty before the first epoch has ended."""

@@ -197,6 +197,15 @@ class Trainer:
         return [*self.model.parameters(), *self.model.buffers(), *optimizer]
 
 
+def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
+    """Mean loss and accuracy of a model over a data set on its device."""
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(images) for images in split.images.split(batch_size)])
+    losses, hits = _losses_and_hits(logits, split.labels)
+    return losses.mean().item(), hits.sum().item() / len(split)
+
+
 class _Pass:
     """A pass over a set in batches: ``compute(batch_of, step)`` gives the logits of a step.
 

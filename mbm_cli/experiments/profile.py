@@ -108,6 +108,25 @@ def profile_conv(
     return run, result
 
 
+def convolution_seconds(config: Config, device: torch.device) -> float:
+    """The forward convolutions of one training step of the config's model, each timed alone, in seconds."""
+    generator, total = torch.Generator().manual_seed(config.seed), 0.0
+    for shape in _model_shapes(config, device):
+        x, weight = _operands(shape, generator, device)
+        multiplier = str(config.model.multiplier)
+        with torch.no_grad():
+            total += median_seconds(
+                lambda x=x, w=weight, p=shape.padding, m=multiplier: conv2d(x, w, padding=p, multiplier=m), device
+            )
+    return total
+
+
+def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
+    weight = torch.randn(shape.out_channels, shape.channels, shape.kernel, shape.kernel, generator=generator).to(device)
+    return x, weight
+
+
 def measure_ceiling(multiplier: str, device: torch.device) -> float:
     """Multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
     if device.type == "cuda":
@@ -131,8 +150,7 @@ def _model_shapes(config: Config, device: torch.device) -> list[ConvShape]:
 
 
 def _time_shape(shape: ConvShape, multiplier: str, generator: torch.Generator, device: torch.device) -> dict[str, Any]:
-    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
-    weight = torch.randn(shape.out_channels, shape.channels, shape.kernel, shape.kernel, generator=generator).to(device)
+    x, weight = _operands(shape, generator, device)
     padding = shape.padding
     with torch.no_grad():
         forward = median_seconds(lambda: conv2d(x, weight, padding=padding, multiplier=multiplier), device)

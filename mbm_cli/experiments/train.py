@@ -1,5 +1,7 @@
 """One training run: from a config to a run folder with the trained network."""
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,8 +29,14 @@ def train(
     display: Display,
     stopped: Callable[[], bool] = lambda: False,
     threads: int | None = None,
+    data: tuple[Split, Split] | None = None,
 ) -> tuple[Run, dict[str, Any]]:
     """Run an experiment in a new run folder below ``output``.
+
+    Args:
+        stopped: asked before every step.
+        threads: CPU threads; PyTorch's choice without it.
+        data: the training and the test set, where they are loaded already.
 
     Returns:
         The run and its summary.
@@ -40,7 +48,7 @@ def train(
     """
     started = time.perf_counter()
     device = prepare(config, threads)
-    data = load_data(config, device)
+    data = data or load_data(config, device)
     run = Run.create(output, config.name)
     run.write("config.yaml", configs.dump(config))
     run.write_json("environment.json", environment(device))
@@ -52,10 +60,11 @@ def resume(
     epochs: int | None,
     display: Display,
     stopped: Callable[[], bool] = lambda: False,
+    data: tuple[Split, Split] | None = None,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint, or from the beginning if it has none; returns the summary.
 
-    A run that is complete is left as it is. ``epochs`` replaces the config's. Raises as ``train`` does.
+    A run that is complete is left as it is. ``epochs`` replaces the config's. Arguments and errors as ``train``.
     """
     started = time.perf_counter()
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
@@ -69,7 +78,7 @@ def resume(
         return summary
     # The number of threads decides how sums are split, hence the last bits.
     device = prepare(config, run.environment().get("threads"))
-    data = load_data(config, device)
+    data = data or load_data(config, device)
     run.write("config.yaml", configs.dump(config))
     return _train(run, config, device, data, display, stopped, started)
 
@@ -120,6 +129,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
     )
 
 
+def build_trainer(config: Config, device: torch.device, data: tuple[Split, Split]) -> Trainer:
+    """The network, its optimizer, and the loop that trains it on the data."""
+    model = build_model(config, device)
+    optimizer = build_optimizer(config.optimizer, model, device)
+    use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
+    return Trainer(model, optimizer, *data, config.data.batch_size, config.data.eval_batch_size, cuda_graph=use_graph)
+
+
 def _train(
     run: Run,
     config: Config,
@@ -129,13 +146,11 @@ def _train(
     stopped: Callable[[], bool],
     started: float,
 ) -> dict[str, Any]:
-    train_split, test_split = data
-    model = build_model(config, device)
-    optimizer = build_optimizer(config.optimizer, model, device)
-    use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
-    batch_sizes = config.data.batch_size, config.data.eval_batch_size
-    trainer = Trainer(model, optimizer, train_split, test_split, *batch_sizes, cuda_graph=use_graph)
-    epochs, steps = config.train.epochs, trainer.steps
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = build_trainer(config, device, data)
+    model, optimizer, steps = trainer.model, trainer.optimizer, trainer.steps
+    epochs = config.train.epochs
 
     checkpoint = run.checkpoint()
     done = 0 if checkpoint is None else checkpoint["epoch"]
@@ -145,30 +160,19 @@ def _train(
     before = checkpoint["total_seconds"] if checkpoint else 0.0
 
     def summarize(status: str, **more: Any) -> dict[str, Any]:
-        accuracies = [m["test_accuracy"] for m in metrics]
-        summary = {
-            "status": status,
-            "multiplier": str(config.model.multiplier),
-            "device": device.type,
-            "epochs": len(metrics),
-            "test_accuracy": accuracies[-1] if accuracies else None,
-            "best_test_accuracy": max(accuracies, default=None),
-            "epoch_seconds": [m["epoch_seconds"] for m in metrics],
-            "train_seconds": [m["train_seconds"] for m in metrics],
-            "total_seconds": before + time.perf_counter() - started,
-            **more,
-        }
+        seconds = before + time.perf_counter() - started
+        summary = {**_summary(status, config, device, metrics, seconds), **more}
         run.write_json("summary.json", summary)
         return summary
 
     summarize("running")
-    images = f"{len(train_split):,} training and {len(test_split):,} test images"
+    images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
     what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
     epoch = done + 1
     try:
-        display.start(what, describe_layers(model, train_split.images.shape[1:]), epochs)
+        display.start(what, describe_layers(model, data[0].images.shape[1:]), epochs)
         for epoch in range(done + 1, epochs + 1):
-            order = epoch_order(len(train_split), config.seed, epoch)
+            order = epoch_order(len(data[0]), config.seed, epoch)
             rates = learning_rates(
                 config.optimizer.lr, config.optimizer.schedule, (epoch - 1) * steps, steps, epochs * steps
             )
@@ -199,6 +203,32 @@ def _train(
         raise
     finally:
         display.close()
+
+
+def _summary(
+    status: str, config: Config, device: torch.device, metrics: list[dict[str, Any]], total_seconds: float
+) -> dict[str, Any]:
+    accuracies = [m["test_accuracy"] for m in metrics]
+    return {
+        "status": status,
+        "multiplier": str(config.model.multiplier),
+        "device": device.type,
+        "epochs": len(metrics),
+        "test_accuracy": accuracies[-1] if accuracies else None,
+        "best_test_accuracy": max(accuracies, default=None),
+        "epoch_seconds": [m["epoch_seconds"] for m in metrics],
+        "train_seconds": [m["train_seconds"] for m in metrics],
+        "total_seconds": total_seconds,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what PyTorch held at most during this run, on the CPU what the process did, in its whole life."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _describe(device: torch.device) -> str:
