@@ -36,7 +36,7 @@ TRAIN = ["train", "--threads", "1", *SETTINGS]
 METRICS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "epoch_seconds"]
 METRICS += ["train_seconds", "eval_seconds", "images_per_second"]
 SUMMARY = ["status", "multiplier", "device", "epochs", "test_accuracy", "best_test_accuracy"]
-SUMMARY += ["epoch_seconds", "train_seconds", "total_seconds"]
+SUMMARY += ["epoch_seconds", "train_seconds", "total_seconds", "peak_memory_bytes"]
 FILES = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "curves.png"}
 
 

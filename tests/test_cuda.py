@@ -70,8 +70,9 @@ def plan(shape, weight_shape, out_size, groups=1, padding=(0, 0)):
 
 
 def test_the_kernel_suits_the_shape():
-    assert plan((64, 1, 28, 28), (6, 1, 5, 5), (28, 28), padding=(2, 2)).kernel == "conv2d_direct_6"
-    assert plan((64, 64, 56, 56), (64, 1, 3, 3), (56, 56), 64, (1, 1)).kernel == "conv2d_direct_1"
+    assert plan((64, 1, 28, 28), (6, 1, 5, 5), (28, 28), padding=(2, 2)).kernel == "conv2d_direct_6x1"
+    assert plan((256, 1, 28, 28), (6, 1, 5, 5), (28, 28), padding=(2, 2)).kernel == "conv2d_direct_6x2"
+    assert plan((64, 64, 56, 56), (64, 1, 3, 3), (56, 56), 64, (1, 1)).kernel == "conv2d_direct_1x4"
     assert plan((64, 6, 14, 14), (16, 6, 5, 5), (10, 10)).kernel == "conv2d_16x32"
     assert plan((64, 32, 28, 28), (64, 32, 3, 3), (28, 28), padding=(1, 1)).kernel == "conv2d_64x128"
     assert plan((64, 64, 14, 14), (128, 64, 3, 3), (14, 14), padding=(1, 1)).kernel == "conv2d_32x128"
