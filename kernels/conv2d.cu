@@ -23,9 +23,9 @@
 //     fetch and decode. On Hopper they issue at 3.2 a cycle, of 4, as they do in the ceiling kernel: what is left goes
 //     to conflicts of the register banks, which only the compiler could avoid. 64 sums a thread leave room for 12 warps
 //     a multiprocessor.
-// conv2d_direct, for up to 8 output channels a group (first layers, depthwise): a thread computes all channels of 2 or
-//   4 pixels, whose operands stay in registers; the weights are decoded into shared memory. Limit: fetching and
-//   decoding.
+// conv2d_direct, for up to 8 output channels a group (first layers, depthwise): a thread computes all channels of 1 to
+//   4 pixels, whose operands stay in registers; the weights are decoded into shared memory. Limit: instructions, half
+//   of which fetch and decode; for one pixel a thread, also reading the weights.
 //
 // Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
 #include "multiplier.h"
@@ -43,7 +43,6 @@ __device__ constexpr Multiplier M = make_multiplier(FAMILY, TRUNCATE, RESULT_BIT
 constexpr bool MASKED = result_is_masked(M);
 constexpr int THREADS = 128;      // of a block
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
-constexpr int DIRECT_SLICE = 5;   // steps that a direct kernel fetches together; 5 by 5 and 3 by 3 waste none and one
 constexpr int OUTSIDE = 1 << 29;  // a row outside of any image, whatever is added to it or to its negative
 constexpr float UNIT = 1.0f / CARRY;
 
@@ -89,7 +88,6 @@ struct __align__(16) Weight {
   int bits;
   int threshold;
   float correction;
-  int unused;
 };
 
 MBM_FN Pixel decode_pixel(float a) {
@@ -98,12 +96,12 @@ MBM_FN Pixel decode_pixel(float a) {
 }
 
 MBM_FN Weight decode_weight(float b) {
-  if constexpr (M.form == IEEE) return {bits<Lane>(truncate_finite<Lane>(b, M.operand_keep)), 0, 0, 0};
+  if constexpr (M.form == IEEE) return {bits<Lane>(truncate_finite<Lane>(b, M.operand_keep)), 0, 0};
   constexpr int THRESHOLD = M.correction_carry == 0 ? CARRY : 2 * CARRY - M.correction_carry;
   constexpr float C = UNIT * (M.form == TWO_LEVELS ? 2 * M.correction_carry : M.correction);
   float power = decode_power<Lane>(b);
   int normal = (bits<Lane>(b) & INFINITE) != 0;
-  return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C, 0};
+  return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C};
 }
 
 MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b) {
@@ -205,22 +203,31 @@ MBM_FN float bias_of(const Conv2d& c, int group, int channel) {
   return c.bias ? c.bias[group * c.out_channels + channel] : 0.0f;
 }
 
-// base[offset] if x < limit_x and y < limit_y, else zero. A predicated load, which the compiler would not make of
-// several: it would collect their predicates first.
-MBM_FN float load_if_below(const float* base, int offset, unsigned x, unsigned limit_x, unsigned y, unsigned limit_y) {
+// The float `offset` bytes behind `base` if x < limit_x and y < limit_y, else zero. A predicated load, which the
+// compiler would not make of several: it would collect their predicates first.
+MBM_FN float load_if_below(const float* base, long long offset, unsigned x, unsigned limit_x, unsigned y,
+                           unsigned limit_y) {
   float value;
   asm volatile(
       "{\n\t.reg .pred below;\n\t.reg .s64 address;\n\t"
       "setp.lt.u32 below, %3, %4;\n\tsetp.lt.and.u32 below, %5, %6, below;\n\t"
-      "mad.wide.s32 address, %2, 4, %1;\n\tmov.f32 %0, 0f00000000;\n\t@below ld.global.nc.f32 %0, [address];\n\t}"
+      "add.s64 address, %1, %2;\n\tmov.f32 %0, 0f00000000;\n\t@below ld.global.nc.f32 %0, [address];\n\t}"
       : "=f"(value)
-      : "l"(base), "r"(offset), "r"(x), "r"(limit_x), "r"(y), "r"(limit_y));
+      : "l"(base), "l"(offset), "r"(x), "r"(limit_x), "r"(y), "r"(limit_y));
   return value;
+}
+
+// A structure of 16 bytes, by one instruction.
+template <class T> MBM_FN T load16(const T& from) {
+  static_assert(sizeof(T) == 16);
+  int4 words = reinterpret_cast<const int4&>(from);
+  return reinterpret_cast<const T&>(words);
 }
 
 // A step of a sum: where its input element lies from a position's first one.
 struct __align__(16) Step {
-  int offset, down, right, unused;
+  long long offset;  // bytes
+  int down, right;
 
   MBM_MEMBER bool inside(const Conv2d& c, const Position& at) const {
     return unsigned(at.row + down) < unsigned(c.size[0]) && unsigned(at.column + right) < unsigned(c.size[1]);
@@ -256,8 +263,8 @@ struct Walk {
   }
   MBM_MEMBER Step step(const Conv2d& c) const {
     int down = row * c.dilation[0], right = column * c.dilation[1];
-    return {channel * c.channel_stride + down * c.row_stride + right * c.column_stride,
-            channel < c.channels ? down : OUTSIDE, right, 0};
+    long long offset = channel * c.channel_stride + down * c.row_stride + right * c.column_stride;
+    return {offset * (int)sizeof(float), channel < c.channels ? down : OUTSIDE, right};
   }
 };
 
@@ -268,7 +275,7 @@ MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, i
 #pragma unroll 1
   for (Walk walk(c, 0); walk.channel < c.channels; walk.advance(c, 0, 0, 1), weight++) {
     Step step = walk.step(c);
-    if (step.inside(c, at)) sum = add(sum, product<Lane>(at.origin[step.offset], *weight, M));
+    if (step.inside(c, at)) sum = add(sum, product<Lane>(step.load(c, at), *weight, M));
   }
   return sum;
 }
@@ -358,14 +365,11 @@ template <int BM, int BN> struct Fetch {
 
   MBM_MEMBER void fetch(const Step (&steps)[SLICE]) {
 #pragma unroll
-    for (int i = 0; i < SLICE; i++) {
-      __align__(16) Step step;
-      load4(&step.offset, &steps[i].offset);
-      pixel_next[i] = step.load(c, at);
-    }
+    for (int i = 0; i < SLICE; i++) pixel_next[i] = load16(steps[i]).load(c, at);
+    long long row_bytes = (long long)ROWS * sizeof(float) * sum_length(c);
 #pragma unroll
     for (int i = 0; i < WEIGHTS; i++)
-      weight_next[i] = load_if_below(weight, i * ROWS * sum_length(c), i * ROWS, rows_left, walk.channel, c.channels);
+      weight_next[i] = load_if_below(weight, i * row_bytes, i * ROWS, rows_left, walk.channel, c.channels);
     weight += SLICE;
     walk.advance(c, c.slice[0], c.slice[1], c.slice[2]);
   }
@@ -422,7 +426,7 @@ template <int TM, int TN> struct Operands {
     for (int m = 0; m < TM; m++)
 #pragma unroll
       for (int n = 0; n < TN; n++)
-        sums[m][n] = accumulate(sums[m][n], {power[n], fraction[n]}, {bits[m], threshold[m], correction[m], 0});
+        sums[m][n] = accumulate(sums[m][n], {power[n], fraction[n]}, {bits[m], threshold[m], correction[m]});
   }
 };
 
@@ -460,7 +464,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     next.announce(steps[team][(s + 1) % 2]);
     team_barrier<TEAM>();
     if (s + 1 < last) next.fetch(steps[team][(s + 1) % 2]);
-#pragma unroll(TM * TN > 32 ? 2 : 4)  // more would spill
+#pragma unroll(TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
     for (int k = 0; k < SLICE; k++) {
       Operands<TM, TN> operands;
       operands.load(slices[team][s % 2][k], row, column);
@@ -514,7 +518,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
 // ---- Few output channels -------------------------------------------------------------------------------------------
 
 template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
-  constexpr int STEPS = 1024 / CHANNELS / DIRECT_SLICE * DIRECT_SLICE;  // of a sum that are in shared memory at a time
+  constexpr int STEPS = 1024 / CHANNELS;  // of a sum that are in shared memory at a time
   __shared__ Weight decoded[STEPS][CHANNELS];
   __shared__ Step steps[STEPS];
   int group = blockIdx.x % unsigned(c.groups);
@@ -525,52 +529,35 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   int length = sum_length(c);
   const float* weight = c.weight + (long long)group * c.out_channels * length;
 
-  float next[DIRECT_SLICE][PIXELS];
-  auto fetch = [&](int first) {
-#pragma unroll
-    for (int k = 0; k < DIRECT_SLICE; k++) {
-      __align__(16) Step step;
-      load4(&step.offset, &steps[first + k].offset);
-#pragma unroll
-      for (int p = 0; p < PIXELS; p++) next[k][p] = step.load(c, at[p]);
-    }
-  };
-
   float sums[PIXELS][CHANNELS] = {};
   Exponents pixels[PIXELS], weights[1];
   for (int first = 0; first < length; first += STEPS) {
-    int count = min(STEPS, (length - first + DIRECT_SLICE - 1) / DIRECT_SLICE * DIRECT_SLICE);
+    int count = min(STEPS, length - first);
     __syncthreads();  // the last steps have been read
     for (int k = threadIdx.x; k < count; k += THREADS) steps[k] = Walk(c, first + k).step(c);
-    __syncthreads();
-    fetch(0);
     for (int i = threadIdx.x; i < count * CHANNELS; i += THREADS) {
       int k = i / CHANNELS, m = i % CHANNELS;
-      float b = m < c.out_channels && first + k < length ? weight[m * length + first + k] : 0.0f;
+      float b = m < c.out_channels ? weight[m * length + first + k] : 0.0f;
       weights[0].add(b);
       decoded[k][m] = decode_weight(b);
     }
     __syncthreads();
-#pragma unroll 1
-    for (int slice = 0; slice < count; slice += DIRECT_SLICE) {
-      Pixel a[DIRECT_SLICE][PIXELS];
+#pragma unroll 4
+    for (int k = 0; k < count; k++) {
+      Step step = load16(steps[k]);
+      Pixel a[PIXELS];
 #pragma unroll
-      for (int k = 0; k < DIRECT_SLICE; k++)
+      for (int p = 0; p < PIXELS; p++) {
+        float x = step.load(c, at[p]);
+        pixels[p].add(x);
+        a[p] = decode_pixel(x);
+      }
 #pragma unroll
-        for (int p = 0; p < PIXELS; p++) {
-          pixels[p].add(next[k][p]);
-          a[k][p] = decode_pixel(next[k][p]);
-        }
-      if (slice + DIRECT_SLICE < count) fetch(slice + DIRECT_SLICE);
+      for (int m = 0; m < CHANNELS; m++) {
+        Weight b = load16(decoded[k][m]);
 #pragma unroll
-      for (int k = 0; k < DIRECT_SLICE; k++)
-#pragma unroll
-        for (int m = 0; m < CHANNELS; m++) {
-          __align__(16) Weight b;
-          load4(&b.bits, &decoded[slice + k][m].bits);
-#pragma unroll
-          for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[k][p], b);
-        }
+        for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[p], b);
+      }
     }
   }
 
@@ -603,10 +590,11 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
 KERNEL(conv2d_64x128, 3, conv2d_tiled<64, 128, 8, 8>)
 KERNEL(conv2d_32x128, 4, conv2d_tiled<32, 128, 8, 4>)
 KERNEL(conv2d_16x32, 4, conv2d_tiled<16, 32, 4, 4>)
-KERNEL(conv2d_direct_1, 4, conv2d_direct<1, 4>)
-KERNEL(conv2d_direct_4, 4, conv2d_direct<4, 2>)
-KERNEL(conv2d_direct_6, 4, conv2d_direct<6, 2>)
-KERNEL(conv2d_direct_8, 4, conv2d_direct<8, 2>)
+KERNEL(conv2d_direct_1x4, 4, conv2d_direct<1, 4>)
+KERNEL(conv2d_direct_4x2, 4, conv2d_direct<4, 2>)
+KERNEL(conv2d_direct_6x1, 4, conv2d_direct<6, 1>)
+KERNEL(conv2d_direct_6x2, 4, conv2d_direct<6, 2>)
+KERNEL(conv2d_direct_8x2, 4, conv2d_direct<8, 2>)
 
 extern "C" __global__ void multiply(const float* a, const float* b, float* output, long long count) {
   long long step = (long long)gridDim.x * blockDim.x;

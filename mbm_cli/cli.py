@@ -210,6 +210,37 @@ def doctor(
         raise RunError("mbm train would fail or be wrong here: see the problems above")
 
 
+@profile_app.command("epoch")
+def profile_epoch(
+    config: ConfigOption = "lenet-mbm",
+    multiplier: MultiplierOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    output: OutputOption = Path("runs"),
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run an epoch and tell where its time went.
+
+    For example: mbm profile epoch --config lenet-mbm
+    """
+    from mbm_cli import config as configs
+    from mbm_cli import render
+    from mbm_cli.experiments import profile_epoch as experiment
+
+    loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
+    with render.console(stderr=True).status("loading") as status:
+        run, result = experiment.profile_epoch(loaded, output, threads, status.update)
+    if json:
+        _print_json({**result, "run": str(run.folder)})
+    elif not quiet:
+        render.console().print(render.epoch_profile_tables(result))
+        typer.echo(f"run: {run.folder}")
+
+
 @data_app.command("fetch")
 def data_fetch(
     root: Annotated[Path | None, typer.Option(help="Data folder; default: MBM_DATA_DIR or the cache folder.")] = None,

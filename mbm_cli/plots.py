@@ -59,6 +59,26 @@ def comparison(result: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
+def epoch_profile(result: dict[str, Any]) -> bytes:
+    """Where an epoch's time went: a bar a phase, and a bar a convolution (forward, backward)."""
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    phases, layers = figure.subplots(1, 2)
+    names = list(result["phases"])[::-1]
+    phases.barh(names, [result["phases"][name] for name in names], color="#0072B2")
+    phases.set_xlabel("seconds")
+    phases.set_title("phases of an epoch", fontsize="medium")
+    labels = [layer["name"] for layer in result["layers"]][::-1]
+    positions = np.arange(len(labels))
+    for offset, part, color, hatch in ((0.2, "forward", "#D55E00", None), (-0.2, "backward", "#56B4E9", "//")):
+        values = [layer[f"{part}_seconds"] for layer in result["layers"]][::-1]
+        layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
+    layers.set_yticks(positions, labels)
+    layers.set_xlabel("seconds")
+    layers.set_title(f"convolutions, {result['multiplier']}", fontsize="medium")
+    layers.legend()
+    return _png(figure)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)

@@ -180,6 +180,59 @@ class LiveDisplay(PlainDisplay):
             self.bar.stop()
 
 
+def epoch_profile_tables(result: dict[str, Any]) -> Group:
+    """The result of `mbm profile epoch`."""
+    on_gpu = result["device"] == "cuda"
+    scale, unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
+    profiled = result["profiled_epoch_seconds"]
+    lines = [f"an epoch as training runs it: {result['epoch_seconds']:.3f} s"]
+    if result["busy_seconds"] is not None:
+        how = "replayed from CUDA graphs" if result["cuda_graph"] else "eager"
+        idle = max(0.0, 1 - result["busy_seconds"] / result["epoch_seconds"])
+        lines[0] += f" ({how}; the GPU was idle for {100 * idle:.0f} % of it)"
+    lines.append(
+        f"the same step by step: {result['eager_epoch_seconds']:.3f} s, under the profiler {profiled:.3f} s "
+        f"({100 * result['profiler_overhead']:+.1f} %); the tables below are of that one"
+    )
+    rest = "GPU idle, everything else" if on_gpu else "everything else"
+    phases = [
+        (rest if name == "everything else" else name, f"{seconds:.3f}", f"{100 * seconds / profiled:.1f} %")
+        for name, seconds in result["phases"].items()
+    ]
+
+    def optional(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    layers = [
+        (
+            layer["name"],
+            f"{layer['multiplications']:,}",
+            f"{layer['forward_seconds']:.3f}",
+            optional(layer["macs_per_second"] and layer["macs_per_second"] / scale, "{:.2f}"),
+            optional(layer["share_of_ceiling"] and 100 * layer["share_of_ceiling"], "{:.0f} %"),
+            f"{layer['backward_seconds']:.3f}",
+            layer["backward_library"],
+        )
+        for layer in result["layers"]
+    ]
+    costliest = [
+        (row["name"][:60], f"{row['calls']:,}", f"{row['seconds']:.3f}", f"{100 * row['share']:.1f} %")
+        for row in result["costliest"]
+    ]
+    return Group(
+        f"{result['config']}: {result['model']} with {result['multiplier']} on {result['device_name']}",
+        *lines,
+        table("phases" + (" (kernels' time)" if on_gpu else ""), ("phase", "s", "of the epoch"), phases),
+        table(
+            "convolutions",
+            ("layer", "mults/image", "forward s", unit, "of ceiling", "backward s", "backward by"),
+            layers,
+        ),
+        table("costliest " + ("kernels" if on_gpu else "operators"), ("name", "calls", "s", "share"), costliest),
+        *(f"{number}. {answer}" for number, answer in enumerate(result["answers"], 1)),
+    )
+
+
 class CompareDisplay:
     """Shows nothing of a comparison; its children show it to a log or on a terminal."""
 

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
 
 REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
+PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evaluation")
+
+
+def phase(name: str) -> record_function:
+    """A range that PyTorch's profiler measures, one of PHASES; about a microsecond without a profiler."""
+    return record_function(f"phase: {name}")
 
 
 @dataclass(frozen=True)
@@ -142,19 +149,28 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the test set."""
         self.model.eval()
-        for _ in self._testing:
-            pass
-        losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
-        return losses.mean().item(), hits.sum().item() / len(self.test)
+        with phase("evaluation"):
+            for _ in self._testing:
+                pass
+            losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
+            return losses.mean().item(), hits.sum().item() / len(self.test)
 
     def _train_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
-        indices = batch_of(self._order)
-        for group in self.optimizer.param_groups:
-            torch.index_select(self._rates, 0, step, out=group["lr"])
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(self.train.images.index_select(0, indices))
-        F.cross_entropy(logits, self.train.labels.index_select(0, indices)).backward()
-        self.optimizer.step()
+        with phase("batch gathering"):
+            indices = batch_of(self._order)
+            images, labels = self.train.images.index_select(0, indices), self.train.labels.index_select(0, indices)
+        with phase("optimizer"):
+            for group in self.optimizer.param_groups:
+                torch.index_select(self._rates, 0, step, out=group["lr"])
+            self.optimizer.zero_grad(set_to_none=True)
+        with phase("forward"):
+            logits = self.model(images)
+        with phase("loss"):
+            loss = F.cross_entropy(logits, labels)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            self.optimizer.step()
         return logits.detach()
 
     @torch.no_grad()

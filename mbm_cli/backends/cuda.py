@@ -51,8 +51,13 @@ _TILES = (
     Tile("conv2d_32x128", 32, 128, 1.06),
     Tile("conv2d_16x32", 16, 32, 1.3),
 )
-_DIRECT = {1: 4, 4: 2, 6: 2, 8: 2}  # output channels of the direct kernels, and pixels of a thread
-_KERNELS = (*(tile.kernel for tile in _TILES), *(f"conv2d_direct_{n}" for n in _DIRECT), "multiply", "ceiling")
+_DIRECT = {1: (4,), 4: (2,), 6: (1, 2), 8: (2,)}  # output channels of the direct kernels, and pixels of a thread
+_KERNELS = (
+    *(tile.kernel for tile in _TILES),
+    *(f"conv2d_direct_{channels}x{pixels}" for channels, choices in _DIRECT.items() for pixels in choices),
+    "multiply",
+    "ceiling",
+)
 
 
 class Launch(NamedTuple):
@@ -249,10 +254,12 @@ def plan(
 def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int]:
     """The kernel's name, and the number of blocks."""
     if out_channels <= max(_DIRECT):
-        # A thread keeps all channels of its pixels.
-        fitting = next(n for n in _DIRECT if n >= out_channels)
-        blocks = groups * -(-pixels // (_THREADS * _DIRECT[fitting]))
-        return f"conv2d_direct_{fitting}", blocks
+        channels = next(n for n in _DIRECT if n >= out_channels)
+        blocks_of = {n: groups * -(-pixels // (_THREADS * n)) for n in _DIRECT[channels]}
+        # More pixels a thread read the weights less often, but are to leave some blocks for each multiprocessor.
+        choices = [n for n in blocks_of if blocks_of[n] >= 3 * multiprocessors]
+        of_thread = max(choices, default=min(blocks_of))
+        return f"conv2d_direct_{channels}x{of_thread}", blocks_of[of_thread]
 
     # The tile that needs the least time if every multiprocessor computes one block after the other: large tiles fetch
     # and decode less for each product, small ones leave fewer channels, pixels and multiprocessors without work.

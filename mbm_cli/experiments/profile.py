@@ -157,9 +157,7 @@ def _time_shape(shape: ConvShape, multiplier: str, generator: torch.Generator, d
         exact = median_seconds(lambda: F.conv2d(x, weight, padding=padding), device)
         backward = {
             name: median_eager_seconds(call, device)
-            for name, call in _backward_paths(
-                x, weight, torch.randn_like(F.conv2d(x, weight, padding=padding)), padding
-            )
+            for name, call in backward_paths(x, weight, torch.randn_like(F.conv2d(x, weight, padding=padding)), padding)
         }
     return {
         "name": shape.name,
@@ -173,7 +171,7 @@ def _time_shape(shape: ConvShape, multiplier: str, generator: torch.Generator, d
     }
 
 
-def _backward_paths(
+def backward_paths(
     x: Tensor, weight: Tensor, grad: Tensor, padding: int
 ) -> tuple[tuple[str, Callable[[], object]], ...]:
     """Three ways to both gradients; the last is the one that training takes."""
