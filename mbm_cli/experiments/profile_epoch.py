@@ -114,9 +114,9 @@ def _busy_seconds(trainer: Trainer, order: Tensor, rates: Tensor) -> float:
 
 def _profiled_epoch(trainer: Trainer, order: Tensor, rates: Tensor, device: torch.device) -> tuple[float, profile]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    one_thread = torch.autograd.set_multithreading_enabled(False)  # so that a range holds its backward kernels, too
     with (
         _layer_ranges(trainer.model),
+        # In this thread, so that a range holds the kernels of its backward pass, too.
         torch.autograd.set_multithreading_enabled(False),
         profile(activities=activities) as profiler,
     ):
@@ -247,7 +247,7 @@ def _answers(result: dict[str, Any]) -> list[str]:
         f"torch.nn.grad in the backward pass: both gradients take {grad:.2f} times one call to {library} "
         f"({1e6 * paths['torch_nn_grad']:,.0f} against {1e6 * paths['one_call']:,.0f} us), which cannot make hours of "
         f"the {result['phases']['backward']:.2f} s that all backward passes take.",
-        f"A forward pass that is not parallel: the loop over patches in Python needs {loop} for the products of an epoch "
+        f"A forward pass that is not parallel: the loop over patches in Python needs {loop} for an epoch's products "
         f"(extrapolated from {NAIVE_PRODUCTS:,}), the kernels {forward:.2f} s.",
         f"The hardware: both ran on this machine, where a whole epoch takes {seconds:.2f} s and the loop alone "
         f"{naive['ratio']:,.0f} times as long.",
