@@ -75,7 +75,7 @@ def epoch_profile(result: dict[str, Any]) -> bytes:
     layers.set_yticks(positions, labels)
     layers.set_xlabel("seconds")
     layers.set_title(f"convolutions, {result['multiplier']}", fontsize="medium")
-    layers.legend()
+    figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return _png(figure)
 
 

@@ -419,7 +419,7 @@ def conv_tables(result: dict[str, Any]) -> Group:
     columns = ("layer", "convolution", "batch")
     return Group(
         table(
-            f"forward: {name} on {where}; its arithmetic on registers alone reaches {ceiling}",
+            f"forward: {name} on {where}; ceiling on registers: {ceiling}",
             (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
             [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
             left=2,

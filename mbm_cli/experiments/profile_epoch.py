@@ -58,7 +58,8 @@ def profile_epoch(
     eager.epoch(order, rates)
     unprofiled = eager.epoch(order, rates)
     seconds, profiler = _profiled_epoch(eager, order, rates, device)
-    profiler.export_chrome_trace(str(run.folder / "trace.json"))
+    profiler.export_chrome_trace(str(run.folder / ".trace.json"))
+    (run.folder / ".trace.json").replace(run.folder / "trace.json")  # whole or not at all, as every file of a run
 
     report("the ceiling, the three ways backward, the naive loop")
     events = profiler.key_averages()
