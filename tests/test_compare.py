@@ -66,7 +66,9 @@ def test_an_interrupted_comparison_goes_on_without_repeating_runs(tmp_path):
         run_compare(tmp_path / "cut", "mbm", stopped=lambda: next(asked))
     (run,) = list_runs(tmp_path / "cut")
     assert run.summary()["status"] == "interrupted"
-    finished = {one.name: (one.folder / "checkpoint.pt").stat().st_mtime_ns for one in list_runs(run.folder)[:2]}
+    completed = [one.name for one in list_runs(run.folder) if one.summary()["status"] == "completed"]
+    assert len(completed) == 2
+    finished = {name: (run.folder / name / "checkpoint.pt").stat().st_mtime_ns for name in completed}
     result = experiment.resume(run, CompareDisplay())
     assert [c["test_accuracy"] for c in result["columns"]] == [c["test_accuracy"] for c in whole["columns"]]
     assert [r["metrics"][-1]["train_loss"] for r in result["runs"]] == [

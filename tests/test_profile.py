@@ -110,8 +110,8 @@ def test_a_median_is_of_enough_repeats_after_a_warm_up(median, monkeypatch):
 @pytest.mark.parametrize("median", [timing.median_seconds, timing.median_eager_seconds])
 def test_a_quick_call_is_repeated_for_long_enough(median):
     calls = []
-    median(lambda: calls.append(time.sleep(0.001)), torch.device("cpu"))
-    assert len(calls) > 8
+    median(lambda: calls.append(None), torch.device("cpu"))
+    assert len(calls) > 50  # a microsecond each, for 20 ms
 
 
 @pytest.mark.parametrize(
