@@ -172,16 +172,16 @@ def profile_conv(
     For example: mbm profile conv --multiplier mbm-t16-r7
     """
     from mbm_cli import config as configs
-    from mbm_cli import render
+    from mbm_cli import tables
     from mbm_cli.experiments import profile as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
-    with render.console(stderr=True).status("timing") as status:
+    with tables.console(stderr=True).status("timing") as status:
         run, result = experiment.profile_conv(loaded, output, threads, status.update)
     if json:
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:
-        render.console().print(render.conv_tables(result))
+        tables.console().print(tables.conv_tables(result))
         typer.echo(f"run: {run.folder}")
 
 
@@ -196,14 +196,14 @@ def doctor(
     """Check the installation, and every backend's products."""
     import torch
 
-    from mbm_cli import render
+    from mbm_cli import tables
     from mbm_cli.errors import RunError
     from mbm_cli.experiments import doctor as experiment
 
     if threads is not None:
         torch.set_num_threads(threads)
-    screen = render.console()
-    result = experiment.doctor(seed or 0, lambda check: json or quiet or render.print_check(screen, check))
+    screen = tables.console()
+    result = experiment.doctor(seed or 0, lambda check: json or quiet or tables.print_check(screen, check))
     if json:
         _print_json(result)
     if not result["passed"]:
@@ -228,16 +228,16 @@ def profile_epoch(
     For example: mbm profile epoch --config lenet-mbm
     """
     from mbm_cli import config as configs
-    from mbm_cli import render
+    from mbm_cli import tables
     from mbm_cli.experiments import profile_epoch as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
-    with render.console(stderr=True).status("loading") as status:
+    with tables.console(stderr=True).status("loading") as status:
         run, result = experiment.profile_epoch(loaded, output, threads, status.update)
     if json:
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:
-        render.console().print(render.epoch_profile_tables(result))
+        tables.console().print(tables.epoch_profile_tables(result))
         typer.echo(f"run: {run.folder}")
 
 
@@ -255,7 +255,7 @@ def data_fetch(
 @runs_app.command("list")
 def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the runs in the output folder, the oldest first."""
-    from mbm_cli import render
+    from mbm_cli import tables
     from mbm_cli.runs import list_runs
 
     if output.exists() and not output.is_dir():
@@ -264,7 +264,7 @@ def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, deb
     if json:
         _print_json({"runs": runs})
     elif runs:
-        render.console().print(render.run_table(runs))
+        tables.console().print(tables.run_table(runs))
     else:
         typer.echo(f"no runs in {output}: mbm train makes one")
 
@@ -278,7 +278,7 @@ def runs_show(
 ) -> None:
     """Show a run: its result, its epochs and its config."""
     from mbm_cli import config as configs
-    from mbm_cli import render
+    from mbm_cli import tables
     from mbm_cli.runs import Run
 
     found = Run.find(run, output)
@@ -286,13 +286,13 @@ def runs_show(
     if json:
         _print_json({"run": str(found.folder), **summary, "metrics": metrics})
         return
-    screen = render.console()
-    screen.print(render.run_table([{"run": str(found.folder), **summary}]))
+    screen = tables.console()
+    screen.print(tables.run_table([{"run": str(found.folder), **summary}]))
     if "reason" in summary:
         screen.print(f"{summary['status']}: {summary['reason']}\n", soft_wrap=True)
     if metrics:
         epochs = configs.parse(found.config_text(), str(found.folder / "config.yaml")).train.epochs
-        screen.print(render.epoch_table(metrics, epochs, screen.width))
+        screen.print(tables.epoch_table(metrics, epochs, screen.width))
     screen.print("\n" + found.config_text(), soft_wrap=True)
 
 
@@ -300,10 +300,10 @@ def runs_show(
 def configs_list(debug: DebugOption = False) -> None:
     """List the configs that ship with the package."""
     from mbm_cli import config as configs
-    from mbm_cli import render
+    from mbm_cli import tables
 
     rows = [(name, configs.shipped_summary(name)) for name in configs.shipped()]
-    render.console().print(render.table(None, ("config", "what it is"), rows, left=2))
+    tables.console().print(tables.table(None, ("config", "what it is"), rows, left=2))
 
 
 @configs_app.command("copy")

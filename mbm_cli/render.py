@@ -1,87 +1,15 @@
-"""Tables and progress: what a person sees of an experiment, on a terminal, in a log, or not at all."""
+"""Displays: what a person sees of an experiment while it runs, on a terminal, in a log, or not at all."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from mbm_cli.models import Layer
+from mbm_cli.tables import comparison_table, console, epoch_table, layer_table, median, percent, result_lines
 from mbm_cli.training import Progress as StepProgress
-
-WIDTH = 100
-
-# Heading, width, value of an epoch's metrics; all of them fit 80 columns.
-_EPOCH_COLUMNS = (
-    ("epoch", 7, lambda m, epochs: f"{m['epoch']}/{epochs}"),
-    ("train\nloss", 7, lambda m, _: f"{m['train_loss']:.4f}"),
-    ("train\naccuracy", 8, lambda m, _: percent(m["train_accuracy"])),
-    ("test\nloss", 7, lambda m, _: f"{m['test_loss']:.4f}"),
-    ("test\naccuracy", 8, lambda m, _: percent(m["test_accuracy"])),
-    ("train s", 7, lambda m, _: f"{m['train_seconds']:.2f}"),
-    ("eval s", 6, lambda m, _: f"{m['eval_seconds']:.2f}"),
-    ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
-)
-_NARROW_EPOCH_COLUMNS = tuple(_EPOCH_COLUMNS[i] for i in (0, 1, 4, 5))
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
-
-def console(stderr: bool = False) -> Console:
-    """A console on standard output (or error) that never goes beyond 100 columns."""
-    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
-    if made.width > WIDTH or not made.is_terminal:
-        made.width = WIDTH
-    return made
-
-
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
-    """A table of ready text; the first ``left`` columns are words, the others numbers."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def layer_table(layers: Sequence[Layer]) -> Table:
-    def shape(sizes: tuple[int, ...]) -> str:
-        return "x".join(map(str, sizes))
-
-    rows = [
-        (
-            layer.name,
-            layer.kind,
-            layer.arithmetic,
-            f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
-            f"{layer.parameters:,}",
-            f"{layer.multiplications:,}",
-        )
-        for layer in layers
-    ]
-    rows.append(
-        ("", "all", "", "", f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}")
-    )
-    columns = ("layer", "kind", "multiplier", "shape", "parameters", "mults/image")
-    return table(None, columns, rows, left=4)
-
-
-def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:
-    """Rows of finished epochs in columns of fixed width, so that rows printed one by one stand below one another."""
-    made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
-    columns = _EPOCH_COLUMNS if width >= 80 else _NARROW_EPOCH_COLUMNS
-    for name, size, _ in columns:
-        made.add_column(name, justify="right", width=size, no_wrap=True)
-    for m in metrics:
-        made.add_row(*(value(m, epochs) for _, _, value in columns))
-    return made
 
 
 class Display:
@@ -180,59 +108,6 @@ class LiveDisplay(PlainDisplay):
             self.bar.stop()
 
 
-def epoch_profile_tables(result: dict[str, Any]) -> Group:
-    """The result of `mbm profile epoch`."""
-    on_gpu = result["device"] == "cuda"
-    scale, unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
-    profiled = result["profiled_epoch_seconds"]
-    lines = [f"an epoch as training runs it: {result['epoch_seconds']:.3f} s"]
-    if result["busy_seconds"] is not None:
-        how = "replayed from CUDA graphs" if result["cuda_graph"] else "eager"
-        idle = max(0.0, 1 - result["busy_seconds"] / result["epoch_seconds"])
-        lines[0] += f" ({how}; the GPU was idle for {100 * idle:.0f} % of it)"
-    lines.append(
-        f"the same step by step: {result['eager_epoch_seconds']:.3f} s, under the profiler {profiled:.3f} s "
-        f"({100 * result['profiler_overhead']:+.1f} %); the tables below are of that one"
-    )
-    rest = "GPU idle, everything else" if on_gpu else "everything else"
-    phases = [
-        (rest if name == "everything else" else name, f"{seconds:.3f}", f"{100 * seconds / profiled:.1f} %")
-        for name, seconds in result["phases"].items()
-    ]
-
-    def optional(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
-    layers = [
-        (
-            layer["name"],
-            f"{layer['multiplications']:,}",
-            f"{layer['forward_seconds']:.3f}",
-            optional(layer["macs_per_second"] and layer["macs_per_second"] / scale, "{:.2f}"),
-            optional(layer["share_of_ceiling"] and 100 * layer["share_of_ceiling"], "{:.0f} %"),
-            f"{layer['backward_seconds']:.3f}",
-            layer["backward_library"],
-        )
-        for layer in result["layers"]
-    ]
-    costliest = [
-        (row["name"][:60], f"{row['calls']:,}", f"{row['seconds']:.3f}", f"{100 * row['share']:.1f} %")
-        for row in result["costliest"]
-    ]
-    return Group(
-        f"{result['config']}: {result['model']} with {result['multiplier']} on {result['device_name']}",
-        *lines,
-        table("phases" + (" (kernels' time)" if on_gpu else ""), ("phase", "s", "of the epoch"), phases),
-        table(
-            "convolutions",
-            ("layer", "mults/image", "forward s", unit, "of ceiling", "backward s", "backward by"),
-            layers,
-        ),
-        table("costliest " + ("kernels" if on_gpu else "operators"), ("name", "calls", "s", "share"), costliest),
-        *(f"{number}. {answer}" for number, answer in enumerate(result["answers"], 1)),
-    )
-
-
 class CompareDisplay:
     """Shows nothing of a comparison; its children show it to a log or on a terminal."""
 
@@ -267,7 +142,7 @@ class PlainCompareDisplay(CompareDisplay):
         self.done += 1
         self.console.print(
             f"run {self.done}/{self.runs}: seed {run['seed']}, {run['multiplier']}: "
-            f"test accuracy {percent(run['test_accuracy'])}, {_median(run['epoch_seconds']):.2f} s an epoch",
+            f"test accuracy {percent(run['test_accuracy'])}, {median(run['epoch_seconds']):.2f} s an epoch",
             soft_wrap=True,
         )
 
@@ -322,134 +197,3 @@ class _RunOfComparison(Display):
         self.whole.bar.update(
             self.whole.task, completed=done, what=f"{self.what}, epoch {epoch}/{self.epochs}, loss {progress.loss:.4f}"
         )
-
-
-def comparison_table(result: dict[str, Any]) -> Table:
-    """A column for each multiplier, means over seeds."""
-
-    def interval(values: dict[str, float | None] | None, scale: float, digits: int, sign: str = "") -> str:
-        if values is None:
-            return "-"
-        mean = f"{scale * values['mean']:{sign}.{digits}f}"
-        if values["low"] is None:
-            return mean
-        return f"{mean} ({scale * values['low']:{sign}.{digits}f} to {scale * values['high']:{sign}.{digits}f})"
-
-    def epochs_to(counts: Sequence[int | None]) -> str:
-        return ", ".join("-" if count is None else str(count) for count in counts)
-
-    def spread(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f}"
-
-    measures: list[tuple[str, Any]] = [
-        ("test accuracy, mean, %", lambda c: f"{100 * c['test_accuracy_mean']:.2f}"),
-        ("  standard deviation", lambda c: spread(c["test_accuracy_std"])),
-        ("  best", lambda c: f"{100 * c['test_accuracy_best']:.2f}"),
-        ("  difference to exact (95 %)", lambda c: interval(c.get("accuracy_difference"), 100, 2, "+")),
-        ("training loss, last epoch", lambda c: f"{c['train_loss_mean']:.4f}"),
-        ("test loss, last epoch", lambda c: f"{c['test_loss_mean']:.4f}"),
-        *(
-            (f"epochs to {100 * float(goal):.0f} %, each seed", lambda c, g=goal: epochs_to(c["epochs_to"][g]))
-            for goal in result["columns"][0]["epochs_to"]
-        ),
-        ("trained exact, evaluated so, %", lambda c: f"{100 * _mean(c['trained_exact_evaluated_here']):.2f}"),
-        ("trained so, evaluated exact, %", lambda c: f"{100 * _mean(c['trained_here_evaluated_exact']):.2f}"),
-        ("s an epoch, median", lambda c: f"{c['epoch_seconds_median']:.3f}"),
-        ("  ratio to exact (95 %)", lambda c: interval(c.get("epoch_seconds_ratio"), 1, 2)),
-        ("  forward convolutions, %", lambda c: f"{100 * c['convolution_share']:.0f}"),
-        ("images/s, median", lambda c: f"{c['images_per_second_median']:,.0f}"),
-        ("peak memory, MiB", lambda c: f"{c['peak_memory_bytes'] / 2**20:,.0f}"),
-    ]
-    rows = [(name, *(measure(column) for column in result["columns"])) for name, measure in measures]
-    title = f"{result['model']} on {result['device']}, {result['epochs']} epochs, {result['seeds']} seeds"
-    return table(title, ("", *result["multipliers"]), rows)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def run_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that."""
-    rows = [
-        (
-            Path(run["run"]).name,
-            run["status"],
-            run.get("multiplier", "-"),
-            run.get("device", "-"),
-            str(run.get("epochs", "-")),
-            percent(run.get("test_accuracy")),
-            f"{_median(run['epoch_seconds']):.2f}" if run.get("epoch_seconds") else "-",
-        )
-        for run in runs
-    ]
-    columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-    return table(None, columns, rows, left=4)
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def conv_tables(result: dict[str, Any]) -> Group:
-    """The result of `mbm profile conv`, as far as it has come."""
-    name, on_gpu = result["multiplier"], result["device"] == "cuda"
-    scale, unit = (1e6, "us") if on_gpu else (1e3, "ms")
-    rate_scale, rate_unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
-    ceiling = f"{result['ceiling_macs_per_second'] / rate_scale:.2f} {rate_unit}"
-    where = result["device_name"] if on_gpu else f"the CPU ({result['device_name']}, threads: {result['threads']})"
-
-    def time(seconds: float) -> str:
-        return f"{scale * seconds:,.{1 if on_gpu else 2}f}"
-
-    shapes = [(row["name"], row["shape"], str(row["batch"])) for row in result["convolutions"]]
-    forward = [
-        (
-            f"{row['multiplications'] / 1e6:,.1f}",
-            time(row["forward_seconds"]),
-            time(row["exact_forward_seconds"]),
-            f"{row['forward_seconds'] / row['exact_forward_seconds']:.2f}",
-            f"{row['macs_per_second'] / rate_scale:.2f}",
-            f"{100 * row['share_of_ceiling']:.0f} %",
-        )
-        for row in result["convolutions"]
-    ]
-    ways = ("torch_nn_grad", "two_calls", "one_call")
-    backward = [[time(row["backward_seconds"][way]) for way in ways] for row in result["convolutions"]]
-    columns = ("layer", "convolution", "batch")
-    return Group(
-        table(
-            f"forward: {name} on {where}; ceiling on registers: {ceiling}",
-            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
-            [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
-            left=2,
-        ),
-        table(
-            "backward, exact, three ways to both gradients; training makes one call",
-            (*columns, f"torch.nn.grad {unit}", f"two calls {unit}", f"one call {unit}"),
-            [(*shape, *values) for shape, values in zip(shapes, backward, strict=True)],
-            left=2,
-        ),
-    )
-
-
-def print_check(screen: Console, check: Any) -> None:
-    """A line of `mbm doctor`."""
-    made = Table.grid(padding=(0, 2))
-    made.add_column(width=7)
-    made.add_column(width=16)
-    made.add_column(overflow="fold")
-    made.add_row("PROBLEM" if check.problem else "ok", check.name, check.found)
-    if check.problem:
-        made.add_row("", "", check.problem)
-    screen.print(made)
-
-
-def result_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    epochs = summary["epochs"]
-    return [
-        f"test accuracy {percent(summary['test_accuracy'])} after {epochs} epoch{'s'[: epochs != 1]} "
-        f"with {summary['multiplier']} on {summary['device']} (best {percent(summary['best_test_accuracy'])})",
-        f"{_median(summary['epoch_seconds']):.2f} s an epoch, {summary['total_seconds']:.1f} s in all",
-        f"run: {folder}",
-    ]

@@ -10,8 +10,9 @@ from mbm_cli.config import load
 from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments import compare as experiment
 from mbm_cli.experiments.compare import _interval, _verdict, compare
-from mbm_cli.render import CompareDisplay, comparison_table, console
+from mbm_cli.render import CompareDisplay
 from mbm_cli.runs import Run, list_runs
+from mbm_cli.tables import comparison_table, console
 
 SMALL = ["data.train_limit=200", "data.test_limit=100", "train.epochs=2", "device=cpu"]
 

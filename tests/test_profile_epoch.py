@@ -6,7 +6,7 @@ import pytest
 
 from mbm_cli.config import load
 from mbm_cli.experiments import profile_epoch as experiment
-from mbm_cli.render import console, epoch_profile_tables
+from mbm_cli.tables import console, epoch_profile_tables
 from mbm_cli.training import PHASES
 
 SMALL = ["data.train_limit=640", "data.test_limit=200", "device=cpu"]
