@@ -232,8 +232,8 @@ def profile_epoch(
     from mbm_cli.experiments import profile_epoch as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
-    with tables.console(stderr=True).status("loading") as status:
-        run, result = experiment.profile_epoch(loaded, output, threads, status.update)
+    with tables.console(stderr=True).status("loading") as status, _stop_on_signal() as stopped:
+        run, result = experiment.profile_epoch(loaded, output, threads, status.update, stopped)
     if json:
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:

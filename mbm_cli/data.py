@@ -61,6 +61,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, some: slice) -> "Split":
+        return Split(self.images[some], self.labels[some])
+
 
 def load_mnist(
     device: torch.device | str,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,6 +67,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def discard(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file whole or not at all: under a temporary name first, then renamed.

@@ -85,21 +85,29 @@ def epoch_profile_tables(result: dict[str, Any]) -> Group:
     """The result of `mbm profile epoch`."""
     on_gpu = result["device"] == "cuda"
     scale, unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
-    profiled = result["profiled_epoch_seconds"]
+    clocked = result["clocked_epoch_seconds"]
     lines = [f"an epoch as training runs it: {result['epoch_seconds']:.3f} s"]
     if result["busy_seconds"] is not None:
-        how = "replayed from CUDA graphs" if result["cuda_graph"] else "eager"
+        how = "replayed from CUDA graphs" if result["cuda_graph"] else "step by step"
         idle = max(0.0, 1 - result["busy_seconds"] / result["epoch_seconds"])
         lines[0] += f" ({how}; the GPU was idle for {100 * idle:.0f} % of it)"
+    if result["cuda_graph"]:
+        lines.append(f"the same step by step: {result['eager_epoch_seconds']:.3f} s")
     lines.append(
-        f"the same step by step: {result['eager_epoch_seconds']:.3f} s, under the profiler {profiled:.3f} s "
-        f"({100 * result['profiler_overhead']:+.1f} %); the tables below are of that one"
+        f"step by step with a clock at each phase: {clocked:.3f} s ({100 * result['clock_overhead']:+.1f} %); "
+        "the phases below are of that one"
     )
-    rest = "GPU idle, everything else" if on_gpu else "everything else"
+    kernels = result["phase_kernels"]
     phases = [
-        (rest if name == "everything else" else name, f"{seconds:.3f}", f"{100 * seconds / profiled:.1f} %")
+        (
+            name,
+            f"{seconds:.3f}",
+            f"{100 * seconds / clocked:.1f} %",
+            *([f"{kernels[name]:.3f}" if name in kernels else ""] if kernels else []),
+        )
         for name, seconds in result["phases"].items()
     ]
+    phase_columns = ("phase", "s", "of the epoch", *(["kernels alone s"] if kernels else []))
 
     def optional(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
@@ -123,13 +131,17 @@ def epoch_profile_tables(result: dict[str, Any]) -> Group:
     return Group(
         f"{result['config']}: {result['model']} with {result['multiplier']} on {result['device_name']}",
         *lines,
-        table("phases" + (" (kernels' time)" if on_gpu else ""), ("phase", "s", "of the epoch"), phases),
+        table("phases", phase_columns, phases),
         table(
-            "convolutions",
+            "convolutions" + (" (their kernels)" if on_gpu else ""),
             ("layer", "mults/image", "forward s", unit, "of ceiling", "backward s", "backward by"),
             layers,
         ),
-        table("costliest " + ("kernels" if on_gpu else "operators"), ("name", "calls", "s", "share"), costliest),
+        table(
+            f"costliest {'kernels' if on_gpu else 'operators'} of {result['profiled_steps']} steps",
+            ("name", "calls", "s", "share"),
+            costliest,
+        ),
         *(f"{number}. {answer}" for number, answer in enumerate(result["answers"], 1)),
     )
 

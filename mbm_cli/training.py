@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
@@ -17,9 +17,13 @@ REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
 PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evaluation")
 
 
-def phase(name: str) -> record_function:
-    """A range that PyTorch's profiler measures, one of PHASES; about a microsecond without a profiler."""
-    return record_function(f"phase: {name}")
+# Opens a range with a name, which somebody measures: a clock's or a profiler's.
+Range = Callable[[str], AbstractContextManager[object]]
+
+
+def no_range(name: str) -> AbstractContextManager[object]:
+    """A range that nobody measures."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Trainer:
         batch_size: images in a training step; the last step of an epoch may have fewer.
         eval_batch_size: images in an evaluation step.
         cuda_graph: capture steps once and replay them; for a CUDA device only.
+        phase: opens the ranges of a step, named as in PHASES; can be exchanged between epochs that run eagerly.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Trainer:
         batch_size: int,
         eval_batch_size: int,
         cuda_graph: bool = False,
+        phase: Range = no_range,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -92,7 +98,9 @@ class Trainer:
         self._testing = _Pass(self._test_step, len(test), eval_batch_size, test.images.device)
         self._order = torch.zeros_like(train.labels)
         self._rates = torch.zeros(self.steps, device=train.images.device)
-        self._to_capture = cuda_graph
+        self.cuda_graph = cuda_graph
+        self.phase = phase
+        self._captured = False
 
     @property
     def steps(self) -> int:
@@ -120,7 +128,7 @@ class Trainer:
         """
         self._order.copy_(order)
         self._rates.copy_(learning_rates)
-        if self._to_capture:
+        if self.cuda_graph and not self._captured:
             self._capture()
         start = reported = time.perf_counter()
         self.model.train()
@@ -149,27 +157,27 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy over the test set."""
         self.model.eval()
-        with phase("evaluation"):
+        with self.phase("evaluation"):
             for _ in self._testing:
                 pass
             losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
             return losses.mean().item(), hits.sum().item() / len(self.test)
 
     def _train_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
-        with phase("batch gathering"):
+        with self.phase("batch gathering"):
             indices = batch_of(self._order)
             images, labels = self.train.images.index_select(0, indices), self.train.labels.index_select(0, indices)
-        with phase("optimizer"):
+        with self.phase("optimizer"):
             for group in self.optimizer.param_groups:
                 torch.index_select(self._rates, 0, step, out=group["lr"])
             self.optimizer.zero_grad(set_to_none=True)
-        with phase("forward"):
+        with self.phase("forward"):
             logits = self.model(images)
-        with phase("loss"):
+        with self.phase("loss"):
             loss = F.cross_entropy(logits, labels)
-        with phase("backward"):
+        with self.phase("backward"):
             loss.backward()
-        with phase("optimizer"):
+        with self.phase("optimizer"):
             self.optimizer.step()
         return logits.detach()
 
@@ -205,7 +213,7 @@ class Trainer:
             for tensor in self._state():
                 if id(tensor) not in known:  # made by the optimizer's first step, which starts them from zero
                     tensor.zero_()
-        self._to_capture = False
+        self._captured = True
 
     def _state(self) -> list[Tensor]:
         states = self.optimizer.state.values()

@@ -1,8 +1,10 @@
 """`mbm profile epoch`: one real epoch, and where its time went."""
 
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +18,98 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split, epoch_order
 from mbm_cli.environment import environment
+from mbm_cli.errors import Interrupted
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.profile import backward_paths, measure_ceiling
 from mbm_cli.models import describe_layers
 from mbm_cli.nn import MBMConv2d
 from mbm_cli.runs import Run
-from mbm_cli.timing import median_eager_seconds
-from mbm_cli.training import PHASES, Trainer, learning_rates
+from mbm_cli.timing import Clock, median_eager_seconds
+from mbm_cli.training import PHASES, Range, Trainer, learning_rates, no_range
 
 NAIVE_PRODUCTS = 200_000  # a tenth of a second in Python
 COSTLIEST = 10
+WARMUP_STEPS = 10
+PROFILED_STEPS = 50
 
 
 def profile_epoch(
-    config: Config, output: Path, threads: int | None = None, report: Callable[[str], None] = lambda doing: None
+    config: Config,
+    output: Path,
+    threads: int | None = None,
+    report: Callable[[str], None] = lambda doing: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Run, dict[str, Any]]:
-    """Run an epoch as training runs it, then one step by step under PyTorch's profiler, and tell where the time went.
+    """Run an epoch as training runs it, then one step by step with a clock at each phase, and tell where the time went.
 
-    Phases are ranges that the profiler measures each for itself: on the CPU what they took, on a GPU what their kernels
-    took. Seconds throughout; the run's folder gets ``profile.json``, ``profile.png`` and ``trace.json`` (for Perfetto).
+    The phases' clocks run through the whole epoch. PyTorch's profiler, which would slow it down, watches some steps
+    more: for the operators, for ``trace.json``, and on a GPU for the kernels' times, which are told as if for all steps
+    of the epoch. Seconds throughout; the run's folder gets ``profile.json``, ``profile.png`` and ``trace.json``.
 
     Raises:
         RequestError, RunError: as ``train`` does.
+        Interrupted: ``stopped`` said so; nothing is kept then.
     """
     device = training_run.prepare(config, threads)
     data = training_run.load_data(config, device)
     run = Run.create(output, f"{config.name}-profile-epoch")
-    run.write("config.yaml", configs.dump(config))
-    run.write_json("environment.json", environment(device))
+    try:
+        run.write("config.yaml", configs.dump(config))
+        run.write_json("environment.json", environment(device))
+        result, trace = _measure(config, device, data, report, stopped)
+        run.write_json("profile.json", result)
+        run.write("profile.png", plots.epoch_profile(result))
+        run.write("trace.json", trace)
+    except BaseException as error:
+        run.discard()
+        if isinstance(error, Interrupted):
+            raise Interrupted("interrupted; nothing was kept of this profile") from None
+        raise
+    return run, result
+
+
+def _measure(
+    config: Config,
+    device: torch.device,
+    data: tuple[Split, Split],
+    report: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> tuple[dict[str, Any], bytes]:
+    """The result, and the trace for Perfetto."""
+    on_gpu = device.type == "cuda"
+    order, rates = epoch_order(len(data[0]), config.seed, 1), _rates(config, len(data[0]))
 
     report("an epoch as training runs it")
     trainer = training_run.build_trainer(config, device, data)
-    order, rates = epoch_order(len(data[0]), config.seed, 1), _rates(config, trainer.steps)
-    trainer.epoch(order, rates)  # the warm-up: everything compiled, allocated, captured
-    real = trainer.epoch(order, rates)
-    busy = _busy_seconds(trainer, order, rates) if device.type == "cuda" else None
+    if not trainer.cuda_graph:  # whose capture begins with steps of its own
+        _some_steps(trainer, config, WARMUP_STEPS)
+    real = trainer.epoch(order, rates, stopped=stopped)
+    busy = _busy_seconds(trainer, order, rates) if on_gpu else None
+    plain = real  # on the CPU, training runs step by step
+    if trainer.cuda_graph:
+        report("the same epoch, step by step")
+        off = config.train.model_copy(update={"cuda_graph": "off"})
+        trainer = training_run.build_trainer(config.model_copy(update={"train": off}), device, data)
+        _some_steps(trainer, config, WARMUP_STEPS)
+        plain = trainer.epoch(order, rates, stopped=stopped)
 
-    report("the same epoch, step by step, under the profiler")
-    eager_config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": "off"})})
-    eager = training_run.build_trainer(eager_config, device, data)
-    eager.epoch(order, rates)
-    unprofiled = eager.epoch(order, rates)
-    seconds, profiler = _profiled_epoch(eager, order, rates, device)
-    profiler.export_chrome_trace(str(run.folder / ".trace.json"))
-    (run.folder / ".trace.json").replace(run.folder / "trace.json")  # whole or not at all, as every file of a run
+    report("the same epoch, step by step, a clock at each phase")
+    clock = Clock(device)
+    trainer.phase = clock
+    with _layer_ranges(trainer.model, clock):
+        clocked = trainer.epoch(order, rates, stopped=stopped)
+    seconds = clock.seconds()
+    phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
+
+    report(f"{PROFILED_STEPS} steps under PyTorch's profiler")
+    events, trace, share = _profiled_steps(trainer, config, device)
+    if on_gpu:  # a layer's clock would tell how long its launches took
+        kernels = {e.key: e.device_time_total / 1e6 / share for e in events if e.device_type == DeviceType.CPU}
+    layer_seconds = kernels if on_gpu else seconds
 
     report("the ceiling, the three ways backward, the naive loop")
-    events = profiler.key_averages()
-    on_gpu = device.type == "cuda"
-    total = {event.key: (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6 for event in events}
-    phases = {phase: total.get(f"phase: {phase}", 0.0) for phase in PHASES}
     ceiling = None if config.model.multiplier.is_exact else measure_ceiling(str(config.model.multiplier), device)
-    layers = _layers(eager, data, total, config, ceiling)
+    layers = _layers(trainer, data, layer_seconds, config, ceiling)
     naive = _naive_products_per_second()
     forward_products = sum(layer["multiplications"] for layer in layers) * len(data[0])
     result = {
@@ -81,14 +123,16 @@ def profile_epoch(
         "cuda_graph": on_gpu and config.train.cuda_graph == "auto",
         "epoch_seconds": real.epoch_seconds,
         "busy_seconds": busy,
-        "eager_epoch_seconds": unprofiled.epoch_seconds,
-        "profiled_epoch_seconds": seconds,
-        "profiler_overhead": seconds / unprofiled.epoch_seconds - 1,
-        "phases": {**phases, "everything else": seconds - sum(phases.values())},
+        "eager_epoch_seconds": plain.epoch_seconds,
+        "clocked_epoch_seconds": clocked.epoch_seconds,
+        "clock_overhead": clocked.epoch_seconds / plain.epoch_seconds - 1,
+        "phases": {**phases, "everything else": clocked.epoch_seconds - sum(phases.values())},
+        "phase_kernels": {phase: kernels.get(phase, 0.0) for phase in PHASES} if on_gpu else None,
         "layers": layers,
+        "profiled_steps": min(PROFILED_STEPS, trainer.steps),
         "costliest": _costliest(events, on_gpu),
         "ceiling_macs_per_second": ceiling,
-        "backward_paths": _compare_backward(eager.model, data[0], config.data.batch_size, device),
+        "backward_paths": _compare_backward(trainer.model, data[0], config.data.batch_size, device),
         "naive": {
             "products_per_second": naive,
             "epoch_seconds": forward_products / naive,
@@ -96,13 +140,23 @@ def profile_epoch(
         },
     }
     result["answers"] = _answers(result)
-    run.write_json("profile.json", result)
-    run.write("profile.png", plots.epoch_profile(result))
-    return run, result
+    return result, trace
 
 
-def _rates(config: Config, steps: int) -> Tensor:
+def _rates(config: Config, images: int) -> Tensor:
+    steps = math.ceil(images / config.data.batch_size)
     return learning_rates(config.optimizer.lr, config.optimizer.schedule, 0, steps, steps)
+
+
+def _some_steps(trainer: Trainer, config: Config, steps: int, phase: Range = no_range) -> float:
+    """Some steps more of a trainer, eager, and an evaluation of a part of the test set as large; tells how large."""
+    images = min(steps * config.data.batch_size, len(trainer.train))
+    share = images / len(trainer.train)
+    test = max(1, round(share * len(trainer.test)))
+    batches = config.data.batch_size, config.data.eval_batch_size
+    part = Trainer(trainer.model, trainer.optimizer, trainer.train[:images], trainer.test[:test], *batches, phase=phase)
+    part.epoch(torch.arange(images), _rates(config, images))
+    return share
 
 
 def _busy_seconds(trainer: Trainer, order: Tensor, rates: Tensor) -> float:
@@ -113,28 +167,24 @@ def _busy_seconds(trainer: Trainer, order: Tensor, rates: Tensor) -> float:
     return sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA) / 1e6
 
 
-def _profiled_epoch(trainer: Trainer, order: Tensor, rates: Tensor, device: torch.device) -> tuple[float, profile]:
+def _profiled_steps(trainer: Trainer, config: Config, device: torch.device) -> tuple[Any, bytes, float]:
+    """What the profiler saw in some steps: averages by name, the trace, and which share of the epoch it was."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with (
-        _layer_ranges(trainer.model),
-        # In this thread, so that a range holds the kernels of its backward pass, too.
-        torch.autograd.set_multithreading_enabled(False),
-        profile(activities=activities) as profiler,
-    ):
-        start = time.perf_counter()
-        trainer.epoch(order, rates)
-        seconds = time.perf_counter() - start
-    return seconds, profiler
+    with _layer_ranges(trainer.model, record_function), profile(activities=activities) as profiler:
+        share = _some_steps(trainer, config, PROFILED_STEPS, record_function)
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        return profiler.key_averages(), Path(folder, "trace.json").read_bytes(), share
 
 
 @contextmanager
-def _layer_ranges(model: nn.Module) -> Iterator[None]:
-    """Put a profiler range around each convolution's forward pass in training, and around its backward pass."""
-    open_ranges: dict[str, record_function] = {}
+def _layer_ranges(model: nn.Module, range_of: Range) -> Iterator[None]:
+    """Put a range around each convolution's forward pass in training, and around its backward pass."""
+    open_ranges: dict[str, AbstractContextManager[object]] = {}
     hooks = []
 
     def begin(name: str) -> None:
-        open_ranges[name] = record_function(name)
+        open_ranges[name] = range_of(name)
         open_ranges[name].__enter__()
 
     def end(name: str) -> None:
@@ -157,14 +207,16 @@ def _layer_ranges(model: nn.Module) -> Iterator[None]:
         if isinstance(module, nn.Conv2d):
             watch(layer, module)
     try:
-        yield
+        # In this thread, so that a range holds the kernels of its backward pass, too.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _layers(
-    trainer: Trainer, data: tuple[Split, Split], total: dict[str, float], config: Config, ceiling: float | None
+    trainer: Trainer, data: tuple[Split, Split], seconds: dict[str, float], config: Config, ceiling: float | None
 ) -> list[dict[str, Any]]:
     """The convolutions: their work in an image, their times in the epoch, their rate, who computes their gradients."""
     layers = []
@@ -172,7 +224,7 @@ def _layers(
         module = trainer.model.get_submodule(layer.name)
         if not isinstance(module, MBMConv2d):
             continue
-        forward, backward = total.get(f"forward: {layer.name}", 0.0), total.get(f"backward: {layer.name}", 0.0)
+        forward, backward = seconds.get(f"forward: {layer.name}", 0.0), seconds.get(f"backward: {layer.name}", 0.0)
         rate = layer.multiplications * len(data[0]) / forward if forward else None
         x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
         arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
@@ -195,7 +247,7 @@ def _costliest(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
     """The operators (on a GPU the kernels) that took the most time themselves."""
     rows = []
     for event in events:
-        if event.key.startswith(("phase: ", "forward: ", "backward: ")):
+        if event.key in PHASES or event.key.startswith(("forward: ", "backward: ")):
             continue
         if on_gpu and event.device_type != DeviceType.CUDA:
             continue
