@@ -1,6 +1,7 @@
 """`mbm profile epoch`: one real epoch, and where its time went."""
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -161,16 +162,22 @@ def _some_steps(trainer: Trainer, config: Config, steps: int, phase: Range = no_
 
 def _busy_seconds(trainer: Trainer, order: Tensor, rates: Tensor) -> float:
     """How long the GPU was computing in an epoch as it really runs: the sum of its kernels' times."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with _profiler(ProfilerActivity.CUDA) as profiler:
         trainer.epoch(order, rates)
     events = profiler.key_averages()
     return sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA) / 1e6
 
 
+def _profiler(*activities: ProfilerActivity) -> profile:
+    # Its library tells of every start, and of a GPU that is missing, on standard error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(activities=activities)
+
+
 def _profiled_steps(trainer: Trainer, config: Config, device: torch.device) -> tuple[Any, bytes, float]:
     """What the profiler saw in some steps: averages by name, the trace, and which share of the epoch it was."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with _layer_ranges(trainer.model, record_function), profile(activities=activities) as profiler:
+    with _layer_ranges(trainer.model, record_function), _profiler(*activities) as profiler:
         share = _some_steps(trainer, config, PROFILED_STEPS, record_function)
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
@@ -247,9 +254,10 @@ def _costliest(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
     """The operators (on a GPU the kernels) that took the most time themselves."""
     rows = []
     for event in events:
-        if event.key in PHASES or event.key.startswith(("forward: ", "backward: ")):
-            continue
-        if on_gpu and event.device_type != DeviceType.CUDA:
+        # Ranges are no operators, and autograd's own events count operators within the layers' ranges once more.
+        is_range = event.key in PHASES or event.key.startswith(("forward: ", "backward: "))
+        is_operator = "::" in event.key and not event.key.startswith("autograd::")
+        if is_range or (event.device_type != DeviceType.CUDA if on_gpu else not is_operator):
             continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         rows.append({"name": event.key, "calls": event.count, "seconds": seconds})
