@@ -25,7 +25,7 @@ CUDA = torch.device("cuda")
 def kernel_names(call) -> list[str]:
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     return [event.key for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -30,6 +30,7 @@ from mbm_cli.training import PHASES, Range, Trainer, learning_rates, no_range
 
 NAIVE_PRODUCTS = 200_000  # a tenth of a second in Python
 COSTLIEST = 10
+LIBRARIES = {"Cudnn": "cuDNN", "Mkldnn": "oneDNN"}  # as PyTorch calls its convolutions' backends
 WARMUP_STEPS = 10
 PROFILED_STEPS = 50
 
@@ -171,7 +172,7 @@ def _busy_seconds(trainer: Trainer, order: Tensor, rates: Tensor) -> float:
 def _profiler(*activities: ProfilerActivity) -> profile:
     # Its library tells of every start, and of a GPU that is missing, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return profile(activities=activities)
+    return profile(activities=activities, acc_events=True)  # else it warns that a second cycle would begin anew
 
 
 def _profiled_steps(trainer: Trainer, config: Config, device: torch.device) -> tuple[Any, bytes, float]:
@@ -244,7 +245,7 @@ def _layers(
                 "backward_seconds": backward,
                 "macs_per_second": rate,
                 "share_of_ceiling": rate / ceiling if rate and ceiling else None,
-                "backward_library": str(library).rpartition(".")[2],
+                "backward_library": LIBRARIES.get(str(library).rpartition(".")[2], str(library)),
             }
         )
     return layers

@@ -1,5 +1,6 @@
 """One training run: from a config to a run folder with the trained network."""
 
+import gc
 import resource
 import sys
 import time
@@ -147,6 +148,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     if device.type == "cuda":
+        gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
         torch.cuda.reset_peak_memory_stats(device)
     trainer = build_trainer(config, device, data)
     model, optimizer, steps = trainer.model, trainer.optimizer, trainer.steps
