@@ -253,14 +253,19 @@ def _layers(
 
 def _costliest(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
     """The operators (on a GPU the kernels) that took the most time themselves."""
+    on_host = {event.key for event in events if event.device_type == DeviceType.CPU}
     rows = []
     for event in events:
-        # Ranges are no operators, and autograd's own events count operators within the layers' ranges once more.
-        is_range = event.key in PHASES or event.key.startswith(("forward: ", "backward: "))
-        is_operator = "::" in event.key and not event.key.startswith("autograd::")
-        if is_range or (event.device_type != DeviceType.CUDA if on_gpu else not is_operator):
-            continue
-        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if on_gpu:
+            # A range is told twice: on the host, and on the GPU as if it were a kernel.
+            if event.key in on_host:
+                continue
+            seconds = event.self_device_time_total / 1e6
+        else:
+            # Ranges are no operators, and autograd's own events count operators within the layers' ranges once more.
+            if "::" not in event.key or event.key.startswith("autograd::"):
+                continue
+            seconds = event.self_cpu_time_total / 1e6
         rows.append({"name": event.key, "calls": event.count, "seconds": seconds})
     everything = sum(row["seconds"] for row in rows)
     rows.sort(key=lambda row: -row["seconds"])
