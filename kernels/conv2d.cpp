@@ -57,6 +57,23 @@ void use_instruction_set(const std::string& name) {
   throw std::invalid_argument("this CPU does not run the instruction set " + name);
 }
 
+// A multiplier, and the kernels that have it: null for the chosen ones, or those of a user's function.
+struct NativeMultiplier {
+  Multiplier multiplier;
+  const Kernels* own;
+  const Kernels& kernels() const { return own ? *own : *chosen.load(); }
+};
+
+NativeMultiplier make(const std::string& family, int bits, int result_bits, std::uintptr_t table, std::uintptr_t own) {
+  for (int f = EXACT; f <= FUNCTION; f++)
+    if (family == FAMILY_NAMES[f]) {
+      Multiplier m = make_multiplier(Family(f), bits, result_bits);
+      m.table = reinterpret_cast<const float*>(table);
+      return {m, reinterpret_cast<const Kernels*>(own)};
+    }
+  throw std::invalid_argument("the kernels know no family " + family);
+}
+
 // Below this many products (about 30 us of work), one thread is faster than waking the others.
 constexpr std::int64_t PARALLEL_FROM = 200'000;
 
@@ -68,7 +85,7 @@ void copy(const Pair& from, std::int64_t (&to)[2]) { to[0] = from[0], to[1] = fr
 void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t output,
             std::array<std::int64_t, 4> input_shape, std::array<std::int64_t, 4> input_stride,
             std::array<std::int64_t, 4> weight_shape, Pair out_size, Pair stride, Pair padding, Pair dilation,
-            std::int64_t groups, const Multiplier& multiplier, int threads) {
+            std::int64_t groups, const NativeMultiplier& native, int threads) {
   Conv2d c{};
   c.input = reinterpret_cast<const float*>(input);
   c.weight = reinterpret_cast<const float*>(weight);
@@ -85,10 +102,10 @@ void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, st
   copy(padding, c.padding);
   copy(dilation, c.dilation);
   for (int i = 0; i < 4; i++) c.input_stride[i] = input_stride[i];
-  c.multiplier = multiplier;
+  c.multiplier = native.multiplier;
   c.threads = threads;
 
-  const Kernels& kernels = *chosen.load();
+  const Kernels& kernels = native.kernels();
   std::unique_ptr<void, void (*)(void*)> plan(kernels.make_plan(c), kernels.free_plan);
   std::int64_t jobs = kernels.jobs(plan.get());
   std::int64_t products = c.batch * weight_shape[0] * out_size[0] * out_size[1] * c.channels * c.kernel[0] * c.kernel[1];
@@ -104,24 +121,24 @@ void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, st
   }
 }
 
-void multiply(std::uintptr_t a, std::uintptr_t b, std::uintptr_t out, std::int64_t count, const Multiplier& multiplier,
-              int threads) {
+void multiply(std::uintptr_t a, std::uintptr_t b, std::uintptr_t out, std::int64_t count,
+              const NativeMultiplier& native, int threads) {
   constexpr std::int64_t CHUNK = 1 << 14;
-  const Kernels& kernels = *chosen.load();
+  const Kernels& kernels = native.kernels();
   std::int64_t chunks = (count + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM && threads > 1)
   for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
     std::int64_t from = chunk * CHUNK, size = count - from < CHUNK ? count - from : CHUNK;
-    kernels.multiply(multiplier, reinterpret_cast<const float*>(a) + from, reinterpret_cast<const float*>(b) + from,
+    kernels.multiply(native.multiplier, reinterpret_cast<const float*>(a) + from, reinterpret_cast<const float*>(b) + from,
                      reinterpret_cast<float*>(out) + from, size);
   }
 }
 
-std::int64_t ceiling(const Multiplier& multiplier, std::int64_t rounds, int threads) {
-  const Kernels& kernels = *chosen.load();
+std::int64_t ceiling(const NativeMultiplier& native, std::int64_t rounds, int threads) {
+  const Kernels& kernels = native.kernels();
   std::int64_t done = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : done)
-  for (int thread = 0; thread < threads; thread++) done += kernels.ceiling(multiplier, rounds);
+  for (int thread = 0; thread < threads; thread++) done += kernels.ceiling(native.multiplier, rounds);
   return done;
 }
 
@@ -131,11 +148,11 @@ NB_MODULE(_cpu, module) {
   using namespace mbm;
   nb::set_leak_warnings(false);  // cpu.py keeps multipliers in a cache until the end
   using nogil = nb::call_guard<nb::gil_scoped_release>;
-  nb::enum_<Family>(module, "Family").value("exact", EXACT).value("mitchell", MITCHELL).value("mbm", MBM);
-  nb::class_<Multiplier>(module, "Multiplier")
-      .def("__init__", [](Multiplier* m, Family family, int truncate, int result_bits) {
-        new (m) Multiplier(make_multiplier(family, truncate, result_bits));
-      }, nb::arg("family"), nb::arg("truncate"), nb::arg("result_bits"));
+  nb::class_<NativeMultiplier>(module, "Multiplier")
+      .def("__init__", [](NativeMultiplier* to, const std::string& family, int bits, int result_bits,
+                          std::uintptr_t table, std::uintptr_t kernels) {
+        new (to) NativeMultiplier(make(family, bits, result_bits, table, kernels));
+      }, nb::arg("family"), nb::arg("bits"), nb::arg("result_bits"), nb::arg("table") = 0, nb::arg("kernels") = 0);
   module.def("conv2d", &conv2d, nogil());
   module.def("multiply", &mbm::multiply, nogil());
   module.def("ceiling", &ceiling, nogil(), "Multiply-accumulates done by `rounds` rounds of register-only arithmetic on each thread.");

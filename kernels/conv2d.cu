@@ -7,6 +7,10 @@
 //   if p: w = w + correction of b       float addition toward zero: c times b's power of two
 //   sum = power of a * w + sum          fused multiply-add: the multiplication by a signed power of two is exact
 // What depends on one operand alone (a: fraction, power; b: bits, threshold, correction) is decoded once for each tile.
+// drum takes one instruction (its few bits multiply exactly), or three where a product has to be cut.
+// A table of up to 7 bits lies in shared memory, a byte an entry: a row, for one weight, is 128 bytes, one word in each
+// bank, so that a warp whose threads share their weights looks up without conflicts. Address, load, shift and add,
+// multiply-add: four instructions a product, of which the load issues at one a cycle and multiprocessor.
 // Zeros need no case of their own: a zero a has power 0; a zero b leaves w subnormal, which the float instructions take
 // for zero (.ftz). For that to be harmless no sum may be subnormal, so where the operands' exponents do not rule out
 // products below 2^-103 or above the largest float, a tile is computed again, each product from the definition (several
@@ -28,6 +32,8 @@
 //   of which fetch and decode; for one pixel a thread, also reading the weights.
 //
 // Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
+//
+// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's text stands before this one (backends/cuda.py).
 #include "multiplier.h"
 
 #define MBM_MEMBER __device__ __forceinline__
@@ -39,8 +45,11 @@ struct Lane {
   typedef float F;
 };
 
-__device__ constexpr Multiplier M = make_multiplier(FAMILY, TRUNCATE, RESULT_BITS);
+__device__ constexpr Multiplier M = make_multiplier(FAMILY, BITS, RESULT_BITS);
 constexpr bool MASKED = result_is_masked(M);
+constexpr bool CORRECTED = M.form == ONE_LEVEL || M.form == TWO_LEVELS;
+constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED || M.form == CALL;  // operands are multiplied as a whole
+constexpr bool SHARED_TABLE = M.form == LOOKUP;
 constexpr int THREADS = 128;      // of a block
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
 constexpr int OUTSIDE = 1 << 29;  // a row outside of any image, whatever is added to it or to its negative
@@ -57,6 +66,40 @@ struct Conv2d {
   int slice[3];     // SLICE steps as channels, kernel rows and kernel columns
   unsigned pixels;  // batch * out_size[0] * out_size[1]
 };
+
+// ---- The table -----------------------------------------------------------------------------------------------------
+
+// Entries with their carry, [fraction of b][fraction of a], and behind them a row of zeros for weights that are zero;
+// the host fills it once.
+constexpr int ENTRIES = is_lookup(M) ? 1 << 2 * M.table_bits : 1;
+constexpr int COLUMNS = is_lookup(M) ? 1 << M.table_bits : 1;
+using Entry = unsigned short;
+extern "C" {
+__device__ __align__(16) Entry ENTRY_TABLE[ENTRIES + COLUMNS];
+}
+
+// The table where a block reads it: with up to 7 bits a copy of its own, as bytes.
+struct SharedTable {
+  __align__(16) unsigned char entries[SHARED_TABLE ? ENTRIES + COLUMNS : 16];
+
+  MBM_MEMBER void fill() {
+    if constexpr (SHARED_TABLE) {
+      for (int i = threadIdx.x; i < (ENTRIES + COLUMNS) / 2; i += THREADS) {
+        unsigned two = reinterpret_cast<const unsigned*>(ENTRY_TABLE)[i];
+        reinterpret_cast<unsigned short*>(entries)[i] = (two & 0xFF) | (two >> 8);
+      }
+      __syncthreads();
+    }
+  }
+  MBM_MEMBER int operator[](int index) const {
+    if constexpr (SHARED_TABLE) return entries[index];
+    return ENTRY_TABLE[index];
+  }
+};
+
+template <class L> MBM_FN int look_up(int index, const Multiplier& m) {
+  return ONE + (int(ENTRY_TABLE[index]) << (FRACTION_BITS - m.table_bits));
+}
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
@@ -78,25 +121,44 @@ MBM_FN void add_below_ftz(float& w, int sum, int threshold, float c) {
       : "r"(sum), "r"(threshold), "f"(c));
 }
 
-// The pixel's operand a. Family exact: power is the truncated operand itself, fraction is not used.
+MBM_FN float multiply_toward_zero_ftz(float a, float b) {
+  float product;
+  asm("mul.rz.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
+// The pixel's operand a. Where operands are multiplied as a whole, power is what is left of it, fraction is not used.
+// Of a table, fraction is the column.
 struct Pixel {
   float power;
   int fraction;
 };
-// The weight's operand b. Family exact: bits are the truncated operand's; without a correction: only bits are used.
+// The weight's operand b. Where operands are multiplied as a whole, bits are those of what is left of it; without a
+// correction only bits are used. Of a table, threshold is where the row begins.
 struct __align__(16) Weight {
   int bits;
   int threshold;
   float correction;
 };
 
+MBM_FN float decode_whole(float x) {
+  if constexpr (M.form == CALL) return x;
+  if constexpr (M.form == TRUNCATED) return decode_truncated<Lane>(x, M);
+  return truncate_finite<Lane>(x, M.operand_keep);
+}
+
 MBM_FN Pixel decode_pixel(float a) {
-  if constexpr (M.form == IEEE) return {truncate_finite<Lane>(a, M.operand_keep), 0};
+  if constexpr (WHOLE) return {decode_whole(a), 0};
+  if constexpr (is_lookup(M)) return {decode_power<Lane>(a), table_column(bits<Lane>(a) & FRACTION, M)};
   return {decode_power<Lane>(a), decode_fraction<Lane>(a, M)};
 }
 
 MBM_FN Weight decode_weight(float b) {
-  if constexpr (M.form == IEEE) return {bits<Lane>(truncate_finite<Lane>(b, M.operand_keep)), 0, 0};
+  if constexpr (WHOLE) return {bits<Lane>(decode_whole(b)), 0, 0};
+  if constexpr (is_lookup(M)) {
+    int power = bits<Lane>(decode_power<Lane>(b));
+    return {power, (power & INFINITE) != 0 ? table_row(bits<Lane>(b) & FRACTION, M) : ENTRIES, 0};
+  }
   constexpr int THRESHOLD = M.correction_carry == 0 ? CARRY : 2 * CARRY - M.correction_carry;
   constexpr float C = UNIT * (M.form == TWO_LEVELS ? 2 * M.correction_carry : M.correction);
   float power = decode_power<Lane>(b);
@@ -104,8 +166,19 @@ MBM_FN Weight decode_weight(float b) {
   return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C};
 }
 
-MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b) {
+MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const SharedTable& table) {
+  if constexpr (M.form == CALL) return add(sum, from_bits<Lane>(call<Lane>(bits<Lane>(a.power), b.bits)));
   if constexpr (M.form == IEEE) return add(sum, ieee_product<Lane>(a.power, from_bits<Lane>(b.bits), M));
+  if constexpr (M.form == TRUNCATED && MASKED) {
+    float product = multiply_toward_zero_ftz(a.power, from_bits<Lane>(b.bits));
+    return add(sum, from_bits<Lane>(bits<Lane>(product) & (M.result_keep | ~FRACTION)));
+  }
+  if constexpr (M.form == TRUNCATED) return multiply_add_ftz(a.power, from_bits<Lane>(b.bits), sum);
+  if constexpr (is_lookup(M)) {
+    int entry = table[b.threshold + a.fraction];
+    float w = from_bits<Lane>(b.bits + (entry << (FRACTION_BITS - M.table_bits)));  // of b's power of two
+    return multiply_add_ftz(a.power, w, sum);
+  }
   int significand = a.fraction + b.bits;  // with b's sign and exponent
   float w = from_bits<Lane>(significand);
   // The comparison takes the sum and not a's fraction, though it has to wait for it: the sum can lie in any register,
@@ -141,8 +214,8 @@ struct Exponents {
 
 // Whether the fast form is right for all products of two sets.
 MBM_FN bool in_range(const Exponents& pixels, const Exponents& weights) {
-  // Every product is a * b itself then, except that padding must not meet an infinite weight: 0 * inf is NaN.
-  if constexpr (M.form == IEEE) return weights.highest < INFINITE;
+  // Every product is right by itself then, except that padding must not meet an infinite weight: 0 * inf is NaN.
+  if constexpr (M.form == IEEE || M.form == CALL) return weights.highest < INFINITE;
   // w is up to twice b's power of two, a correction down to 2^-6 of it; both must be normal and finite.
   if (pixels.highest >= INFINITE || weights.highest_exponent() > 253) return false;
   if (pixels.empty() || weights.empty()) return true;
@@ -294,7 +367,7 @@ template <int BM, int BN> struct Planes {
   int fraction[BN];
   int bits[BM];
   int threshold[BM];
-  float correction[BM + 4];
+  float correction[CORRECTED ? BM + 4 : 4];
 };
 
 template <class T> MBM_FN void load4(T* to, const T* from) {
@@ -380,17 +453,15 @@ template <int BM, int BN> struct Fetch {
       pixels.add(pixel_next[i]);
       Pixel a = decode_pixel(pixel_next[i]);
       slice[i].power[thread] = a.power;
-      if constexpr (M.form != IEEE) slice[i].fraction[thread] = a.fraction;
+      if constexpr (!WHOLE) slice[i].fraction[thread] = a.fraction;
     }
 #pragma unroll
     for (int i = 0; i < WEIGHTS; i++) {
       weights.add(weight_next[i]);
       Weight b = decode_weight(weight_next[i]);
       slice[k].bits[row + i * ROWS] = b.bits;
-      if constexpr (M.form == ONE_LEVEL || M.form == TWO_LEVELS) {
-        slice[k].threshold[row + i * ROWS] = b.threshold;
-        slice[k].correction[row + i * ROWS] = b.correction;
-      }
+      if constexpr (CORRECTED || is_lookup(M)) slice[k].threshold[row + i * ROWS] = b.threshold;
+      if constexpr (CORRECTED) slice[k].correction[row + i * ROWS] = b.correction;
     }
   }
 };
@@ -418,15 +489,15 @@ template <int TM, int TN> struct Operands {
     for (int m = 0; m < TM; m += 4) {
       load4(bits + m, &from.bits[row + m * (BM / TM)]);
       load4(threshold + m, &from.threshold[row + m * (BM / TM)]);
-      load4(correction + m, &from.correction[row + m * (BM / TM)]);
+      if constexpr (CORRECTED) load4(correction + m, &from.correction[row + m * (BM / TM)]);
     }
   }
-  MBM_MEMBER void multiply(float (&sums)[TM][TN]) const {
+  MBM_MEMBER void multiply(float (&sums)[TM][TN], const SharedTable& table) const {
 #pragma unroll
     for (int m = 0; m < TM; m++)
 #pragma unroll
       for (int n = 0; n < TN; n++)
-        sums[m][n] = accumulate(sums[m][n], {power[n], fraction[n]}, {bits[m], threshold[m], correction[m]});
+        sums[m][n] = accumulate(sums[m][n], {power[n], fraction[n]}, {bits[m], threshold[m], correction[m]}, table);
   }
 };
 
@@ -435,6 +506,8 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   static_assert(BM / TM * (BN / TN) == TEAM, "TM by TN outputs for each thread of the team");
   __shared__ __align__(16) Planes<BM, BN> slices[TEAMS][2][SLICE];
   __shared__ Step steps[TEAMS][2][SLICE];
+  __shared__ SharedTable table;
+  table.fill();
   static_assert(TEAMS == 1 || sizeof(slices) >= TEAMS * BM * BN * sizeof(float), "the partial sums need the room");
 
   // Blocks that share pixels follow one another.
@@ -448,10 +521,11 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   int first = team * slice_count / TEAMS, last = (team + 1) * slice_count / TEAMS;
   Fetch<BM, BN> next(c, group, first_row, first_pixel, first * SLICE, thread);
 
-  // A warp is 4 rows by 8 columns of threads.
-  constexpr int WARP_COLUMNS = BN / TN / 8;
+  // A warp is 4 rows by 8 columns of threads; looking up from shared memory, one row where the tile is wide enough.
+  constexpr int WARP_WIDTH = SHARED_TABLE && BN / TN >= 32 ? 32 : 8, WARP_COLUMNS = BN / TN / WARP_WIDTH;
   int warp = thread / 32, lane = thread % 32;
-  int row = 4 * (warp / WARP_COLUMNS * 4 + lane / 8), column = 4 * (warp % WARP_COLUMNS * 8 + lane % 8);
+  int row = 4 * (warp / WARP_COLUMNS * (32 / WARP_WIDTH) + lane / WARP_WIDTH);
+  int column = 4 * (warp % WARP_COLUMNS * WARP_WIDTH + lane % WARP_WIDTH);
 
   float sums[TM][TN] = {};
   Exponents exponents[2];
@@ -464,11 +538,11 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     next.announce(steps[team][(s + 1) % 2]);
     team_barrier<TEAM>();
     if (s + 1 < last) next.fetch(steps[team][(s + 1) % 2]);
-#pragma unroll(TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
+#pragma unroll(M.form == LOOKUP_WIDE ? 1 : TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
     for (int k = 0; k < SLICE; k++) {
       Operands<TM, TN> operands;
       operands.load(slices[team][s % 2][k], row, column);
-      operands.multiply(sums);
+      operands.multiply(sums, table);
     }
   }
 
@@ -518,9 +592,11 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
 // ---- Few output channels -------------------------------------------------------------------------------------------
 
 template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
-  constexpr int STEPS = 1024 / CHANNELS;  // of a sum that are in shared memory at a time
+  constexpr int STEPS = CHANNELS == 1 ? 512 : 1024 / CHANNELS;  // of a sum that are in shared memory at a time
   __shared__ Weight decoded[STEPS][CHANNELS];
   __shared__ Step steps[STEPS];
+  __shared__ SharedTable table;
+  table.fill();
   int group = blockIdx.x % unsigned(c.groups);
   unsigned pixel = blockIdx.x / unsigned(c.groups) * THREADS * PIXELS + threadIdx.x;
   Position at[PIXELS];
@@ -556,7 +632,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
       for (int m = 0; m < CHANNELS; m++) {
         Weight b = load16(decoded[k][m]);
 #pragma unroll
-        for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[p], b);
+        for (int p = 0; p < PIXELS; p++) sums[p][m] = accumulate(sums[p][m], a[p], b, table);
       }
     }
   }
@@ -587,7 +663,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     mbm::__VA_ARGS__(c);                                                                                          \
   }
 
-KERNEL(conv2d_64x128, 3, conv2d_tiled<64, 128, 8, 8>)
+KERNEL(conv2d_64x128, 3, conv2d_tiled<64, 128, mbm::SHARED_TABLE ? 16 : 8, mbm::SHARED_TABLE ? 4 : 8>)
 KERNEL(conv2d_32x128, 4, conv2d_tiled<32, 128, 8, 4>)
 KERNEL(conv2d_16x32, 4, conv2d_tiled<16, 32, 4, 4>)
 KERNEL(conv2d_direct_1x4, 4, conv2d_direct<1, 4>)
@@ -616,15 +692,19 @@ extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
     int row = threadIdx.x % 64;
     slice[k].bits[row] = b.bits;
     slice[k].threshold[row] = b.threshold;
-    slice[k].correction[row] = b.correction;
+    if (mbm::CORRECTED) slice[k].correction[row] = b.correction;
   }
+  __shared__ mbm::SharedTable table;
+  table.fill();
   __syncthreads();
   float sums[8][8] = {};
   mbm::Operands<8, 8> operands;
 #pragma unroll 1
   for (int round = 0; round < rounds; round++) {
-    if ((round & mask) == 0) operands.load(slice[threadIdx.x % mbm::SLICE], threadIdx.x / 16 * 4, threadIdx.x % 16 * 4);
-    operands.multiply(sums);
+    // From a table, the threads of a warp share their weights as in the tile.
+    int slice_of_thread = mbm::SHARED_TABLE ? 0 : threadIdx.x % mbm::SLICE;
+    if ((round & mask) == 0) operands.load(slice[slice_of_thread], threadIdx.x / 16 * 4, threadIdx.x % 16 * 4);
+    operands.multiply(sums, table);
   }
   float total = 0;
 #pragma unroll

@@ -12,8 +12,12 @@
 //
 // Cost of a product, mbm: integer add, compare, and, float add, multiply, fused multiply-add (6 instructions) on AVX2;
 // 5 with AVX-512, where the correction is one masked addition; mitchell 3. Vector arithmetic is the limit, not memory.
+// A product from a table costs 4 permutations and 3 blends on AVX-512 if a row fits its registers (LOOKUP), else a load,
+// and these are then the limit; planes of fractions hold the table's columns, weights its rows.
+//
+// With MBM_FUNCTION defined, the file holds the kernels of that function of a user alone (backends/cpu.py compiles it).
 #if defined(__SSE2__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #else
 #include <cfenv>
 #endif
@@ -43,6 +47,36 @@ constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thre
 struct Lanes {
   typedef float F __attribute__((vector_size(LANES * sizeof(float))));
   typedef int I __attribute__((vector_size(LANES * sizeof(int))));
+
+  // From a row of 128.
+  MBM_FN F look_up_row(const float* row, I index) {
+#if defined(__AVX512F__)
+    __m512i i = (__m512i)index;
+    auto of_32 = [&](int first) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(row + first), i, _mm512_loadu_ps(row + first + 16));
+    };
+    __mmask16 odd_32 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+    __mmask16 odd_64 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(64));
+    return (F)_mm512_mask_blend_ps(odd_64, _mm512_mask_blend_ps(odd_32, of_32(0), of_32(32)),
+                                   _mm512_mask_blend_ps(odd_32, of_32(64), of_32(96)));
+#else
+    return gather(row, index);
+#endif
+  }
+  MBM_FN F gather(const float* from, I index) {
+#if defined(__AVX512F__)
+    return (F)_mm512_i32gather_ps((__m512i)index, from, sizeof(float));
+#elif defined(__AVX2__)
+    // Loads one by one are faster than the gather instruction of processors without AVX-512.
+    alignas(sizeof index) int i[LANES];
+    std::memcpy(i, &index, sizeof index);
+    return F{from[i[0]], from[i[1]], from[i[2]], from[i[3]], from[i[4]], from[i[5]], from[i[6]], from[i[7]]};
+#else
+    F found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = from[index[lane]];
+    return found;
+#endif
+  }
 };
 using F = Lanes::F;
 using I = Lanes::I;
@@ -80,9 +114,11 @@ class Rounding {
   Rounding(const Rounding&) = delete;
 };
 
-// Only the correction at t = 0 needs rounding (to 24 bits, toward zero); sums are then rounded the same way.
+// Only the correction at t = 0 and drum's products need rounding (to 24 bits, toward zero); sums are then rounded the
+// same way.
 RoundingMode rounding_of_products(const Multiplier& m) {
-  return m.form != IEEE && m.correction != 0 && m.operand_set == 0 ? TOWARD_ZERO : TO_NEAREST;
+  bool corrected = m.correction != 0 && m.operand_set == 0;
+  return corrected || m.form == TRUNCATED ? TOWARD_ZERO : TO_NEAREST;
 }
 
 // std::vector would leave code for this instruction set in templates that others share.
@@ -119,14 +155,26 @@ bool in_range(const Exponents& a, const Exponents& b) {
   return lowest >= 1 && highest <= 254;
 }
 
+// Forms that multiply operands as a whole (IEEE, TRUNCATED, CALL) have them in the place of the power of two.
 struct Weight {
-  float power;            // family exact: the truncated weight itself
-  int one_plus_fraction;  // family exact: not used
+  float power;
+  int one_plus_fraction;  // of a table: the row
 };
 
 template <Form FORM, bool MASKED> MBM_FN F accumulate(F sum, F power, I fraction, const Weight& w, const Multiplier& m) {
-  if constexpr (FORM == IEEE) return sum + ieee_product<Lanes>(power, F{} + w.power, m);
-  return sum + (power * w.power) * significand<Lanes, FORM, MASKED>(fraction, I{} + w.one_plus_fraction, m);
+  if constexpr (FORM == CALL) {
+    return sum + from_bits<Lanes>(call<Lanes>(bits<Lanes>(power), bits<Lanes>(F{} + w.power)));
+  } else if constexpr (FORM == IEEE || (FORM == TRUNCATED && MASKED)) {
+    return sum + ieee_product<Lanes>(power, F{} + w.power, m);
+  } else if constexpr (FORM == TRUNCATED) {
+    return sum + power * w.power;
+  } else if constexpr (FORM == LOOKUP) {
+    return sum + (power * w.power) * Lanes::look_up_row(m.table + w.one_plus_fraction, fraction);
+  } else if constexpr (FORM == LOOKUP_WIDE) {
+    return sum + (power * w.power) * Lanes::gather(m.table + w.one_plus_fraction, fraction);
+  } else {
+    return sum + (power * w.power) * significand<Lanes, FORM, MASKED>(fraction, I{} + w.one_plus_fraction, m);
+  }
 }
 
 // Sums of `steps` products for V vectors of positions and N output channels; weights[step][N].
@@ -171,18 +219,44 @@ struct TileSet {
   Tile of_size[VECTORS][BLOCK];  // less one
 };
 
-template <Form FORM, bool MASKED> constexpr TileSet tiles() {
-  return {{{tile<FORM, MASKED, 1, 1>, tile<FORM, MASKED, 1, 2>, tile<FORM, MASKED, 1, 3>, tile<FORM, MASKED, 1, 4>},
-           {tile<FORM, MASKED, 2, 1>, tile<FORM, MASKED, 2, 2>, tile<FORM, MASKED, 2, 3>, tile<FORM, MASKED, 2, 4>}}};
+// What's member `of<FORM, MASKED>(args...)` for the multiplier's form.
+template <class What, class... Args> auto for_form(const Multiplier& m, const Args&... args) {
+#if defined(MBM_FUNCTION)
+  return What::template of<CALL, false>(args...);
+#else
+  bool masked = result_is_masked(m);
+  switch (m.form) {
+    case IEEE: return What::template of<IEEE, true>(args...);
+    case PLAIN: return masked ? What::template of<PLAIN, true>(args...) : What::template of<PLAIN, false>(args...);
+    case ONE_LEVEL:
+      return masked ? What::template of<ONE_LEVEL, true>(args...) : What::template of<ONE_LEVEL, false>(args...);
+    case TWO_LEVELS:
+      return masked ? What::template of<TWO_LEVELS, true>(args...) : What::template of<TWO_LEVELS, false>(args...);
+    case TRUNCATED:
+      return masked ? What::template of<TRUNCATED, true>(args...) : What::template of<TRUNCATED, false>(args...);
+    case LOOKUP: return What::template of<LOOKUP, false>(args...);
+    default: return What::template of<LOOKUP_WIDE, false>(args...);
+  }
+#endif
 }
 
+struct Tiles {
+  template <Form FORM, bool MASKED> static TileSet of() {
+    return {{{tile<FORM, MASKED, 1, 1>, tile<FORM, MASKED, 1, 2>, tile<FORM, MASKED, 1, 3>, tile<FORM, MASKED, 1, 4>},
+             {tile<FORM, MASKED, 2, 1>, tile<FORM, MASKED, 2, 2>, tile<FORM, MASKED, 2, 3>, tile<FORM, MASKED, 2, 4>}}};
+  }
+};
 
-TileSet tiles_for(const Multiplier& m) {
+Weight decode_weight(float weight, const Multiplier& m) {
+  F w = F{} + weight;
+  I fraction = bits<Lanes>(w) & FRACTION;
   switch (m.form) {
-    case IEEE: return tiles<IEEE, true>();
-    case PLAIN: return result_is_masked(m) ? tiles<PLAIN, true>() : tiles<PLAIN, false>();
-    case ONE_LEVEL: return result_is_masked(m) ? tiles<ONE_LEVEL, true>() : tiles<ONE_LEVEL, false>();
-    default: return result_is_masked(m) ? tiles<TWO_LEVELS, true>() : tiles<TWO_LEVELS, false>();
+    case CALL: return {weight, 0};
+    case IEEE: return {truncate_finite<Lanes>(w, m.operand_keep)[0], 0};
+    case TRUNCATED: return {decode_truncated<Lanes>(w, m)[0], 0};
+    case LOOKUP:
+    case LOOKUP_WIDE: return {decode_power<Lanes>(w)[0], table_row(fraction, m)[0]};
+    default: return {decode_power<Lanes>(w)[0], ONE + decode_fraction<Lanes>(w, m)[0]};
   }
 }
 
@@ -238,7 +312,7 @@ struct Plan {
         steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), columns(wide.extent(c.out_size[1])),
         plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
         block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),
-        weight_exponents(c.groups * blocks), tile_set(tiles_for(c.multiplier)) {
+        weight_exponents(c.groups * blocks), tile_set(for_form<Tiles>(c.multiplier)) {
     auto planes_bytes = [&] { return std::int64_t(sizeof(float) + sizeof(int)) * plane_count * high.extent(rows) * columns; };
     while (rows > 1 && planes_bytes() > SCRATCH_TARGET) rows = ceil_div(rows, 2);
     while (rows > 1 && c.threads > 1 && job_count() < JOBS_PER_THREAD * c.threads) rows = ceil_div(rows, 2);
@@ -275,11 +349,7 @@ struct Plan {
           for (std::int64_t k = 0; k < steps; k++) {
             float w = c.weight[(first + n) * steps + k];
             e.add(w);
-            int raw = __builtin_bit_cast(int, w);
-            bool finite = (raw & INFINITE) != INFINITE;
-            int kept = m.form == IEEE ? (finite ? raw & (m.operand_keep | ~FRACTION) : raw) : raw & ~FRACTION;
-            weights[first * steps + k * size + n] = {__builtin_bit_cast(float, kept),
-                                                     ONE + ((raw & m.operand_keep) | m.operand_set)};
+            weights[first * steps + k * size + n] = decode_weight(w, m);
           }
         weight_exponents[g * blocks + b] = e;
       }
@@ -321,8 +391,8 @@ void gather_planes(const Plan& p, const float* image, std::int64_t row, float* p
   std::memset(plane, 0, (p.planes_elements() - p.plane_count * p.plane) * sizeof(float));
 }
 
-// Split the operands into powers of two, in their place, and fractions; tells their exponents.
-Exponents split_planes(const Plan& p, float* power, int* fraction) {
+// Decode the operands: powers of two (or what the form multiplies) in their place, and fractions; tells their exponents.
+Exponents decode_planes(const Plan& p, float* power, int* fraction) {
   const Multiplier m = p.c.multiplier;
   I lowest = I{} + INFINITE, highest = {};
   for (std::int64_t i = 0; i < p.planes_elements(); i += LANES) {
@@ -331,8 +401,16 @@ Exponents split_planes(const Plan& p, float* power, int* fraction) {
     I normal = magnitude < CARRY ? I{} + INFINITE : magnitude;
     lowest = normal < lowest ? normal : lowest;
     highest = magnitude > highest ? magnitude : highest;
-    store(power + i, decode_power<Lanes>(x));
-    store(fraction + i, decode_fraction<Lanes>(x, m));
+    if (m.form == CALL) continue;
+    if (m.form == IEEE) {
+      store(power + i, truncate_finite<Lanes>(x, m.operand_keep));
+    } else if (m.form == TRUNCATED) {
+      store(power + i, decode_truncated<Lanes>(x, m));
+    } else {
+      I column = is_lookup(m) ? table_column(bits<Lanes>(x) & FRACTION, m) : decode_fraction<Lanes>(x, m);
+      store(power + i, decode_power<Lanes>(x));
+      store(fraction + i, column);
+    }
   }
   Exponents e;
   for (int lane = 0; lane < LANES; lane++) {
@@ -340,11 +418,6 @@ Exponents split_planes(const Plan& p, float* power, int* fraction) {
     e.highest = highest[lane] > e.highest ? highest[lane] : e.highest;
   }
   return e;
-}
-
-void truncate_planes(const Plan& p, float* operands) {
-  for (std::int64_t i = 0; i < p.planes_elements(); i += LANES)
-    store(operands + i, truncate_finite<Lanes>(load<F>(operands + i), p.c.multiplier.operand_keep));
 }
 
 struct Job {
@@ -381,16 +454,13 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   int* fraction = reinterpret_cast<int*>(power + p.planes_elements());
   float* sums = power + 2 * p.planes_elements();
   Rounding rounding(rounding_of_products(c.multiplier));
-  bool ieee = c.multiplier.form == IEEE;
-  Exponents e;
   gather_planes(p, image, job.row, power, nullptr);
-  if (ieee)
-    truncate_planes(p, power);
-  else
-    e = split_planes(p, power, fraction);
+  Exponents e = decode_planes(p, power, fraction);
   auto is_fast = [&](std::int64_t b) {
     const Exponents& w = p.weight_exponents[job.group * p.blocks + b];
-    return ieee ? !w.special() : in_range(e, w);
+    // Every product is right by itself then, except that padding must not meet an infinite weight.
+    if (c.multiplier.form == IEEE || c.multiplier.form == CALL) return !w.special();
+    return in_range(e, w);
   };
 
   bool all_fast = true;
@@ -424,7 +494,7 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
 }
 
 void multiply(const Multiplier& m, const float* a, const float* b, float* out, std::int64_t count) {
-  Rounding nearest(TO_NEAREST);
+  Rounding rounding(rounding_of_products(m));
   std::int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(out + i, product<Lanes>(load<F>(a + i), load<F>(b + i), m));
   if (i == count) return;
@@ -444,31 +514,29 @@ void multiply(const Multiplier& m, const float* a, const float* b, float* out, s
 #define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
 #endif
 
-template <Form FORM, bool MASKED> std::int64_t ceiling_of(const Multiplier& shared, std::int64_t rounds) {
-  const Multiplier m = shared;
-  F sum[VECTORS * BLOCK] = {}, a = F{} + 1.0f;
-  I x = I{} + (CARRY / 4);
-  Weight w{1.0f, ONE + CARRY / 2};
-  for (std::int64_t r = 0; r < rounds; r++) {
+struct Ceiling {
+  template <Form FORM, bool MASKED> static std::int64_t of(const Multiplier& shared, std::int64_t rounds) {
+    const Multiplier m = shared;
+    F sum[VECTORS * BLOCK] = {}, a = F{} + 1.0f;
+    I x = {};
+    for (int lane = 0; lane < LANES; lane++) x[lane] = is_lookup(m) ? lane : CARRY / 4;
+    Weight w{1.0f, is_lookup(m) ? 0 : ONE + CARRY / 2};
+    for (std::int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 8
-    for (F& s : sum) {
-      MBM_OPAQUE(a);
-      MBM_OPAQUE(x);
-      s = accumulate<FORM, MASKED>(s, a, x, w, m);
+      for (F& s : sum) {
+        MBM_OPAQUE(a);
+        MBM_OPAQUE(x);
+        s = accumulate<FORM, MASKED>(s, a, x, w, m);
+      }
     }
+    for (F& s : sum) MBM_OPAQUE(s);
+    return rounds * VECTORS * BLOCK * LANES;
   }
-  for (F& s : sum) MBM_OPAQUE(s);
-  return rounds * VECTORS * BLOCK * LANES;
-}
+};
 
 std::int64_t ceiling(const Multiplier& m, std::int64_t rounds) {
   Rounding rounding(rounding_of_products(m));
-  switch (m.form) {
-    case IEEE: return ceiling_of<IEEE, true>(m, rounds);
-    case PLAIN: return result_is_masked(m) ? ceiling_of<PLAIN, true>(m, rounds) : ceiling_of<PLAIN, false>(m, rounds);
-    case ONE_LEVEL: return result_is_masked(m) ? ceiling_of<ONE_LEVEL, true>(m, rounds) : ceiling_of<ONE_LEVEL, false>(m, rounds);
-    default: return result_is_masked(m) ? ceiling_of<TWO_LEVELS, true>(m, rounds) : ceiling_of<TWO_LEVELS, false>(m, rounds);
-  }
+  return for_form<Ceiling>(m, m, rounds);
 }
 
 void* make_plan(const Conv2d& c) { return new Plan(c); }
@@ -488,3 +556,7 @@ extern const Kernels kernels;
 const Kernels kernels{MBM_NAME(MBM_ISA), make_plan, free_plan, jobs, scratch_bytes, run_job, multiply, ceiling};
 
 }  // namespace mbm::MBM_ISA
+
+#if defined(MBM_FUNCTION)
+extern "C" __attribute__((visibility("default"))) const mbm::Kernels* mbm_kernels() { return &mbm::MBM_ISA::kernels; }
+#endif

@@ -27,14 +27,23 @@ constexpr int FRACTION = CARRY - 1;
 // The error reduction, 2^-4 + 2^-6.
 constexpr int CORRECTION = (1 << (FRACTION_BITS - 4)) + (1 << (FRACTION_BITS - 6));
 
-enum Family { EXACT, MITCHELL, MBM };
+constexpr int TABLE_BITS = 7;  // of tables that fit a GPU's shared memory, and rows that fit registers
 
-// How the fast form corrects the sum of the fractions; a compile-time variant of every kernel.
+enum Family { EXACT, MITCHELL, MBM, DRUM, TABLE, FUNCTION };
+#if !defined(__CUDACC__)
+constexpr const char* FAMILY_NAMES[] = {"exact", "mitchell", "mbm", "drum", "table", "function"};
+#endif
+
+// How the fast form computes a product; a compile-time variant of every kernel.
 enum Form {
   IEEE,        // family exact: a * b
-  PLAIN,       // no correction (mitchell, and mbm with t > 19)
-  ONE_LEVEL,   // one constant below a threshold
+  PLAIN,       // the sum of the fractions, no correction (mitchell, and mbm with t > 19)
+  ONE_LEVEL,   // and one constant below a threshold
   TWO_LEVELS,  // t = 17, where halving c and clearing its low bits do not commute
+  TRUNCATED,   // drum: a * b of operands with few bits, toward zero
+  LOOKUP,      // the product's fraction from a table of 7 bits (one of fewer bits is the same with entries repeated)
+  LOOKUP_WIDE, // from a larger table
+  CALL,        // a user's function on the bit patterns, MBM_FUNCTION
 };
 
 struct Multiplier {
@@ -44,25 +53,44 @@ struct Multiplier {
   int correction;        // c without carry
   int correction_carry;  // c with carry
   int result_keep;       // fraction bits of the product that are kept
+  int table_bits;        // fraction bits of a table's operands and products
+  const float* table;    // on the CPU: the significands' products, [fraction of b][fraction of a]
 };
+
+constexpr bool is_lookup(const Multiplier& m) { return m.form == LOOKUP || m.form == LOOKUP_WIDE; }
 
 constexpr int keep_from(int bit) { return FRACTION & ~((1 << bit) - 1); }
 
-constexpr Multiplier make_multiplier(Family family, int truncate, int result_bits) {
+// `bits`: those that the operands lose; of a table, those that they have.
+constexpr Multiplier make_multiplier(Family family, int bits, int result_bits) {
+  int truncate = family == TABLE ? FRACTION_BITS - bits : bits;
   int c0 = family == MBM ? CORRECTION & keep_from(truncate) : 0;
   int c1 = family == MBM ? (CORRECTION >> 1) & keep_from(truncate) : 0;
-  Form form = family == EXACT ? IEEE : c0 == 0 ? PLAIN : c1 == 0 || c0 == 2 * c1 ? ONE_LEVEL : TWO_LEVELS;
-  int set = family == MBM && truncate > 0 ? 1 << truncate : 0;
-  return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits)};
+  Form form = PLAIN;
+  if (c0 != 0) form = c1 == 0 || c0 == 2 * c1 ? ONE_LEVEL : TWO_LEVELS;
+  if (family == EXACT) form = IEEE;
+  if (family == DRUM) form = TRUNCATED;
+  if (family == TABLE) form = bits <= TABLE_BITS ? LOOKUP : LOOKUP_WIDE;
+  if (family == FUNCTION) form = CALL;
+  int set = (family == MBM || family == DRUM) && truncate > 0 ? 1 << truncate : 0;
+  return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits), FRACTION_BITS - truncate, nullptr};
 }
 
-// Whether clearing result bits changes any product. It does not where they are zero anyway, as in the published forms
-// (mbm-t16-r7 and the like).
+// Whether a product has to lose bits that its fast form would keep. It has not where they are zero anyway, as in the
+// published forms (mbm-t16-r7 and the like).
 constexpr bool result_is_masked(const Multiplier& m) {
+  if (is_lookup(m) || m.form == CALL) return false;
+  int lowest_kept = m.result_keep & -m.result_keep;
   int operand = m.operand_set ? 2 * m.operand_set : m.operand_keep & -m.operand_keep;  // what every sum is a multiple of
-  int shifted = operand | m.correction;                                                // without a carry, perhaps halved
+  if (m.form == TRUNCATED) {
+    // Both operands are multiples of operand_set, in units of 2^-23, and the product of its square; a carry shifts it by
+    // one more. An exact product can be fused with the addition that follows.
+    long long square = (long long)m.operand_set * m.operand_set;
+    return square < (2LL * lowest_kept << FRACTION_BITS);
+  }
+  int shifted = operand | m.correction;  // without a carry, perhaps halved
   int result = operand | m.correction_carry | (m.correction == 0 ? 0 : (shifted >> 1) | (shifted & 1));
-  return (result & -result) < (m.result_keep & -m.result_keep);
+  return (result & -result) < lowest_kept;
 }
 
 // What differs between one lane on the GPU and a vector of lanes on the CPU. L::I is 32-bit integers, L::F floats.
@@ -75,11 +103,41 @@ MBM_FN float multiply_to_nearest(float a, float b) {
   asm("mul.rn.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
   return p;
 }
+MBM_FN float multiply_toward_zero(float a, float b) {
+  float p;
+  asm("mul.rz.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
+  return p;
+}
 template <class L> MBM_FN float add_where(float w, bool where, float c) { return where ? __fadd_rz(w, c) : w; }
+// The bits of the product of two significands from the table (conv2d.cu has it).
+template <class L> MBM_FN int look_up(int index, const Multiplier& m);
+template <class L> MBM_FN int call(int a, int b) {
+#if defined(MBM_FUNCTION)
+  return int(MBM_FUNCTION((unsigned)a, (unsigned)b));
+#else
+  return a ^ b;  // not reached
+#endif
+}
 #else
 template <class L> MBM_FN typename L::I bits(typename L::F x) { return __builtin_bit_cast(typename L::I, x); }
 template <class L> MBM_FN typename L::F from_bits(typename L::I x) { return __builtin_bit_cast(typename L::F, x); }
 template <class F> MBM_FN F multiply_to_nearest(F a, F b) { return a * b; }
+// The caller has set the rounding mode, as for add_where.
+template <class F> MBM_FN F multiply_toward_zero(F a, F b) { return a * b; }
+template <class L> MBM_FN typename L::I look_up(typename L::I index, const Multiplier& m) {
+  return bits<L>(L::gather(m.table, index));
+}
+template <class L> MBM_FN typename L::I call(typename L::I a, typename L::I b) {
+  constexpr int LANES = sizeof(typename L::I) / sizeof(int);
+  int x[LANES], y[LANES];
+  __builtin_memcpy(x, &a, sizeof a);
+  __builtin_memcpy(y, &b, sizeof b);
+#if defined(MBM_FUNCTION)
+  for (int i = 0; i < LANES; i++) x[i] = int(MBM_FUNCTION((unsigned)x[i], (unsigned)y[i]));
+#endif
+  __builtin_memcpy(&a, x, sizeof a);
+  return a;
+}
 // w + c rounded toward zero where the condition holds. The caller has set the rounding mode: setting it here would cost
 // more than the addition.
 template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I where, float c) {
@@ -103,9 +161,36 @@ template <class L> MBM_FN typename L::F ieee_product(typename L::F a, typename L
   return from_bits<L>(bits<L>(multiply_to_nearest(a, b)) & (m.result_keep | ~FRACTION));
 }
 
-// The product from the definition, any operands, special values included.
+// Where a table has the product of two fractions. A kernel looks many pixels up for one weight, b: its row.
+template <class T> MBM_FN T table_row(T fraction_of_b, const Multiplier& m) {
+  return (fraction_of_b >> (FRACTION_BITS - m.table_bits)) << m.table_bits;
+}
+template <class T> MBM_FN T table_column(T fraction_of_a, const Multiplier& m) {
+  return fraction_of_a >> (FRACTION_BITS - m.table_bits);
+}
+
+// The product of two significands, 1 + x and 1 + y, by the family's definition: its carry into the exponent and its
+// fraction, side by side as in a float, which the carry makes at most 2^24.
+template <class L> MBM_FN typename L::I carry_and_fraction(typename L::I x, typename L::I y, const Multiplier& m) {
+  using I = typename L::I;
+  const I zero = {};
+  if (is_lookup(m)) return look_up<L>(table_row(y, m) | table_column(x, m), m) - ONE;
+  x = (x & m.operand_keep) | m.operand_set, y = (y & m.operand_keep) | m.operand_set;
+  if (m.form == TRUNCATED)
+    return bits<L>(multiply_toward_zero(from_bits<L>(x | ONE), from_bits<L>(y | ONE))) - ONE;
+  I sum = x + y;
+  I f = sum & FRACTION;
+  I g = f + (sum >= CARRY ? zero + m.correction_carry : zero + m.correction);
+  g = (sum >= CARRY) & (g >= CARRY) ? f : g;  // with a carry, a correction that would overflow is skipped
+  I carry = (sum >> FRACTION_BITS) + (g >> FRACTION_BITS);
+  return (carry << FRACTION_BITS) | (g >= CARRY ? (g - CARRY) >> 1 : g);
+}
+
+// The product from the definition, any operands, special values included. On the CPU the rounding mode is
+// rounding_of_products.
 template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F fb, const Multiplier& m) {
   using I = typename L::I;
+  if (m.form == CALL) return from_bits<L>(call<L>(bits<L>(fa), bits<L>(fb)));
   if (m.form == IEEE) {
     I p = bits<L>(ieee_product<L>(truncate_finite<L>(fa, m.operand_keep), truncate_finite<L>(fb, m.operand_keep), m));
     return from_bits<L>((p & ~SIGN) > INFINITE ? I{} + NOT_A_NUMBER : p);
@@ -114,14 +199,9 @@ template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F 
   I a = bits<L>(fa), b = bits<L>(fb);
   I sign = (a ^ b) & SIGN;
   I ea = (a & INFINITE) >> FRACTION_BITS, eb = (b & INFINITE) >> FRACTION_BITS;
-  I x = (a & m.operand_keep) | m.operand_set, y = (b & m.operand_keep) | m.operand_set;
-  I sum = x + y;
-  I f = sum & FRACTION;
-  I g = f + (sum >= CARRY ? zero + m.correction_carry : zero + m.correction);
-  g = (sum >= CARRY) & (g >= CARRY) ? f : g;  // with a carry, a correction that would overflow is skipped
-  I e = ea + eb - BIAS + (sum >> FRACTION_BITS) + (g >> FRACTION_BITS);
-  g = (g >= CARRY ? (g - CARRY) >> 1 : g) & m.result_keep;
-  I p = sign | (e << FRACTION_BITS) | g;
+  I w = carry_and_fraction<L>(a & FRACTION, b & FRACTION, m);
+  I e = ea + eb - BIAS + (w >> FRACTION_BITS);
+  I p = sign | (e << FRACTION_BITS) | (w & m.result_keep);
   p = e <= 0 ? sign : p;
   p = e >= 255 ? sign | INFINITE : p;
   p = (ea == 0) | (eb == 0) ? sign : p;  // subnormal operands count as zero
@@ -135,6 +215,11 @@ template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F 
 template <class L> MBM_FN typename L::F decode_power(typename L::F a) { return from_bits<L>(bits<L>(a) & ~FRACTION); }
 template <class L> MBM_FN typename L::I decode_fraction(typename L::F a, const Multiplier& m) {
   return (bits<L>(a) & m.operand_keep) | m.operand_set;
+}
+// Of the form TRUNCATED: the operand with the bits that are left of it; a signed zero for zero and subnormals.
+template <class L> MBM_FN typename L::F decode_truncated(typename L::F a, const Multiplier& m) {
+  typename L::I i = bits<L>(a), kept = (i & ~FRACTION) | (i & m.operand_keep) | m.operand_set;
+  return from_bits<L>((i & INFINITE) == 0 ? i & SIGN : kept);
 }
 
 // The significand of the product, in [1, 4), from one operand's fraction and the other's plus ONE: an integer addition,

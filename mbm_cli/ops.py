@@ -40,7 +40,7 @@ def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tens
         ValueError: not a multiplier.
     """
     _check_operands(a, b, "a", "b")
-    return torch.ops.mbm.multiply(a, b, _short_form(multiplier))
+    return torch.ops.mbm.multiply(a, b, _key(multiplier))
 
 
 def conv2d(
@@ -71,8 +71,8 @@ def conv2d(
         RuntimeError: operands that are not float32, or arguments that do not fit together.
         ValueError: not a multiplier.
     """
-    short_form = _short_form(multiplier)
-    if Multiplier.parse(short_form).is_exact:
+    key = _key(multiplier)
+    if Multiplier.of_key(key).is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     _check_operands(input, weight, "input", "weight")
     if bias is not None:
@@ -84,14 +84,12 @@ def conv2d(
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     padding = _pair(padding, "padding")
     if input.dim() == 3:
-        return torch.ops.mbm.conv2d(
-            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, short_form
-        ).squeeze(0)
-    return torch.ops.mbm.conv2d(input, weight, bias, stride, padding, dilation, groups, short_form)
+        return torch.ops.mbm.conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, key).squeeze(0)
+    return torch.ops.mbm.conv2d(input, weight, bias, stride, padding, dilation, groups, key)
 
 
-def _short_form(multiplier: Multiplier | str) -> str:
-    return str(Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier)
+def _key(multiplier: Multiplier | str) -> str:
+    return (Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier).key
 
 
 def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:

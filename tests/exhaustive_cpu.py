@@ -21,7 +21,9 @@ from mbm_cli import _cpu
 from mbm_cli.multipliers import FAMILIES, Multiplier, reference_product
 
 MULTIPLIERS = [
-    Multiplier(family, t, r) for family, t, r in product(FAMILIES, (0, 1, 7, 8, 15, 16, 17, 18, 19, 20, 22), (None, 7))
+    Multiplier(family, t, r)
+    for family, t, r in product(FAMILIES, (0, 1, 7, 8, 15, 16, 17, 18, 19, 20, 22), (None, 7))
+    if t in FAMILIES[family].truncations
 ]
 ROUNDS, PRODUCTS = 10, 10**6
 

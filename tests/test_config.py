@@ -369,7 +369,8 @@ def test_momentum_is_written_for_sgd_only():
 
 counts = st.integers(1, 2**31 - 1)
 numbers = st.floats(min_value=0, allow_infinity=False, allow_nan=False)
-multipliers = st.builds(Multiplier, st.sampled_from(FAMILIES), st.integers(0, 22), st.none() | st.integers(1, 23))
+operands = st.sampled_from([(family, t) for family in FAMILIES for t in FAMILIES[family].truncations])
+multipliers = st.builds(lambda family_and_t, r: Multiplier(*family_and_t, r), operands, st.none() | st.integers(1, 23))
 folders = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 common = {
     "lr": numbers.filter(bool),

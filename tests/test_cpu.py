@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from exhaustive_cpu import MULTIPLIERS, cases, differences, instruction_set, wild
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import random_table
 from torch import Tensor
 
 from mbm_cli import _cpu
@@ -20,7 +21,8 @@ from mbm_cli.ops import conv2d, multiply
 # Every form of the fast arithmetic: none, one constant (halved by the carry, or gone: t >= 19), two (t = 17); t = 0,
 # where sums round toward zero; with and without result bits.
 FORMS = ["exact-t8", "exact-r7", "mitchell", "mitchell-t16-r7", "mbm", "mbm-r7", "mbm-t1", "mbm-t16-r7", "mbm-t17"]
-FORMS += ["mbm-t17-r3", "mbm-t19", "mbm-t22-r1"]
+FORMS += ["mbm-t17-r3", "mbm-t19", "mbm-t22-r1", "drum-k6", "drum-k20", "drum-k6-r3"]
+TABLES = [random_table(bits) for bits in (1, 3, 7, 8)]
 
 
 @pytest.fixture(scope="module", params=_cpu.instruction_sets())
@@ -80,7 +82,8 @@ def test_every_pair_of_7_bit_fractions(family):
     row, column = a.reshape(1, 1, 1, 128), b.reshape(128, 1, 1, 1)
     row_with_infinity = torch.cat([row, torch.full((1, 1, 1, 1), torch.inf)], 3)  # rules the fast path out
     every_r, some_r = [None, *range(1, 24)], [None, 1, 8]
-    multipliers = [Multiplier(family, t, r) for t in range(23) for r in (some_r if 1 <= t < 16 else every_r)]
+    truncations = FAMILIES[family].truncations
+    multipliers = [Multiplier(family, t, r) for t in truncations for r in (some_r if 1 <= t < 16 else every_r)]
     for multiplier in multipliers:
         expected = reference_product(row, b.reshape(1, 128, 1, 1), multiplier)
         for name in _cpu.instruction_sets():
@@ -205,8 +208,9 @@ def convolutions(draw):
     for tensor in (input, weight):
         draw(st.sampled_from(VALUES))(tensor, generator)
     input = MEMORY_FORMATS[draw(st.sampled_from(list(MEMORY_FORMATS)))](input)
-    fields = st.sampled_from(FAMILIES), st.integers(0, 22), st.none() | st.integers(1, 23)
-    multiplier = draw(st.builds(Multiplier, *fields).filter(lambda m: not m.is_exact))
+    family = draw(st.sampled_from(list(FAMILIES)))
+    fields = st.just(family), st.sampled_from(FAMILIES[family].truncations), st.none() | st.integers(1, 23)
+    multiplier = draw(st.builds(Multiplier, *fields).filter(lambda m: not m.is_exact) | st.sampled_from(TABLES))
     return input, weight, bias, stride, padding, dilation, groups, multiplier
 
 

@@ -35,11 +35,12 @@ MASKED = FORMS[3:]
 EXACT_ARGUMENTS = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 
 
-def compile_kernels(multiplier: str, architecture: str) -> dict[str, int]:
+def compile_kernels(name: str, architecture: str) -> dict[str, int]:
     """Bytes of local memory of each kernel."""
+    multiplier = Multiplier.parse(name)
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     size = f"static_assert(sizeof(mbm::Conv2d) == {cuda._CONV2D.itemsize});\n"
-    _, program = nvrtc.nvrtcCreateProgram((cuda.source() + size).encode(), b"conv2d.cu", 0, [], [])
+    _, program = nvrtc.nvrtcCreateProgram((cuda.source(multiplier) + size).encode(), b"conv2d.cu", 0, [], [])
     # CuPy adds the first two.
     options = ("-ftz=true", "--device-as-default-execution-space", *cuda.options(multiplier))
     options = [o.encode() for o in (*options, f"-arch={architecture}", "--ptxas-options=-v")]

@@ -79,9 +79,14 @@ def _scalar_approximate(a: int, b: int, family: str, t: int, r: int) -> int:
 
     unit = 2**t
     x, y = fraction_a // unit * unit, fraction_b // unit * unit
-    if family == "mbm" and t > 0:
+    if family in ("mbm", "drum") and t > 0:
         x, y = x | unit, y | unit
-    carry, f = divmod(x + y, 2**23)
+    if family == "drum":
+        significand = (2**23 + x) * (2**23 + y)
+        carry = significand >= 2**47
+        f = significand // 2 ** (24 if carry else 23) - 2**23
+    else:
+        carry, f = divmod(x + y, 2**23)
     exponent = exponent_a + exponent_b - 127 + carry
     if family == "mbm":
         c = (327680 if carry else 655360) // unit * unit
@@ -138,8 +143,8 @@ def boundary_fractions(t: int) -> list[tuple[int, int]]:
 
 
 def multipliers(families=FAMILIES) -> st.SearchStrategy[Multiplier]:
-    result_bits = st.none() | st.integers(1, 23)
-    return st.builds(Multiplier, st.sampled_from(families), st.integers(0, 22), result_bits)
+    parameters = st.sampled_from([(family, t) for family in families for t in FAMILIES[family].truncations])
+    return st.builds(lambda operands, r: Multiplier(*operands, r), parameters, st.none() | st.integers(1, 23))
 
 
 # Names
@@ -158,6 +163,8 @@ def multipliers(families=FAMILIES) -> st.SearchStrategy[Multiplier]:
         ("mbm-t22-r1", Multiplier("mbm", 22, 1), "mbm-t22-r1"),
         ("mitchell-t16-r7", Multiplier("mitchell", 16, 7), "mitchell-t16-r7"),
         ("exact-t1-r2", Multiplier("exact", 1, 2), "exact-t1-r2"),
+        ("drum-k6", Multiplier("drum", 18), "drum-k6"),
+        ("drum-k23-r7", Multiplier("drum", 1, 7), "drum-k23-r7"),
     ],
 )
 def test_the_short_form(text, multiplier, printed):
@@ -183,7 +190,12 @@ def test_what_is_printed_is_read_back(multiplier):
         ("mbm-t8-", "is not a multiplier"),
         ("mbm-r7-t16", "is not a multiplier"),
         ("mbm_t8", "is not a multiplier"),
-        ("booth", "families are exact, mitchell, mbm"),
+        ("booth", "families are exact, mitchell, mbm, drum"),
+        ("drum", "2 to 23 leading bits"),
+        ("drum-k1", "2 to 23 leading bits"),
+        ("drum-k24", "2 to 23 leading bits"),
+        ("drum-t6", "drum takes -k"),
+        ("mbm-k6", "mbm takes -t"),
         ("mbm-t23", "0 to 22"),
         ("mbm-r0", "1 to 23"),
         ("mbm-r24", "1 to 23"),
@@ -235,6 +247,9 @@ def test_is_exact_is_the_ieee_product_alone(text, is_exact):
         (1.75, 1.75, "mitchell-r1", 3.0),
         (1.75, 1.75, "exact-t22", 2.25),
         (1.75, 1.75, "exact-t22-r1", 2.0),
+        (1.0, 1.0, "drum-k2", 2.25),  # 1.5 * 1.5
+        (1.75, -1.5, "drum-k3", -3.0625),  # 1.75 * -(1.5 + 0.25)
+        (1.0, 1.0, "drum-k2-r2", 2.0),
     ],
 )
 def test_products_worked_out_by_hand(a, b, multiplier, product):
@@ -249,16 +264,17 @@ RESULT_BITS = (None, 1, 2, 7, 22, 23)
 def test_edge_values(family):
     """Every pair of the edge values: signed zeros, subnormals, extremes, infinities, several NaNs."""
     pairs = list(itertools.product(EDGES, EDGES))
-    for t in range(23):
+    truncations = FAMILIES[family].truncations
+    for t in truncations:
         assert_reference_is_scalar_model(pairs, Multiplier(family, t, RESULT_BITS[t % len(RESULT_BITS)]))
-    for t, r in itertools.product((0, 1, 16), RESULT_BITS):
+    for t, r in itertools.product({0, 1, 16} & {*truncations}, RESULT_BITS):
         assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fractions_and_exponents_at_the_thresholds(family):
     """Carry or not, renormalised or not, corrected or not, each at an exponent that is just in range or just not."""
-    for t in range(23):
+    for t in FAMILIES[family].truncations:
         pairs = [
             (exponent_a << 23 | x, SIGN | exponent_b << 23 | y)
             for x, y in boundary_fractions(t)

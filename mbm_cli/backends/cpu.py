@@ -1,23 +1,113 @@
 """The CPU backend: the C++ kernels of kernels/conv2d_simd.cpp, on PyTorch's threads and memory."""
 
-from functools import lru_cache
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
 
+import platformdirs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # After torch: the extension then shares the OpenMP runtime that PyTorch has loaded.
 from mbm_cli import _cpu
+from mbm_cli.custom import Code
 from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
+_SOURCES = ("multiplier.h", "conv2d.h", "conv2d_simd.cpp")
+# As in CMakeLists.txt, where they are explained; the function is for this machine alone.
+_OPTIONS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -ffp-contract=fast -fPIC -shared -fvisibility=hidden"
+_COMPILE_SECONDS = 300
+
 
 @lru_cache(maxsize=256)
-def native(multiplier: str) -> "_cpu.Multiplier":
-    """The multiplier, given by its short form, as the kernels take it."""
-    parsed = Multiplier.parse(multiplier)
-    family = getattr(_cpu.Family, parsed.family)
-    return _cpu.Multiplier(family, parsed.truncate, parsed.result_bits or FRACTION_BITS)
+def native(key: str) -> "_cpu.Multiplier":
+    """The multiplier with this key as the kernels take it.
+
+    Raises:
+        ValueError: a function in C that does not compile.
+    """
+    multiplier = Multiplier.of_key(key)
+    if multiplier.table is not None:
+        rows = _rows_of_b(key)
+        return _cpu.Multiplier("table", len(rows).bit_length() - 1, FRACTION_BITS, table=rows.data_ptr())
+    if multiplier.code is not None:
+        return _cpu.Multiplier("function", 0, FRACTION_BITS, kernels=_compiled(multiplier.code))
+    return _cpu.Multiplier(multiplier.family, multiplier.truncate, multiplier.result_bits or FRACTION_BITS)
+
+
+@cache  # the kernels keep its address
+def _rows_of_b(key: str) -> Tensor:
+    """A table's products of significands, with a row for each fraction of b; of 7 bits at least."""
+    return torch.from_numpy(Multiplier.of_key(key).table.repeated(7).significands).t().contiguous()
+
+
+@cache  # a library stays loaded
+def _compiled(code: Code) -> int:
+    """The address of the kernels that call a user's function; compiled once, kept in the user's cache folder.
+
+    Raises:
+        ValueError: there is no compiler, or it refuses the function; its first words are told.
+    """
+    compiler = _compiler()
+    flags = [*_OPTIONS.split(), "-march=native"] if platform.machine() in ("x86_64", "AMD64") else _OPTIONS.split()
+    sources = {name: (files("mbm_cli") / "kernels" / name).read_text(encoding="utf-8") for name in _SOURCES}
+    content = [code.digest, str(code.folder), *compiler, *flags, _cpu_flags(), *sources.values()]
+    digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:32]
+    cache = platformdirs.user_cache_path("mbm") / "functions"
+    library = cache / f"{digest}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            for name, text in sources.items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            Path(folder, "function.h").write_text(code.text, encoding="utf-8")
+            Path(folder, "kernels.cpp").write_text(
+                '#include <cstdint>\n#include "function.h"\n#include "conv2d_simd.cpp"\n'
+            )
+            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION={code.function}", f"-I{code.folder}"]
+            command = [*compiler, *flags, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                raise ValueError(f"{code.function} does not compile within {_COMPILE_SECONDS} s") from None
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                said = (errors or [done.stderr.strip() or "no reason given"])[0].replace(f"{folder}/", "")
+                raise ValueError(f"{code.function} does not compile: {said}")
+            os.replace(f"{folder}/kernels.so", library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.mbm_kernels.restype = ctypes.c_void_p
+    return loaded.mbm_kernels()
+
+
+def _compiler() -> list[str]:
+    """The system's C++ compiler: CXX, else the one that built Python, else the usual names."""
+    named = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    for command in (shlex.split(name) for name in named if name):
+        if shutil.which(command[0]):
+            return command
+    raise ValueError("a c: multiplier needs a C++ compiler on the CPU: install one (g++ or clang++), or name it in CXX")
+
+
+@lru_cache(maxsize=1)
+def _cpu_flags() -> str:
+    """What -march=native stands for here: a cache can be on a disk that other machines share."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
@@ -39,7 +129,7 @@ def conv2d(
     groups: int,
     multiplier: str,
 ) -> Tensor:
-    if Multiplier.parse(multiplier).is_exact:
+    if Multiplier.of_key(multiplier).is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
     weight = weight.contiguous()

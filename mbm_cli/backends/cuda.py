@@ -1,5 +1,6 @@
 """The CUDA backend: the kernels of kernels/conv2d.cu, compiled by CuPy, on PyTorch's streams and memory."""
 
+import re
 import sys
 from functools import lru_cache
 from importlib.resources import files
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_cli.errors import RunError
+from mbm_cli.lut import Table
 from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
@@ -31,6 +33,16 @@ _CONV2D = np.dtype(
     + [("slice", np.int32, 3), ("pixels", np.uint32)],
     align=True,
 )
+
+
+# What a function in C may count on without its headers, which NVRTC has not.
+_C_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<(?:stdint\.h|cstdint|stdbool\.h)>", re.MULTILINE)
+_C_INTEGERS = """typedef unsigned char uint8_t; typedef signed char int8_t;
+typedef unsigned short uint16_t; typedef short int16_t;
+typedef unsigned int uint32_t; typedef int int32_t;
+typedef unsigned long long uint64_t; typedef long long int64_t;
+#line 1 "function.h"
+"""
 
 
 class CudaError(RunError, RuntimeError):
@@ -68,22 +80,34 @@ class Launch(NamedTuple):
     conv: np.ndarray
 
 
-def source() -> str:
-    """The CUDA source as one text with its header pasted in: the package's resources may have no common folder."""
+def source(multiplier: Multiplier) -> str:
+    """The CUDA source as one text with its header pasted in: the package's resources may have no common folder.
+
+    A function in C stands before it. There are no headers here, so what C's integers are called is said first.
+    """
     folder = files("mbm_cli") / "kernels"
     header = (folder / "multiplier.h").read_text(encoding="utf-8").replace("#pragma once\n", "")
-    return (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
+    kernels = (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
+    if multiplier.code is None:
+        return kernels
+    return f'{_C_INTEGERS}{_C_INCLUDE.sub("", multiplier.code.text)}\n#line 1 "conv2d.cu"\n{kernels}'
 
 
-def options(multiplier: str) -> tuple[str, ...]:
-    """The compiler's options that make of the source the kernels of a multiplier, given by its short form."""
-    parsed = Multiplier.parse(multiplier)
-    return (
-        "-std=c++17",
-        f"-DFAMILY=mbm::{parsed.family.upper()}",
-        f"-DTRUNCATE={parsed.truncate}",
-        f"-DRESULT_BITS={parsed.result_bits or FRACTION_BITS}",
-    )
+def options(multiplier: Multiplier) -> tuple[str, ...]:
+    """The compiler's options that make of the source the kernels of a multiplier."""
+    family, bits, result_bits = multiplier.family, multiplier.truncate, multiplier.result_bits or FRACTION_BITS
+    if multiplier.table is not None:
+        family, bits = "table", _table(multiplier).bits
+    if multiplier.code is not None:
+        family = "function"
+    macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
+    function = (f"-DMBM_FUNCTION={multiplier.code.function}",) if multiplier.code else ()
+    return ("-std=c++17", *macros, *function)
+
+
+def _table(multiplier: Multiplier) -> Table:
+    """Of at least two bits, so that a row is whole words."""
+    return multiplier.table.repeated(2)
 
 
 def import_cupy() -> Any:
@@ -107,15 +131,17 @@ def import_cupy() -> Any:
 
 
 @lru_cache(maxsize=256)
-def kernels(multiplier: str, device: int) -> dict[str, Any]:
-    """A multiplier's kernels, by name, ready to launch on the device with this index.
+def kernels(key: str, device: int) -> dict[str, Any]:
+    """The kernels of the multiplier with this key, by name, ready to launch on the device with this index.
 
     Compiling takes seconds, once; CuPy keeps the result on disk, and loads it faster than the message below appears.
 
     Raises:
         CudaError: CuPy is missing, does not fit, or fails.
+        ValueError: a function in C that does not compile.
     """
     cupy = import_cupy()
+    multiplier = Multiplier.of_key(key)
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(f"the kernels of {multiplier} are not loaded: run it once before capturing it in a CUDA graph")
     message = f"compiling the CUDA kernels of {multiplier} (once: CuPy keeps them on disk)"
@@ -124,19 +150,32 @@ def kernels(multiplier: str, device: int) -> dict[str, Any]:
     notice.start()
     try:
         with torch.cuda.device(device), cupy.cuda.Device(device):
-            module = cupy.RawModule(code=source(), options=options(multiplier))
+            module = cupy.RawModule(code=source(multiplier), options=options(multiplier))
             loaded = {name: module.get_function(name) for name in _KERNELS}
             for kernel in loaded.values():
                 kernel.compile()
+            if multiplier.table is not None:
+                _fill_table(cupy, module, _table(multiplier))
             return loaded
     except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
-        first_line = (str(error).splitlines() or [""])[0]
+        lines = str(error).splitlines() or [""]
+        if multiplier.code is not None and type(error).__name__ == "CompileException":
+            said = next((line for line in lines if "error" in line), lines[0])
+            raise ValueError(f"{multiplier.code.function} does not compile: {said}") from None
+        first_line = lines[0]
         raise CudaError(
             f"the CUDA kernels of {multiplier} do not compile or load ({type(error).__name__}: {first_line}): "
             "check that the NVIDIA driver is new enough for CuPy's CUDA"
         ) from error
     finally:
         notice.cancel()
+
+
+def _fill_table(cupy: Any, module: Any, table: Table) -> None:
+    rows_of_b = np.concatenate([table.entries.T, np.zeros((1, 1 << table.bits), np.uint16)])
+    memory = module.get_global("ENTRY_TABLE")
+    cupy.ndarray(rows_of_b.shape, np.uint16, memory).set(rows_of_b)
+    cupy.cuda.get_current_stream().synchronize()  # other streams are going to read it
 
 
 @lru_cache(maxsize=64)
@@ -183,7 +222,7 @@ def conv2d(
     groups: int,
     multiplier: str,
 ) -> Tensor:
-    if Multiplier.parse(multiplier).is_exact:
+    if Multiplier.of_key(multiplier).is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
     if output.numel() == 0:
@@ -277,7 +316,7 @@ def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> 
     """Multiply-accumulates a second of the kernels' instructions alone: operands and sums stay in registers.
 
     Args:
-        multiplier: a short form, for example ``"mbm"``.
+        multiplier: a key, for example ``"mbm"``.
         device: a CUDA device; the current one without it.
     """
     with torch.cuda.device(device):

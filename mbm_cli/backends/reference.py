@@ -12,7 +12,7 @@ _CHUNK = 1 << 22
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
-    return reference_product(a, b, Multiplier.parse(multiplier)).clone()
+    return reference_product(a, b, Multiplier.of_key(multiplier)).clone()
 
 
 def conv2d(
@@ -26,7 +26,7 @@ def conv2d(
     multiplier: str,
 ) -> Tensor:
     """One kernel element at a time: its products with the input elements that meet it, padding left out."""
-    parsed = Multiplier.parse(multiplier)
+    parsed = Multiplier.of_key(multiplier)
     if parsed.is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     _, out_channels, *out_size = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)

@@ -14,10 +14,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent))
+from tables import random_table
 
 import mbm_cli.ops  # noqa: F401  (registers the operators)
 from mbm_cli.backends import cuda
@@ -25,7 +29,9 @@ from mbm_cli.multipliers import FAMILIES, Multiplier, reference_product
 
 TRUNCATIONS = (0, 1, 7, 15, 16, 17, 18, 20, 22)
 BFLOAT16 = ("mbm-t16-r7", "mitchell-t16-r7")
+TABLE_BITS = (1, 5, 7, 8, 11)
 SHAPE_MULTIPLIERS = ("mbm", "mbm-t16-r7", "mbm-t17-r3", "mbm-t8-r10", "mitchell", "mitchell-r5", "exact-t8-r7")
+SHAPE_MULTIPLIERS += ("drum-k6", "drum-k18", "drum-k6-r3", *(random_table(bits).key for bits in TABLE_BITS))
 PAIRS = 1 << 28
 CHUNK = 1 << 24
 
@@ -66,7 +72,7 @@ def one_product_convolutions(pixels: Tensor, weights: Tensor, multiplier: str) -
 
 
 def check_bfloat16_pairs(multiplier: str) -> None:
-    operands, parsed = bfloat16_operands(), Multiplier.parse(multiplier)
+    operands, parsed = bfloat16_operands(), Multiplier.of_key(multiplier)
     for some in operands.split(256):
         expected = reference_product(some.unsqueeze(1), operands, parsed)
         assert same_bits(torch.ops.mbm.multiply(some.unsqueeze(1), operands, multiplier), expected)
@@ -80,7 +86,7 @@ def random_bits(*shape: int, generator: torch.Generator) -> Tensor:
 
 def check_random_pairs(multiplier: str, pairs: int, generator: torch.Generator) -> None:
     """Elementwise over all patterns; as convolutions over all, and over exponents that allow the fast path."""
-    parsed = Multiplier.parse(multiplier)
+    parsed = Multiplier.of_key(multiplier)
     for _ in range(0, pairs, CHUNK):
         a, b = (from_bits(random_bits(CHUNK, generator=generator)) for _ in range(2))
         expected = reference_product(a, b, parsed)
@@ -131,7 +137,7 @@ def float64_sums(
     batch, length = len(input), patches.shape[1] // groups
     patches = patches.reshape(batch, groups, 1, length, -1)
     rows = weight.reshape(1, groups, -1, length, 1)
-    products = reference_product(patches, rows, Multiplier.parse(multiplier)).double()
+    products = reference_product(patches, rows, Multiplier.of_key(multiplier)).double()
     sums, magnitude = products.sum(3), products.abs().sum(3)
     size = [
         (input.shape[2 + i] + 2 * rest["padding"][i] - rest["dilation"][i] * (weight.shape[2 + i] - 1) - 1)
@@ -191,7 +197,8 @@ def compile_for(multiplier: str) -> None:
 
 
 def main(shapes: int = 300, pairs: int = PAIRS) -> None:
-    families = [str(Multiplier(family, t)) for family in FAMILIES for t in TRUNCATIONS]
+    families = [str(Multiplier(f, t)) for f in FAMILIES for t in TRUNCATIONS if t in FAMILIES[f].truncations]
+    families += [random_table(bits).key for bits in TABLE_BITS]
     started = time.perf_counter()
     with ProcessPoolExecutor(8, get_context("spawn")) as pool:  # CuPy's cache hands the results on
         list(pool.map(compile_for, sorted({*families, *BFLOAT16, *SHAPE_MULTIPLIERS})))

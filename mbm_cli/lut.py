@@ -1,0 +1,116 @@
+"""Lookup tables: the fractions of all products of two m-bit fractions, in files and in memory."""
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# Entries of a .bin file are bytes, those of a .npy file 16-bit words: fraction and carry must fit.
+MOST_BITS = {".bin": 7, ".npy": 11}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A multiplier of ``bits``-bit fractions as a table.
+
+    Attributes:
+        bits: m, the fraction bits of operands and product, 1 to 11.
+        entries: uint16 (2^m, 2^m): ``entries[fa, fb]`` holds the m bits of the product's fraction in its low bits and
+            in bit m the carry into the exponent.
+
+    Raises:
+        ValueError: entries of another shape, or with more than m + 1 bits.
+    """
+
+    bits: int
+    entries: np.ndarray = field(compare=False, repr=False)
+    digest: str = field(init=False)  # of the entries
+
+    def __post_init__(self) -> None:
+        wanted = (1 << self.bits, 1 << self.bits)
+        if self.entries.dtype != np.uint16 or self.entries.shape != wanted:
+            raise ValueError(f"the entries are {self.entries.dtype} {self.entries.shape}, not uint16 {wanted}")
+        wrong = np.argwhere(self.entries >= 1 << (self.bits + 1))
+        if len(wrong):
+            fa, fb = wrong[0]
+            raise ValueError(
+                f"entry {(fa << self.bits) | fb} is {self.entries[fa, fb]}, but a fraction of {self.bits} bits and a "
+                f"carry are at most {(1 << (self.bits + 1)) - 1}"
+            )
+        object.__setattr__(self, "digest", hashlib.sha256(self.entries.tobytes()).hexdigest())
+
+    def repeated(self, bits: int) -> "Table":
+        """The same multiplier as a table of that many bits, if it has fewer: operands' further bits change nothing."""
+        times = 1 << max(0, bits - self.bits)
+        if times == 1:
+            return self
+        entries = self.entries.repeat(times, axis=0).repeat(times, axis=1)
+        return Table(bits, entries << (bits - self.bits))
+
+    @property
+    def significands(self) -> np.ndarray:
+        """The products of the operands' significands, float32 (2^m, 2^m), from 1 to below 4."""
+        bits = (127 << 23) + (self.entries.astype(np.int32) << (23 - self.bits))
+        return bits.view(np.float32)
+
+
+def read(path: Path) -> Table:
+    """The table in a file: ``.bin``, 2^(2m) bytes (m up to 7), or ``.npy``, uint16 of that many (m up to 11).
+
+    Raises:
+        ValueError: there is no such file, or it holds no such table; the message names the file and the fault.
+    """
+    if path.suffix not in MOST_BITS:
+        raise ValueError(f"{path}: a table is a .bin or a .npy file")
+    most = MOST_BITS[path.suffix]
+    try:
+        largest = (2 << (2 * most)) + 4096  # bytes, a .npy file's header included
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+        if path.suffix == ".bin":
+            entries = np.frombuffer(content, np.uint8).astype(np.uint16)
+        else:
+            entries = np.load(io.BytesIO(content), allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or 'it is no .npy file'}") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as .npy: {str(error).splitlines()[0]}") from None
+    if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
+        raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")
+    bits = (entries.size.bit_length() - 1) // 2
+    if entries.size != 1 << (2 * bits) or not 1 <= bits <= most:
+        raise ValueError(
+            f"{path} has {entries.size:,} entries, but a table for m-bit fractions has 2^(2m), m from 1 to {most}"
+        )
+    try:
+        return Table(bits, np.ascontiguousarray(entries).reshape(1 << bits, 1 << bits))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write(table: Table, path: Path) -> None:
+    """Write a table as ``.bin`` or ``.npy``, whole or not at all.
+
+    Raises:
+        ValueError: another suffix, a table with too many bits for it, or a file that cannot be written.
+    """
+    if path.suffix not in MOST_BITS:
+        raise ValueError(f"{path}: name a .bin or a .npy file")
+    if table.bits > MOST_BITS[path.suffix]:
+        raise ValueError(f"{path}: a {path.suffix} file holds at most {MOST_BITS[path.suffix]} bits, not {table.bits}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            if path.suffix == ".bin":
+                file.write(table.entries.astype(np.uint8).tobytes())
+            else:
+                np.save(file, table.entries)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
