@@ -44,10 +44,61 @@ constexpr int VECTORS = 2, BLOCK = 4;
 constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes: they are to stay in the L2 cache
 constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thread waits long for another
 
+enum RoundingMode { TO_NEAREST, TOWARD_ZERO };
+
+// This rounding mode, subnormals kept, no traps; the caller's environment comes back at the end.
+class Rounding {
+#if defined(__SSE2__)  // what <cfenv> does costs a few hundred cycles more: it sets the x87 unit, too
+  unsigned saved_ = _mm_getcsr();
+
+ public:
+  explicit Rounding(RoundingMode mode) {
+    _mm_setcsr(_MM_MASK_MASK | (mode == TOWARD_ZERO ? _MM_ROUND_TOWARD_ZERO : _MM_ROUND_NEAREST));
+  }
+  ~Rounding() { _mm_setcsr(saved_); }
+#else
+  std::fenv_t saved_;
+
+ public:
+  explicit Rounding(RoundingMode mode) {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+    if (mode == TOWARD_ZERO) std::fesetround(FE_TOWARDZERO);
+  }
+  ~Rounding() { std::fesetenv(&saved_); }
+#endif
+  Rounding(const Rounding&) = delete;
+};
+
+// Keeps a value in a register and the compiler from knowing it.
+#if defined(__x86_64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
+#elif defined(__aarch64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
+#endif
+
 struct Lanes {
   typedef float F __attribute__((vector_size(LANES * sizeof(float))));
   typedef int I __attribute__((vector_size(LANES * sizeof(int))));
 
+  // A user's function, which may count on the usual rounding mode.
+  MBM_FN I call(I a, I b) {
+    int x[LANES], y[LANES];
+    {
+      Rounding nearest(TO_NEAREST);
+      MBM_OPAQUE(a);  // not before
+      std::memcpy(x, &a, sizeof a);
+      std::memcpy(y, &b, sizeof b);
+#if defined(MBM_FUNCTION)
+      for (int i = 0; i < LANES; i++) x[i] = int(MBM_FUNCTION((unsigned)x[i], (unsigned)y[i]));
+#endif
+      std::memcpy(&a, x, sizeof a);
+      MBM_OPAQUE(a);  // not after
+    }
+    return a;
+  }
   // From a row of 128.
   MBM_FN F look_up_row(const float* row, I index) {
 #if defined(__AVX512F__)
@@ -88,38 +139,9 @@ template <class V, class T> MBM_FN V load(const T* p) {
 }
 template <class V, class T> MBM_FN void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-enum RoundingMode { TO_NEAREST, TOWARD_ZERO };
-
-// This rounding mode, subnormals kept, no traps; the caller's environment comes back at the end.
-class Rounding {
-#if defined(__SSE2__)  // what <cfenv> does costs a few hundred cycles more: it sets the x87 unit, too
-  unsigned saved_ = _mm_getcsr();
-
- public:
-  explicit Rounding(RoundingMode mode) {
-    _mm_setcsr(_MM_MASK_MASK | (mode == TOWARD_ZERO ? _MM_ROUND_TOWARD_ZERO : _MM_ROUND_NEAREST));
-  }
-  ~Rounding() { _mm_setcsr(saved_); }
-#else
-  std::fenv_t saved_;
-
- public:
-  explicit Rounding(RoundingMode mode) {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-    if (mode == TOWARD_ZERO) std::fesetround(FE_TOWARDZERO);
-  }
-  ~Rounding() { std::fesetenv(&saved_); }
-#endif
-  Rounding(const Rounding&) = delete;
-};
-
-// Only the correction at t = 0 and drum's products need rounding (to 24 bits, toward zero); sums are then rounded the
-// same way.
-RoundingMode rounding_of_products(const Multiplier& m) {
-  bool corrected = m.correction != 0 && m.operand_set == 0;
-  return corrected || m.form == TRUNCATED ? TOWARD_ZERO : TO_NEAREST;
-}
+// The correction at t = 0 and drum's products are rounded to 24 bits, toward zero. Sums are then rounded the same way, and
+// likewise with all multipliers but IEEE's, so that equal products have equal sums, from whatever form they come.
+RoundingMode rounding_of_products(const Multiplier& m) { return m.form == IEEE ? TO_NEAREST : TOWARD_ZERO; }
 
 // std::vector would leave code for this instruction set in templates that others share.
 template <class T> struct Buffer {
@@ -504,15 +526,6 @@ void multiply(const Multiplier& m, const float* a, const float* b, float* out, s
   store(rest[2], product<Lanes>(load<F>(rest[0]), load<F>(rest[1]), m));
   std::memcpy(out + i, rest[2], (count - i) * sizeof(float));
 }
-
-// Keeps a value in a register and the compiler from knowing it.
-#if defined(__x86_64__)
-#define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
-#elif defined(__aarch64__)
-#define MBM_OPAQUE(v) asm volatile("" : "+w"(v))
-#else
-#define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
-#endif
 
 struct Ceiling {
   template <Form FORM, bool MASKED> static std::int64_t of(const Multiplier& shared, std::int64_t rounds) {

@@ -127,17 +127,7 @@ template <class F> MBM_FN F multiply_toward_zero(F a, F b) { return a * b; }
 template <class L> MBM_FN typename L::I look_up(typename L::I index, const Multiplier& m) {
   return bits<L>(L::gather(m.table, index));
 }
-template <class L> MBM_FN typename L::I call(typename L::I a, typename L::I b) {
-  constexpr int LANES = sizeof(typename L::I) / sizeof(int);
-  int x[LANES], y[LANES];
-  __builtin_memcpy(x, &a, sizeof a);
-  __builtin_memcpy(y, &b, sizeof b);
-#if defined(MBM_FUNCTION)
-  for (int i = 0; i < LANES; i++) x[i] = int(MBM_FUNCTION((unsigned)x[i], (unsigned)y[i]));
-#endif
-  __builtin_memcpy(&a, x, sizeof a);
-  return a;
-}
+template <class L> MBM_FN typename L::I call(typename L::I a, typename L::I b) { return L::call(a, b); }
 // w + c rounded toward zero where the condition holds. The caller has set the rounding mode: setting it here would cost
 // more than the addition.
 template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I where, float c) {

@@ -26,7 +26,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from mbm_cli.errors import RequestError
-from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, Multiplier
+from mbm_cli.layer_multipliers import DEFAULT, LayerMultipliers
+from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, USERS, Multiplier
 
 _SIZE_LIMIT = 1 << 20  # bytes; a config is about one thousand
 _DEPTH_LIMIT = 10  # a config needs 3 levels; the YAML reader recurses once a level
@@ -64,17 +65,29 @@ class _Section(BaseModel):
 class _MultiplierFields(_Section):
     """A multiplier as a mapping; the short form is the other way to write it."""
 
-    family: Literal[FAMILIES]
+    family: Literal[tuple(FAMILIES)]
     truncate: Annotated[
         int, Field(ge=0, lt=FRACTION_BITS, description=f"a whole number from 0 to {FRACTION_BITS - 1}")
     ] = 0
+    leading_bits: Annotated[
+        int | None, Field(ge=2, le=FRACTION_BITS, description=f"null or a whole number from 2 to {FRACTION_BITS}")
+    ] = None
     result_bits: Annotated[
         int | None, Field(ge=1, le=FRACTION_BITS, description=f"null or a whole number from 1 to {FRACTION_BITS}")
     ] = None
 
 
-def _to_multiplier(value: object) -> Multiplier:
-    """A multiplier from its short form or its mapping; ValueError says what is allowed."""
+def _to_multiplier(value: object) -> Multiplier | LayerMultipliers:
+    """A multiplier from its short form or its mapping, or several by layer; ValueError says what is allowed."""
+    match value:
+        case LayerMultipliers():
+            return value
+        case dict() if DEFAULT in value or not value.keys() & _MultiplierFields.model_fields.keys():
+            return LayerMultipliers.of_mapping({layer: _to_one_multiplier(one) for layer, one in value.items()})
+    return _to_one_multiplier(value)
+
+
+def _to_one_multiplier(value: object) -> Multiplier:
     match value:
         case Multiplier():
             return value
@@ -83,18 +96,35 @@ def _to_multiplier(value: object) -> Multiplier:
                 return Multiplier.parse(value)
             except ValueError as error:
                 family = value.partition("-")[0]
-                hint = "" if family in FAMILIES else _did_you_mean(family, FAMILIES)
+                known = family in FAMILIES or value.partition(":")[0] in USERS
+                hint = "" if known else _did_you_mean(family, FAMILIES)
                 raise ValueError(_clip(str(error), 250) + hint) from None
         case dict():
             try:
                 fields = _MultiplierFields.model_validate(value)
             except ValidationError as error:
                 raise ValueError(_explain_first(error, _MultiplierFields)) from None
-            return Multiplier(fields.family, fields.truncate, fields.result_bits)
-    raise ValueError(f"must be a short form such as mbm-t8 or a mapping such as {{family: mbm}}, not {_show(value)}")
+            if fields.leading_bits is None:
+                return Multiplier(fields.family, fields.truncate, fields.result_bits)
+            if FAMILIES[fields.family].parameter != "k" or fields.truncate:
+                raise ValueError(f"leading_bits belongs to drum, which takes no truncate: not {_show(value)}")
+            return Multiplier(fields.family, FRACTION_BITS + 1 - fields.leading_bits, fields.result_bits)
+    raise ValueError(
+        f"must be a short form such as mbm-t8 or a mapping such as {{family: mbm}} or "
+        f"{{conv1: exact, {DEFAULT}: mbm}}, not {_show(value)}"
+    )
 
 
-MultiplierField = Annotated[Multiplier, PlainValidator(_to_multiplier), PlainSerializer(str)]
+def _from_multiplier(value: Multiplier | LayerMultipliers) -> str | dict[str, str]:
+    """With whole paths, so that a run can be resumed from another folder."""
+    if isinstance(value, LayerMultipliers):
+        return {layer: _from_multiplier(one) for layer, one in value.mapping().items()}
+    return value.source.located if value.source else str(value)
+
+
+MultiplierField = Annotated[
+    Multiplier | LayerMultipliers, PlainValidator(_to_multiplier), PlainSerializer(_from_multiplier)
+]
 
 
 class DataConfig(_Section):
@@ -122,7 +152,8 @@ class ModelConfig(_Section):
 
     Attributes:
         name: ``lenet`` or ``cnn3``.
-        multiplier: of its convolutions; given as a `Multiplier`, its short form or its mapping.
+        multiplier: of its convolutions; given as a `Multiplier`, its short form or its mapping, or as a mapping from
+            layers' names or patterns to multipliers.
     """
 
     name: Literal["lenet", "cnn3"] = "lenet"
@@ -221,6 +252,18 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise RequestError(f"config {_show(source)} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     return parse(text, source, overrides)
+
+
+def multiplier(text: str) -> Multiplier | LayerMultipliers:
+    """A multiplier's name, or ``{layer: name, default: name}``.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    try:
+        return _to_multiplier(_read_yaml(text, "the multiplier") if text.startswith("{") else text)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.multipliers import Multiplier
-from mbm_cli.nn import MBMConv2d
+from mbm_cli.nn import convert
 
 
-def lenet(multiplier: Multiplier | str) -> nn.Module:
+def lenet(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
     """LeNet-5's layout with ReLU and max-pooling: (N, 1, 28, 28) float32 in, (N, 10) logits out."""
     layers = {
-        "conv1": MBMConv2d(1, 6, 5, padding=2, multiplier=multiplier),
+        "conv1": nn.Conv2d(1, 6, 5, padding=2),
         "relu1": nn.ReLU(),
         "pool1": nn.MaxPool2d(2),
-        "conv2": MBMConv2d(6, 16, 5, multiplier=multiplier),
+        "conv2": nn.Conv2d(6, 16, 5),
         "relu2": nn.ReLU(),
         "pool2": nn.MaxPool2d(2),
         "flatten": nn.Flatten(),
@@ -27,20 +28,20 @@ def lenet(multiplier: Multiplier | str) -> nn.Module:
         "relu4": nn.ReLU(),
         "fc3": nn.Linear(84, 10),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return convert(nn.Sequential(OrderedDict(layers)), multiplier)
 
 
-def cnn3(multiplier: Multiplier | str) -> nn.Module:
+def cnn3(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
     """Three 3x3 convolutions with batch norm, then three dense layers: (N, 1, 28, 28) float32 in, (N, 10) out."""
     layers = {
-        "conv1": MBMConv2d(1, 32, 3, padding=1, multiplier=multiplier),
+        "conv1": nn.Conv2d(1, 32, 3, padding=1),
         "bn1": nn.BatchNorm2d(32),
         "relu1": nn.ReLU(),
-        "conv2": MBMConv2d(32, 64, 3, padding=1, multiplier=multiplier),
+        "conv2": nn.Conv2d(32, 64, 3, padding=1),
         "bn2": nn.BatchNorm2d(64),
         "relu2": nn.ReLU(),
         "pool2": nn.MaxPool2d(2),
-        "conv3": MBMConv2d(64, 128, 3, padding=1, multiplier=multiplier),
+        "conv3": nn.Conv2d(64, 128, 3, padding=1),
         "bn3": nn.BatchNorm2d(128),
         "relu3": nn.ReLU(),
         "pool3": nn.MaxPool2d(2),
@@ -56,10 +57,10 @@ def cnn3(multiplier: Multiplier | str) -> nn.Module:
         "dropout5": nn.Dropout(0.5),
         "fc3": nn.Linear(64, 10),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return convert(nn.Sequential(OrderedDict(layers)), multiplier)
 
 
-MODELS: dict[str, Callable[[Multiplier | str], nn.Module]] = {"lenet": lenet, "cnn3": cnn3}
+MODELS: dict[str, Callable[[Multiplier | LayerMultipliers | str], nn.Module]] = {"lenet": lenet, "cnn3": cnn3}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Source:
 
     text: str
     content: lut.Table | custom.Code
+    located: str = ""  # the same with the file's whole path
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Multiplier:
         """
         kind, colon, reference = text.partition(":")
         if colon and kind in USERS:
-            return cls(kind, source=Source(text, _read(kind, reference)))
+            name, _, rest = (reference, "", "") if kind == "lut" else reference.rpartition(":")
+            located = f"{kind}:{Path(name).expanduser().absolute()}{rest and ':' + rest}"
+            return cls(kind, source=Source(text, _read(kind, reference), located))
         match = _SHORT_FORM.fullmatch(text)
         if match is None:
             raise ValueError(
@@ -134,6 +137,10 @@ class Multiplier:
         operands = f"-{parameter}{number}" if number else ""
         result_bits = "" if self.result_bits is None else f"-r{self.result_bits}"
         return f"{self.family}{operands}{result_bits}"
+
+    def distinct(self) -> "list[Multiplier]":
+        """This one: what several multipliers by layer have, a single one has, too."""
+        return [self]
 
     @property
     def is_exact(self) -> bool:

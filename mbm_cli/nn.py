@@ -1,8 +1,11 @@
 """``MBMConv2d``, a drop-in for ``torch.nn.Conv2d``, and ``convert``, which puts it in a model's place."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.multipliers import Multiplier
 from mbm_cli.ops import conv2d
 
@@ -35,30 +38,39 @@ class MBMConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, multiplier={self.multiplier}"
 
 
-def convert(model: nn.Module, multiplier: Multiplier | str) -> nn.Module:
+def convert(
+    model: nn.Module, multiplier: Multiplier | LayerMultipliers | Mapping[str, Multiplier | str] | str
+) -> nn.Module:
     """Make every ``torch.nn.Conv2d`` of a model an ``MBMConv2d``, in place; weights, hooks and modes are kept.
 
     Args:
         model: the model, or a single convolution.
-        multiplier: a ``Multiplier`` or its short form; ``"exact"`` gives the exact product back.
+        multiplier: a ``Multiplier`` or its short form; ``"exact"`` gives the exact product back. Or a mapping from
+            layers' names, or patterns such as ``"features.*"``, to multipliers, with ``"default"`` for the others.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: not a multiplier.
+        ValueError: not a multiplier, or a name that no convolution of the model has.
         TypeError: a subclass of ``torch.nn.Conv2d`` that computes something of its own, which would be lost.
     """
-    multiplier = _as_multiplier(multiplier)
+    if isinstance(multiplier, Mapping):
+        multiplier = LayerMultipliers.of_mapping(multiplier)
+    if not isinstance(multiplier, LayerMultipliers):
+        multiplier = LayerMultipliers(_as_multiplier(multiplier), ())
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     for name, module in convolutions.items():
         if type(module) not in (nn.Conv2d, MBMConv2d):
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}; only torch.nn.Conv2d itself is converted"
             )
-    for module in convolutions.values():
+    unmatched = multiplier.unmatched(list(convolutions))
+    if unmatched:
+        raise ValueError(f"no convolution is called {unmatched[0]}; those of the model are {', '.join(convolutions)}")
+    for name, module in convolutions.items():
         module.__class__ = MBMConv2d  # it adds an attribute and a forward, nothing else
-        module.multiplier = multiplier
+        module.multiplier = multiplier.of(name)
     return model
 
 

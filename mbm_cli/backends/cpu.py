@@ -75,7 +75,7 @@ def _compiled(code: Code) -> int:
             Path(folder, "kernels.cpp").write_text(
                 '#include <cstdint>\n#include "function.h"\n#include "conv2d_simd.cpp"\n'
             )
-            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION={code.function}", f"-I{code.folder}"]
+            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.function}", f"-I{code.folder}"]
             command = [*compiler, *flags, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)

@@ -101,7 +101,7 @@ def options(multiplier: Multiplier) -> tuple[str, ...]:
     if multiplier.code is not None:
         family = "function"
     macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
-    function = (f"-DMBM_FUNCTION={multiplier.code.function}",) if multiplier.code else ()
+    function = (f"-DMBM_FUNCTION=::{multiplier.code.function}",) if multiplier.code else ()
     return ("-std=c++17", *macros, *function)
 
 

@@ -15,7 +15,9 @@ from mbm_cli.config import Config
 from mbm_cli.environment import environment
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments.train import build_model, prepare
+from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.models import describe_layers
+from mbm_cli.multipliers import Multiplier
 from mbm_cli.ops import conv2d
 from mbm_cli.runs import Run
 from mbm_cli.timing import median_eager_seconds, median_seconds
@@ -84,8 +86,10 @@ def profile_conv(
     multiplier = config.model.multiplier
     if multiplier.is_exact:
         raise RequestError("the multiplier is exact, so there is nothing to time against: name one, --multiplier mbm")
+    if isinstance(multiplier, LayerMultipliers):
+        raise RequestError("profile conv times one multiplier: name it, --multiplier mbm")
     device = prepare(config, threads)
-    shapes = dict.fromkeys((*_model_shapes(config, device), *REFERENCE_SHAPES))
+    shapes = dict.fromkeys((*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES))
     run = Run.create(output, f"{config.name}-profile-conv")
     run.write("config.yaml", configs.dump(config))
     run.write_json("environment.json", environment(device))
@@ -94,14 +98,14 @@ def profile_conv(
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.instruction_set(),
         "threads": torch.get_num_threads(),
-        "ceiling_macs_per_second": measure_ceiling(str(multiplier), device),
+        "ceiling_macs_per_second": measure_ceiling(multiplier, device),
         "convolutions": [],
     }
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if shape.multiplications <= LIMITS[device.type]:
             report(f"timing {shape.describe()}, batch {shape.batch}")
-            timed = _time_shape(shape, str(multiplier), generator, device)
+            timed = _time_shape(shape, multiplier, generator, device)
             timed["share_of_ceiling"] = timed["macs_per_second"] / result["ceiling_macs_per_second"]
             result["convolutions"].append(timed)
     run.write_json("profile.json", result)
@@ -111,9 +115,8 @@ def profile_conv(
 def convolution_seconds(config: Config, device: torch.device) -> float:
     """The forward convolutions of one training step of the config's model, each timed alone, in seconds."""
     generator, total = torch.Generator().manual_seed(config.seed), 0.0
-    for shape in _model_shapes(config, device):
+    for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
-        multiplier = str(config.model.multiplier)
         with torch.no_grad():
             total += median_seconds(
                 lambda x=x, w=weight, p=shape.padding, m=multiplier: conv2d(x, w, padding=p, multiplier=m), device
@@ -127,29 +130,35 @@ def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device
     return x, weight
 
 
-def measure_ceiling(multiplier: str, device: torch.device) -> float:
+def measure_ceiling(multiplier: Multiplier, device: torch.device) -> float:
     """Multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
     if device.type == "cuda":
-        return cuda.ceiling(multiplier, device)
+        return cuda.ceiling(multiplier.key, device)
     threads = torch.get_num_threads()
-    products = cpu.ceiling(multiplier, CEILING_ROUNDS, threads)
-    return products / median_seconds(lambda: cpu.ceiling(multiplier, CEILING_ROUNDS, threads), device)
+    # A user's function is slower by an order of magnitude and more.
+    rounds = CEILING_ROUNDS if multiplier.code is None else CEILING_ROUNDS // 50
+    products = cpu.ceiling(multiplier.key, rounds, threads)
+    return products / median_seconds(lambda: cpu.ceiling(multiplier.key, rounds, threads), device)
 
 
-def _model_shapes(config: Config, device: torch.device) -> list[ConvShape]:
+def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape, Multiplier]]:
+    """The convolutions of the config's model, each with its multiplier."""
     model = build_model(config, device)
-    shapes = []
+    layers = []
     for layer in describe_layers(model, (1, 28, 28)):
         module = model.get_submodule(layer.name)
         if isinstance(module, nn.Conv2d):
             channels, size, _ = layer.input_shape
             (kernel, _), (padding, _) = module.kernel_size, module.padding
             name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
-            shapes.append(ConvShape(name, batch, channels, module.out_channels, kernel, padding, size))
-    return shapes
+            shape = ConvShape(name, batch, channels, module.out_channels, kernel, padding, size)
+            layers.append((shape, module.multiplier))
+    return layers
 
 
-def _time_shape(shape: ConvShape, multiplier: str, generator: torch.Generator, device: torch.device) -> dict[str, Any]:
+def _time_shape(
+    shape: ConvShape, multiplier: Multiplier, generator: torch.Generator, device: torch.device
+) -> dict[str, Any]:
     x, weight = _operands(shape, generator, device)
     padding = shape.padding
     with torch.no_grad():

@@ -23,6 +23,7 @@ from mbm_cli.errors import Interrupted
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.profile import backward_paths, measure_ceiling
 from mbm_cli.models import describe_layers
+from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import MBMConv2d
 from mbm_cli.runs import Run
 from mbm_cli.timing import Clock, median_eager_seconds
@@ -110,8 +111,8 @@ def _measure(
     layer_seconds = kernels if on_gpu else seconds
 
     report("the ceiling, the three ways backward, the naive loop")
-    ceiling = None if config.model.multiplier.is_exact else measure_ceiling(str(config.model.multiplier), device)
-    layers = _layers(trainer, data, layer_seconds, config, ceiling)
+    ceilings = {m: measure_ceiling(m, device) for m in config.model.multiplier.distinct() if not m.is_exact}
+    layers = _layers(trainer, data, layer_seconds, config, ceilings)
     naive = _naive_products_per_second()
     forward_products = sum(layer["multiplications"] for layer in layers) * len(data[0])
     result = {
@@ -133,7 +134,7 @@ def _measure(
         "layers": layers,
         "profiled_steps": min(PROFILED_STEPS, trainer.steps),
         "costliest": _costliest(events, on_gpu),
-        "ceiling_macs_per_second": ceiling,
+        "ceilings_macs_per_second": {str(m): ceiling for m, ceiling in ceilings.items()},
         "backward_paths": _compare_backward(trainer.model, data[0], config.data.batch_size, device),
         "naive": {
             "products_per_second": naive,
@@ -224,7 +225,11 @@ def _layer_ranges(model: nn.Module, range_of: Range) -> Iterator[None]:
 
 
 def _layers(
-    trainer: Trainer, data: tuple[Split, Split], seconds: dict[str, float], config: Config, ceiling: float | None
+    trainer: Trainer,
+    data: tuple[Split, Split],
+    seconds: dict[str, float],
+    config: Config,
+    ceilings: dict[Multiplier, float],
 ) -> list[dict[str, Any]]:
     """The convolutions: their work in an image, their times in the epoch, their rate, who computes their gradients."""
     layers = []
@@ -234,12 +239,14 @@ def _layers(
             continue
         forward, backward = seconds.get(f"forward: {layer.name}", 0.0), seconds.get(f"backward: {layer.name}", 0.0)
         rate = layer.multiplications * len(data[0]) / forward if forward else None
+        ceiling = ceilings.get(module.multiplier)
         x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
         arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
         library = torch._C._select_conv_backend(x, module.weight, module.bias, *arguments)
         layers.append(
             {
                 "name": layer.name,
+                "multiplier": str(module.multiplier),
                 "multiplications": layer.multiplications,
                 "forward_seconds": forward,
                 "backward_seconds": backward,

@@ -15,10 +15,12 @@ from torch import nn
 from mbm_cli import config as configs
 from mbm_cli import plots
 from mbm_cli.config import Config, OptimizerConfig
+from mbm_cli.custom import check_magnitude
 from mbm_cli.data import Split, epoch_order, load_mnist
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.models import MODELS, describe_layers
+from mbm_cli.ops import multiply
 from mbm_cli.render import Display
 from mbm_cli.runs import Run
 from mbm_cli.training import Trainer, learning_rates
@@ -88,7 +90,7 @@ def prepare(config: Config, threads: int | None = None) -> torch.device:
     """The device of the config; threads and the GPU's arithmetic are set for the process.
 
     Raises:
-        RequestError: there is no such device.
+        RequestError: there is no such device, or a multiplier that does not fit the model or is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("device: cuda was asked for, but PyTorch finds no CUDA device here: use cpu or auto")
@@ -98,7 +100,21 @@ def prepare(config: Config, threads: int | None = None) -> torch.device:
     torch.backends.cudnn.allow_tf32 = not config.train.deterministic
     torch.backends.cudnn.deterministic = config.train.deterministic
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    _check_multipliers(config, device)
+    return device
+
+
+def _check_multipliers(config: Config, device: torch.device) -> None:
+    try:
+        MODELS[config.model.name](config.model.multiplier)  # whether it has the layers that are named
+        for multiplier in config.model.multiplier.distinct():
+            if multiplier.code is not None:
+                check_magnitude(
+                    lambda a, b, m=multiplier: multiply(a.to(device), b.to(device), m).cpu(), str(multiplier)
+                )
+    except ValueError as error:
+        raise RequestError(f"model.multiplier: {error}") from None
 
 
 def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
