@@ -266,8 +266,8 @@ def multiplier(text: str) -> Multiplier | LayerMultipliers:
         raise RequestError(str(error)) from None
 
 
-def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment from YAML text; ``where`` names the text in errors. Otherwise as `load`.
+def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--set") -> Config:
+    """Read an experiment from YAML text; otherwise as `load`. In errors ``where`` names the text, ``flag`` an override.
 
     Raises:
         RequestError: something in the text or in an override is wrong.
@@ -276,12 +276,12 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(document, dict):
         found = "is empty" if document is None else f"is {_show(document)}"
         raise RequestError(f"{where} {found}: a config is a mapping with the fields {', '.join(Config.model_fields)}")
-    overridden = [_override(document, override) for override in overrides]
+    overridden = [_override(document, override, flag) for override in overrides]
     try:
         return Config.model_validate(document)
     except ValidationError as error:
         loc = _by_importance(error)[0]["loc"]
-        origin = "--set" if ".".join(map(str, loc)) in overridden else where
+        origin = flag if ".".join(map(str, loc)) in overridden else where
         raise RequestError(f"{origin}: {_explain_first(error, Config)}") from None
 
 
@@ -399,28 +399,28 @@ def _read_yaml(text: str, where: str) -> Any:
 # Overrides
 
 
-def _override(document: dict[str, Any], override: str) -> str:
+def _override(document: dict[str, Any], override: str, flag: str) -> str:
     """Put one ``section.field=value`` into the document and return ``section.field``."""
     path, equals, text = override.partition("=")
     path = path.strip()
     if not equals:
-        raise RequestError(f"--set {_show(override)}: write section.field=value, for example optimizer.lr=0.002")
+        raise RequestError(f"{flag} {_show(override)}: write section.field=value, for example optimizer.lr=0.002")
     *sections, name = path.split(".")
     parent = ".".join(sections)
     field = _fields(Config).get(path)
     if field is None and parent in _fields(Config) and not _is_section(_fields(Config)[parent]):
-        raise RequestError(f"--set {_show(path)}: {parent} has no parts, set it as a whole: {parent}=...")
+        raise RequestError(f"{flag} {_show(path)}: {parent} has no parts, set it as a whole: {parent}=...")
     if field is None:
-        raise RequestError(f"--set: {_unknown_field(Config, sections, name)}")
+        raise RequestError(f"{flag}: {_unknown_field(Config, sections, name)}")
     if _is_section(field):
         example = f"{path}.{next(iter(field.annotation.model_fields))}=..."
-        raise RequestError(f"--set {path}: that is a section, set one of its fields: {example}")
+        raise RequestError(f"{flag} {path}: that is a section, set one of its fields: {example}")
     target = document
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):  # the file is wrong here, and the check of the whole says so
             return path
-    target[name] = _read_yaml(text, f"the value of --set {path}")
+    target[name] = _read_yaml(text, f"the value of {flag} {path}")
     return path
 
 

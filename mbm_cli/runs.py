@@ -68,6 +68,16 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
+    def refuse_several(self) -> None:
+        """Where one training run is needed, a comparison's or a sweep's folder is not one.
+
+        Raises:
+            RequestError: this is such a folder.
+        """
+        if (self.folder / "plan.json").exists():
+            example = next((f", for example {run.folder}" for run in list_runs(self.folder)), "")
+            raise RequestError(f"{self.folder} holds several runs: name one of them{example}")
+
     def discard(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -16,11 +16,12 @@ from mbm_cli.data import Split
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, MbmError, RequestError
 from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments.member import member_name, members, train_member
 from mbm_cli.experiments.profile import convolution_seconds
 from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.render import CompareDisplay, Display
-from mbm_cli.runs import Run, list_runs
+from mbm_cli.runs import Run
 from mbm_cli.training import evaluate
 
 EXACT = "exact"
@@ -128,7 +129,7 @@ def _compare(
 
 def _with(config: Config, seed: int, multiplier: str) -> Config:
     model = config.model.model_copy(update={"multiplier": Multiplier.parse(multiplier)})
-    name = f"{config.model.name}-{multiplier}-seed{seed}"
+    name = member_name([config.model.name, multiplier], seed)
     return config.model_copy(update={"name": name, "seed": seed, "model": model})
 
 
@@ -140,12 +141,8 @@ def _train_one(
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
     """Train one, or go on with it, or find it finished; tells its summary, its losses and where it lies."""
-    begun = [r for r in list_runs(run.folder) if configs.parse(r.config_text(), r.name).name == config.name]
-    if begun:
-        one = begun[0]
-        summary = training_run.resume(one, None, display, stopped, data)
-    else:
-        one, summary = training_run.train(config, run.folder, display, stopped, data=data)
+    begun = members(run.folder).get(config.name)
+    one, summary = train_member(run.folder, config, begun, display, stopped, data)
     steps = math.ceil(len(data[0]) / config.data.batch_size)
     places = {"seed": config.seed, "run": one.name, "folder": str(one.folder), "steps": steps}
     return {**places, **summary, "metrics": one.metrics()}

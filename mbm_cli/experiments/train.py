@@ -70,6 +70,7 @@ def resume(
     A run that is complete is left as it is. ``epochs`` replaces the config's. Arguments and errors as ``train``.
     """
     started = time.perf_counter()
+    run.refuse_several()
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
     if epochs is not None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
