@@ -663,7 +663,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     mbm::__VA_ARGS__(c);                                                                                          \
   }
 
-KERNEL(conv2d_64x128, 3, conv2d_tiled<64, 128, mbm::SHARED_TABLE ? 16 : 8, mbm::SHARED_TABLE ? 4 : 8>)
+KERNEL(conv2d_64x128, mbm::M.form == mbm::LOOKUP_WIDE ? 2 : 3, conv2d_tiled<64, 128, mbm::SHARED_TABLE ? 16 : 8, mbm::SHARED_TABLE ? 4 : 8>)
 KERNEL(conv2d_32x128, 4, conv2d_tiled<32, 128, 8, 4>)
 KERNEL(conv2d_16x32, 4, conv2d_tiled<16, 32, 4, 4>)
 KERNEL(conv2d_direct_1x4, 4, conv2d_direct<1, 4>)

@@ -32,6 +32,13 @@ class Code:
 
     digest: str = field(init=False)
 
+    # Its own name could be one of the kernels' (mbm, product), so they call it by this one.
+    NAME = "mbm_users_function"
+
+    def renamed(self, text: str) -> str:
+        """C that holds the function, with the function given the name that the kernels call."""
+        return f"#define {self.function} {self.NAME}\n{text}\n#undef {self.function}\n"
+
     def __post_init__(self) -> None:
         content = f"{self.function}\n{self.text}".encode()
         object.__setattr__(self, "digest", hashlib.sha256(content).hexdigest())

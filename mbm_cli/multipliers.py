@@ -305,6 +305,15 @@ FAMILIES = {
 }
 
 
+def export(multiplier: Multiplier, bits: int) -> lut.Table:
+    """The table of a multiplier for operands of so many fraction bits, its products cut to as many.
+
+    Raises:
+        ValueError: more bits than a table may have; or a multiplier in C, of which there is no model.
+    """
+    return custom.tabulate(lambda a, b: reference_product(a, b, multiplier), bits, str(multiplier))
+
+
 def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 

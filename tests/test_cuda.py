@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from gpu.exhaustive import (
     same_bits,
     same_sums,
 )
+from tables import exported, random_table
 
 import mbm_cli
 from mbm_cli import ops
@@ -29,15 +31,17 @@ def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
-# One for each form of the product (family exact; no correction; one level; two levels), not masked and masked.
-FORMS = ("mitchell", "mbm", "mbm-t17", "exact-t8-r7", "mitchell-r5", "mbm-t8-r10", "mbm-t17-r3")
-MASKED = FORMS[3:]
+# One for each form of the product (family exact; no correction; one level; two levels; drum), not masked and masked.
+FORMS = ("mitchell", "mbm", "mbm-t17", "drum-k6", "exact-t8-r7", "mitchell-r5", "mbm-t8-r10", "mbm-t17-r3", "drum-k20")
+MASKED = FORMS[4:]
+TABLES = tuple(random_table(bits).key for bits in (1, 5, 7, 8, 11))
+IN_C = Multiplier.parse(f"c:{Path(__file__).parent.parent / 'examples' / 'mbm.h'}:mbm")
 EXACT_ARGUMENTS = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 
 
 def compile_kernels(name: str, architecture: str) -> dict[str, int]:
     """Bytes of local memory of each kernel."""
-    multiplier = Multiplier.parse(name)
+    multiplier = Multiplier.of_key(name)
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     size = f"static_assert(sizeof(mbm::Conv2d) == {cuda._CONV2D.itemsize});\n"
     _, program = nvrtc.nvrtcCreateProgram((cuda.source(multiplier) + size).encode(), b"conv2d.cu", 0, [], [])
@@ -56,7 +60,8 @@ def compile_kernels(name: str, architecture: str) -> dict[str, int]:
 
 def test_every_variant_compiles_without_spills():
     pytest.importorskip("cuda.bindings.nvrtc")
-    variants = [(form, "sm_90") for form in FORMS] + [(form, "sm_75") for form in MASKED]
+    variants = [(form, "sm_90") for form in (*FORMS, *TABLES[2:4], IN_C.key)]
+    variants += [(form, "sm_75") for form in (*MASKED, *TABLES[2:4], IN_C.key)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda variant: compile_kernels(*variant), variants))
     for variant, stacks in zip(variants, results, strict=True):
@@ -102,20 +107,54 @@ def test_cupy_for_another_cuda_is_told(monkeypatch):
 
 
 @on_gpu
-@pytest.mark.parametrize("multiplier", [*FORMS, "mbm-t7", "mbm-t18-r5", "mbm-t20-r3", "mitchell-t22-r1", "exact-r1"])
+@pytest.mark.parametrize(
+    "multiplier", [*FORMS, *TABLES, "mbm-t7", "mbm-t18-r5", "mbm-t20-r3", "mitchell-t22-r1", "exact-r1", "drum-k12-r5"]
+)
 def test_products_of_random_bit_patterns(multiplier):
     check_random_pairs(multiplier, 1 << 20, torch.Generator("cuda").manual_seed(0))
 
 
 @on_gpu
-@pytest.mark.parametrize("multiplier", FORMS)
+@pytest.mark.parametrize("multiplier", [*FORMS, *TABLES])
 def test_products_of_all_seven_bit_fractions(multiplier):
     operands = bfloat16_operands()
     some = operands[::257][:248]  # every exponent and many fractions, both signs
-    expected = reference_product(some.unsqueeze(1), operands, Multiplier.parse(multiplier))
-    assert same_bits(mbm_cli.multiply(some.unsqueeze(1), operands, multiplier), expected)
+    expected = reference_product(some.unsqueeze(1), operands, Multiplier.of_key(multiplier))
+    assert same_bits(torch.ops.mbm.multiply(some.unsqueeze(1), operands, multiplier), expected)
     for sums in one_product_convolutions(operands, some, multiplier):
         assert same_sums(sums, expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("family", ["mbm", "mitchell", "drum", "exact"])
+@pytest.mark.parametrize("bits", [1, 3, 5, 7, 9])
+@pytest.mark.parametrize("out_channels", [1, 6, 16, 64])
+def test_a_table_of_a_built_in_gives_its_convolutions(family, bits, out_channels, tmp_path):
+    built_in, table = exported(family, bits, tmp_path / "table.npy")
+    generator = torch.Generator("cuda").manual_seed(0)
+    input = torch.randn(3, 9, 12, 13, device="cuda", generator=generator)
+    weight = torch.randn(out_channels, 9, 3, 3, device="cuda", generator=generator)
+    outputs = [ops.conv2d(input, weight, padding=1, multiplier=m) for m in (built_in, table)]
+    assert same_bits(*outputs)
+
+
+@on_gpu
+@pytest.mark.parametrize("out_channels", [1, 6, 16, 64])
+def test_mbm_in_c_gives_mbm_s_bits(out_channels):
+    generator = torch.Generator("cuda").manual_seed(0)
+    bits = torch.randint(-(1 << 31), 1 << 31, (2, 1 << 22), device="cuda", generator=generator)
+    a, b = bits.to(torch.int32).view(torch.float32)
+    assert same_bits(ops.multiply(a, b, IN_C), ops.multiply(a, b, "mbm"))
+    input = torch.randn(3, 9, 12, 13, device="cuda", generator=generator)
+    weight = torch.randn(out_channels, 9, 3, 3, device="cuda", generator=generator)
+    assert same_bits(ops.conv2d(input, weight, padding=1, multiplier=IN_C), ops.conv2d(input, weight, padding=1))
+
+
+@on_gpu
+def test_a_function_that_does_not_compile_is_told(tmp_path):
+    (tmp_path / "wrong.h").write_text("unsigned f(unsigned a, unsigned b) { return a + ; }")
+    with pytest.raises(ValueError, match=r"f does not compile: function\.h\(1\)"):
+        ops.multiply(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"), f"c:{tmp_path / 'wrong.h'}:f")
 
 
 @on_gpu
@@ -125,7 +164,7 @@ def test_random_convolution(seed):
 
 
 @on_gpu
-@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-t16-r7", "exact-t8-r7"])
+@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-t16-r7", "exact-t8-r7", "drum-k6", "drum-k20", TABLES[2]])
 @pytest.mark.parametrize("out_channels", [1, 6, 16, 32, 70])
 @pytest.mark.parametrize("special", [1e-40, -1e-25, 3e38, float("inf"), float("nan")])
 def test_special_operands_in_any_tile(multiplier, out_channels, special):
@@ -146,11 +185,12 @@ def test_special_operands_in_any_tile(multiplier, out_channels, special):
 
 @on_gpu
 @pytest.mark.parametrize("out_channels", [1, 16, 64])
-@pytest.mark.parametrize("multiplier", ["mbm", "exact-t8-r7"])
+@pytest.mark.parametrize("multiplier", ["mbm", "exact-t8-r7", TABLES[2], IN_C])
 def test_padding_does_not_meet_an_infinite_weight(multiplier, out_channels):
     input = torch.ones(1, 1, 4, 4, device="cuda")
     weight = torch.ones(out_channels, 1, 3, 3, device="cuda")
     weight[:, :, 0, 0] = float("inf")
+    multiplier = multiplier if isinstance(multiplier, Multiplier) else Multiplier.of_key(multiplier)
     output = ops.conv2d(input, weight, padding=1, multiplier=multiplier)
     assert output[..., 0, :].isfinite().all()
     assert output[..., 1:, 1:].isinf().all()

@@ -72,10 +72,9 @@ def _compiled(code: Code) -> int:
             for name, text in sources.items():
                 Path(folder, name).write_text(text, encoding="utf-8")
             Path(folder, "function.h").write_text(code.text, encoding="utf-8")
-            Path(folder, "kernels.cpp").write_text(
-                '#include <cstdint>\n#include "function.h"\n#include "conv2d_simd.cpp"\n'
-            )
-            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.function}", f"-I{code.folder}"]
+            function = code.renamed('#include "function.h"')
+            Path(folder, "kernels.cpp").write_text(f'#include <cstdint>\n{function}#include "conv2d_simd.cpp"\n')
+            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.NAME}", f"-I{code.folder}"]
             command = [*compiler, *flags, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)

@@ -41,7 +41,6 @@ _C_INTEGERS = """typedef unsigned char uint8_t; typedef signed char int8_t;
 typedef unsigned short uint16_t; typedef short int16_t;
 typedef unsigned int uint32_t; typedef int int32_t;
 typedef unsigned long long uint64_t; typedef long long int64_t;
-#line 1 "function.h"
 """
 
 
@@ -90,7 +89,8 @@ def source(multiplier: Multiplier) -> str:
     kernels = (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
     if multiplier.code is None:
         return kernels
-    return f'{_C_INTEGERS}{_C_INCLUDE.sub("", multiplier.code.text)}\n#line 1 "conv2d.cu"\n{kernels}'
+    text = f'#line 1 "function.h"\n{_C_INCLUDE.sub("", multiplier.code.text)}'
+    return f'{_C_INTEGERS}{multiplier.code.renamed(text)}#line 1 "conv2d.cu"\n{kernels}'
 
 
 def options(multiplier: Multiplier) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def options(multiplier: Multiplier) -> tuple[str, ...]:
     if multiplier.code is not None:
         family = "function"
     macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
-    function = (f"-DMBM_FUNCTION=::{multiplier.code.function}",) if multiplier.code else ()
+    function = (f"-DMBM_FUNCTION=::{multiplier.code.NAME}",) if multiplier.code else ()
     return ("-std=c++17", *macros, *function)
 
 
