@@ -28,7 +28,6 @@ class Code:
 
     function: str
     text: str = field(repr=False)
-    folder: Path  # of the file: where its own includes are looked for
 
     digest: str = field(init=False)
 
@@ -74,7 +73,12 @@ def read_c(reference: str) -> Code:
         raise ValueError(f"{path} is larger than {_C_SIZE_LIMIT >> 20} MiB: that is no multiplier")
     if not re.search(rf"\b{function}\s*\(", text):
         raise ValueError(f"{path} has no function {function}")
-    return Code(function, text, path.resolve().parent)
+    if re.search(r'^\s*#\s*include\s*"', text, re.MULTILINE):
+        # What is compiled is kept by the content of this file.
+        raise ValueError(
+            f'{path} includes another file: a multiplier is one file, put it in the place of #include "..."'
+        )
+    return Code(function, text)
 
 
 def read_python(reference: str, bits: int) -> Table:

@@ -83,7 +83,7 @@ def read(path: Path) -> Table:
     if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
         raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")
     bits = (entries.size.bit_length() - 1) // 2
-    if entries.size != 1 << (2 * bits) or not 1 <= bits <= most:
+    if not 1 <= bits <= most or entries.size != 1 << (2 * bits):
         raise ValueError(
             f"{path} has {entries.size:,} entries, but a table for m-bit fractions has 2^(2m), m from 1 to {most}"
         )

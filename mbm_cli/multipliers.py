@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -291,6 +291,7 @@ class Family:
     """
 
     what: str
+    example: str
     significand: Significand | None
     parameter: str = "t"
     truncations: range = range(FRACTION_BITS)
@@ -298,11 +299,36 @@ class Family:
 
 # A new family gets a line here, and one in kernels/multiplier.h.
 FAMILIES = {
-    "exact": Family("the IEEE 754 product", None),
-    "mitchell": Family("Mitchell's logarithmic product", _mitchell),
-    "mbm": Family("the minimally biased multiplier", _mbm),
-    "drum": Family("the dynamic range unbiased multiplier", _drum, "k", range(1, FRACTION_BITS)),
+    "exact": Family("the IEEE 754 product; N low fraction bits of the operands dropped", "exact-t16", None),
+    "mitchell": Family("Mitchell's logarithmic product, likewise", "mitchell-t16-r7", _mitchell),
+    "mbm": Family("the minimally biased multiplier, likewise; R fraction bits kept", "mbm-t16-r7", _mbm),
+    "drum": Family("DRUM: the N leading bits multiplied exactly", "drum-k6", _drum, "k", range(1, FRACTION_BITS)),
 }
+
+
+class Name(NamedTuple):
+    """A kind of multiplier as users name it."""
+
+    name: str
+    what: str
+    example: str
+
+
+NAMES = (
+    *(
+        Name(
+            f"{name}-{family.parameter}N[-rR]" if family.parameter == "k" else f"{name}[-{family.parameter}N][-rR]",
+            family.what,
+            family.example,
+        )
+        for name, family in FAMILIES.items()
+    ),
+    Name("lut:FILE", "a table: .bin (up to 7 fraction bits) or .npy (up to 11)", "lut:mbm.bin"),
+    Name(
+        "python:FILE.py:function[@M]", "a function in Python, tabulated for M fraction bits", "python:my.py:product@7"
+    ),
+    Name("c:FILE.h:function", "a function in C on the bit patterns, compiled", "c:my.h:product"),
+)
 
 
 def export(multiplier: Multiplier, bits: int) -> lut.Table:

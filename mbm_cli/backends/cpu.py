@@ -62,7 +62,7 @@ def _compiled(code: Code) -> int:
     compiler = _compiler()
     flags = [*_OPTIONS.split(), "-march=native"] if platform.machine() in ("x86_64", "AMD64") else _OPTIONS.split()
     sources = {name: (files("mbm_cli") / "kernels" / name).read_text(encoding="utf-8") for name in _SOURCES}
-    content = [code.digest, str(code.folder), *compiler, *flags, _cpu_flags(), *sources.values()]
+    content = [code.digest, *compiler, *flags, _cpu_flags(), *sources.values()]
     digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:32]
     cache = platformdirs.user_cache_path("mbm") / "functions"
     library = cache / f"{digest}.so"
@@ -74,7 +74,7 @@ def _compiled(code: Code) -> int:
             Path(folder, "function.h").write_text(code.text, encoding="utf-8")
             function = code.renamed('#include "function.h"')
             Path(folder, "kernels.cpp").write_text(f'#include <cstdint>\n{function}#include "conv2d_simd.cpp"\n')
-            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.NAME}", f"-I{code.folder}"]
+            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.NAME}"]
             command = [*compiler, *flags, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)

@@ -35,8 +35,10 @@ _CONV2D = np.dtype(
 )
 
 
-# What a function in C may count on without its headers, which NVRTC has not.
-_C_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<(?:stdint\.h|cstdint|stdbool\.h)>", re.MULTILINE)
+# What a function in C may count on without its headers, which NVRTC has not: it knows <math.h> and memcpy by itself.
+_C_INCLUDE = re.compile(
+    r"^[ \t]*#[ \t]*include[ \t]*<(?:stdint\.h|cstdint|stdbool\.h|math\.h|cmath|string\.h|cstring)>", re.MULTILINE
+)
 _C_INTEGERS = """typedef unsigned char uint8_t; typedef signed char int8_t;
 typedef unsigned short uint16_t; typedef short int16_t;
 typedef unsigned int uint32_t; typedef int int32_t;

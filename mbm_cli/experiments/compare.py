@@ -18,7 +18,6 @@ from mbm_cli.errors import Interrupted, MbmError, RequestError
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.member import member_name, members, train_member
 from mbm_cli.experiments.profile import convolution_seconds
-from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.render import CompareDisplay, Display
 from mbm_cli.runs import Run
@@ -44,19 +43,20 @@ def compare(
     comparison's folder, below ``output``, as ordinary runs.
 
     Args:
-        multipliers: short forms.
+        multipliers: names, as a config can have them.
 
     Returns:
         The comparison's run and what its ``compare.json`` holds.
 
     Raises:
-        RequestError: nothing to compare with; nothing is written then.
+        RequestError: nothing to compare with, or something is no multiplier; nothing is written then.
         RunError, Interrupted: as ``train`` does.
     """
-    columns = [str(Multiplier.parse(m)) for m in multipliers]
+    columns = [str(configs.multiplier(m)) for m in multipliers]
     if not columns or EXACT in columns:
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
-    device = training_run.prepare(config, threads)
+    for column in columns:
+        device = training_run.prepare(_with(config, config.seed, column), threads)
     data = training_run.load_data(config, device)
     run = Run.create(output, f"{config.name}-compare")
     run.write("config.yaml", configs.dump(config))
@@ -67,6 +67,8 @@ def compare(
 
 def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Go on with a comparison: what is finished is kept, the run at hand goes on from its last checkpoint."""
+    if not (run.folder / "plan.json").exists() or "multipliers" not in run.read_json("plan.json"):
+        raise RequestError(f"{run.folder} is not a comparison: mbm runs list shows those there are")
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
     device = training_run.prepare(config, run.environment()["threads"])
     data = training_run.load_data(config, device)
@@ -128,7 +130,7 @@ def _compare(
 
 
 def _with(config: Config, seed: int, multiplier: str) -> Config:
-    model = config.model.model_copy(update={"multiplier": Multiplier.parse(multiplier)})
+    model = config.model.model_copy(update={"multiplier": configs.multiplier(multiplier)})
     name = member_name([config.model.name, multiplier], seed)
     return config.model_copy(update={"name": name, "seed": seed, "model": model})
 
@@ -203,7 +205,7 @@ def _exchange(
         run = Run(Path(finished[seed, trained]["folder"]))
         model = training_run.build_model(_with(config, seed, trained), device)
         model.load_state_dict(run.checkpoint()["model"])
-        accuracies.append(evaluate(convert(model, evaluated), test, config.data.eval_batch_size)[1])
+        accuracies.append(evaluate(convert(model, configs.multiplier(evaluated)), test, config.data.eval_batch_size)[1])
     return accuracies[0], accuracies[1]
 
 

@@ -17,6 +17,7 @@ from mbm_cli import plots
 from mbm_cli.config import Config, OptimizerConfig
 from mbm_cli.custom import check_magnitude
 from mbm_cli.data import Split, epoch_order, load_mnist
+from mbm_cli.device import choose_device
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.models import MODELS, describe_layers
@@ -93,15 +94,12 @@ def prepare(config: Config, threads: int | None = None) -> torch.device:
     Raises:
         RequestError: there is no such device, or a multiplier that does not fit the model or is none.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device: cuda was asked for, but PyTorch finds no CUDA device here: use cpu or auto")
+    device = choose_device(config.device)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = not config.train.deterministic
     torch.backends.cudnn.allow_tf32 = not config.train.deterministic
     torch.backends.cudnn.deterministic = config.train.deterministic
-    use_cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
     _check_multipliers(config, device)
     return device
 
