@@ -1,0 +1,122 @@
+"""Integer multipliers against a model of their own in Python integers, and against the paper's Table I."""
+
+import random
+
+import pytest
+import torch
+
+from mbm_cli.integer import MOST_TRUNCATED, IntegerMultiplier
+
+NAMES = [
+    f"{family}-int{bits}{f'-t{t}' if t else ''}"
+    for family in ("mbm", "mitchell")
+    for bits in (8, 16)
+    for t in range(min(MOST_TRUNCATED, bits - 2) + 1)
+]
+# Bias, mean and peak in percent, as printed.
+TABLE_1 = {"mbm-int8": ("0.05", "2.69", "7.81"), "mitchell-int8": ("-3.76", "3.76", "11.11")}
+
+
+def scalar_product(a: int, b: int, family: str, bits: int, t: int) -> int:
+    """The product by a person with paper: strings of bits, and the fractions as whole numbers of 2^-(bits - 1)."""
+    if not a * b:
+        return 0
+    one = 2 ** (bits - 1)
+    sum_, k = 0, 0
+    for number in (a, b):
+        leading, *rest = f"{number:b}"
+        assert leading == "1"
+        fraction = "".join(rest).ljust(bits - 1, "0")
+        if t:
+            fraction = fraction[:-t] + "0" * t
+            if family == "mbm":
+                fraction = fraction[: -t - 1] + "1" + "0" * t
+        sum_, k = sum_ + int(fraction, 2), k + len(rest)
+    carries = sum_ >= one
+    if family == "mbm":
+        # 5/64 of the unit fraction without a carry, and 5/128 with one.
+        reduction = 5 * one // (128 if carries else 64) // 2**t * 2**t
+        if not carries or sum_ + reduction < 2 * one:
+            sum_ += reduction
+    if not carries:
+        return 2**k * (one + sum_) // one
+    k += 1
+    return 2**k * sum_ // one + (family == "mbm" and k <= 6)
+
+
+def products(name: str, a: list[int], b: list[int]) -> list[int]:
+    return IntegerMultiplier.parse(name).multiply(torch.tensor(a), torch.tensor(b)).tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_are_those_of_the_scalar_model(name):
+    multiplier = IntegerMultiplier.parse(name)
+    most = 2**multiplier.bits - 1
+    drawn = random.Random(name)
+    edges = [0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128, 129, 191, 254, 255, most // 2, most // 2 + 1, most - 1, most]
+    pairs = [(a, b) for a in edges for b in edges]
+    pairs += [(drawn.randrange(most + 1), drawn.randrange(most + 1)) for _ in range(2000)]
+    # As many of them small: the one that is added where chopping would take the error reduction.
+    pairs += [(drawn.randrange(32), drawn.randrange(32)) for _ in range(2000)]
+    a, b = map(list, zip(*pairs, strict=True))
+    expected = [scalar_product(x, y, multiplier.family, multiplier.bits, multiplier.truncate) for x, y in pairs]
+    assert products(name, a, b) == expected
+
+
+@pytest.mark.parametrize("name", ["mbm-int8", "mitchell-int8"])
+def test_table_1_for_8_bits_to_the_last_digit(name):
+    """All 65,536 pairs, those with a zero among them, whose error is zero."""
+    numbers = torch.arange(256)
+    a, b = numbers[:, None], numbers[None, :]
+    exact = (a * b).double()
+    errors = torch.where(exact == 0, 0.0, 100 * (IntegerMultiplier.parse(name).multiply(a, b) - exact) / exact)
+    measured = (errors.mean().item(), errors.abs().mean().item(), errors.abs().max().item())
+    assert tuple(f"{value:.2f}" for value in measured) == TABLE_1[name]
+
+
+def test_products_by_hand():
+    # 6 = 4 * 1.5 and 5 = 4 * 1.25: 16 * (1.75 + 5/64) = 29.25.
+    assert products("mitchell-int8", [6], [5]) == [28]
+    assert products("mbm-int8", [6], [5]) == [29]
+    # 3 * 3 carries: 2^3 * (1 + 0 + 5/128) = 8.3, and one is added.
+    assert products("mitchell-int8", [3], [3]) == [8]
+    assert products("mbm-int8", [3], [3]) == [9]
+    # 255 * 255: 2^15 * 254/128, and the fraction has no room for the error reduction.
+    assert products("mbm-int8", [255], [255]) == [2**15 * 254 // 128]
+    assert products("mbm-int8", [0, 0, 200], [0, 200, 0]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_give_themselves_back(name):
+    multiplier = IntegerMultiplier.parse(name)
+    assert str(multiplier) == name
+    assert IntegerMultiplier.parse(str(multiplier)) == multiplier
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mbm-int9", "9 bits: integer multipliers have 8 or 16"),
+        ("mbm-int8-t7", "0 to 6 bits can go from 8-bit"),
+        ("mbm-int16-t9", "0 to 8 bits can go from 16-bit"),
+        ("exact-int8", "the families are mitchell, mbm"),
+        ("mbm-int", "write family-intN[-tT]"),
+        ("mbm-int8-r3", "write family-intN[-tT]"),
+        ("mbm", "write family-intN[-tT]"),
+    ],
+)
+def test_other_names_are_refused(name, told):
+    with pytest.raises(ValueError) as error:
+        IntegerMultiplier.parse(name)
+    assert told in str(error.value)
+
+
+def test_operands_broadcast_and_are_checked():
+    multiplier = IntegerMultiplier("mbm", 8)
+    assert multiplier.multiply(torch.arange(3)[:, None], torch.arange(5)).shape == (3, 5)
+    assert multiplier.multiply(torch.empty(0, dtype=torch.int64), torch.tensor(1)).shape == (0,)
+    for wrong in (-1, 256):
+        with pytest.raises(ValueError, match="0 to 255"):
+            multiplier.multiply(torch.tensor([wrong]), torch.tensor([1]))
+    with pytest.raises(TypeError, match=r"\.long\(\)"):
+        multiplier.multiply(torch.tensor([1.0]), torch.tensor([1]))
