@@ -241,6 +241,48 @@ def profile_epoch(
         typer.echo(f"run: {run.folder}")
 
 
+@app.command()
+def characterize(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="mbm-t8 and other short forms, lut:FILE, python:FILE.py:function, c:FILE.h:function; of unsigned "
+            "integers mbm-int8, mitchell-int16, mbm-int16-t3.",
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=1, max=2**48, help="Random pairs, where not all can be tried.")] = 2**24,
+    sweep_truncate: Annotated[
+        bool, typer.Option("--sweep-truncate", help="Also the errors of each family named against truncated bits.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides the random pairs.")] = 0,
+    threads: ThreadsOption = None,
+    output: OutputOption = Path("runs"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure how wrong multipliers are, and where.
+
+    For example: mbm characterize mbm mbm-t16-r7 mitchell mbm-int8
+    """
+    from mbm_cli import tables
+    from mbm_cli.experiments import characterize as experiment
+
+    progress = tables.console(stderr=True)
+    progress.quiet = quiet
+    with progress.status("starting") as status, _stop_on_signal() as stopped:
+        run, result = experiment.characterize(
+            names, output, samples, seed, device, threads, sweep_truncate, status.update, stopped
+        )
+    if json:
+        _print_json({**result, "run": str(run.folder)})
+    elif not quiet:
+        tables.console().print(tables.error_table(result))
+        typer.echo(f"run: {run.folder}")
+
+
 @data_app.command("fetch")
 def data_fetch(
     root: Annotated[Path | None, typer.Option(help="Data folder; default: MBM_DATA_DIR or the cache folder.")] = None,

@@ -255,6 +255,31 @@ def conv_tables(result: dict[str, Any]) -> Group:
     )
 
 
+def error_table(result: dict[str, Any]) -> Group:
+    """The result of `mbm characterize`."""
+
+    def figure(value: float) -> str:
+        return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.0e}"
+
+    rows = [
+        (
+            m["name"],
+            *(figure(m[measure]) for measure in ("bias", "mean", "peak", "std")),
+            " x ".join(f"{operand:.8g}" for operand in m["worst"]),
+            f"{'all ' * m['exhaustive']}{m['pairs']:,}",
+        )
+        for m in result["multipliers"]
+    ]
+    made = table("relative error, %", ("multiplier", "bias", "mean", "peak", "std", "worst pair", "pairs"), rows)
+    for column in made.columns[1:]:
+        column.no_wrap = True  # a long name is what gives way
+    drawn = not all(m["exhaustive"] for m in result["multipliers"])
+    return Group(
+        made,
+        *([f"pairs are all there are, or drawn at random with seed {result['seed']}"] if drawn else []),
+    )
+
+
 def print_check(screen: Console, check: Any) -> None:
     """A line of `mbm doctor`."""
     made = Table.grid(padding=(0, 2))

@@ -613,8 +613,9 @@ def test_the_version(mbm):
 
 COMMON = ["--device", "--seed", "--threads", "--output", "--set", "--json", "--quiet", "--debug"]
 COMMANDS = {
-    "": ["train", "profile", "data", "runs", "configs", "--version"],
+    "": ["train", "characterize", "profile", "data", "runs", "configs", "--version"],
     "train": ["--config", "--multiplier", "--epochs", "--resume", *COMMON],
+    "characterize": ["NAME...", "--samples", "--sweep-truncate", *(flag for flag in COMMON if flag != "--set")],
     "profile": ["conv"],
     "profile conv": ["--config", "--multiplier", *COMMON],
     "data": ["fetch"],
