@@ -28,29 +28,23 @@ app = typer.Typer(
 compare_app = typer.Typer(no_args_is_help=True, help="Is there a difference, and is it more than noise?")
 data_app = typer.Typer(no_args_is_help=True, help="The data set.")
 runs_app = typer.Typer(no_args_is_help=True, help="Runs: list them, show one.")
+multipliers_app = typer.Typer(no_args_is_help=True, help="Multipliers: list what there is, export one as a table.")
 configs_app = typer.Typer(no_args_is_help=True, help="Configs: list those that ship, copy one to edit, check one.")
 profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
 app.add_typer(compare_app, name="compare")
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(configs_app, name="configs")
+app.add_typer(multipliers_app, name="multipliers")
 app.add_typer(profile_app, name="profile")
-
-
-def _multiplier(text: str | None) -> str | None:
-    if text is not None:
-        from mbm_cli.multipliers import Multiplier
-
-        try:
-            Multiplier.parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return text
 
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped config.")]
 MultiplierOption = Annotated[
-    str | None, typer.Option(help="Short form: family[-tT][-rR], e.g. mbm-t8.", callback=_multiplier)
+    str | None, typer.Option(help="A multiplier, e.g. mbm-t8; mbm multipliers list shows what there is.")
+]
+BitsOption = Annotated[
+    int | None, typer.Option(min=1, max=11, help="Fraction bits of python:FILE.py:function; default: 7.")
 ]
 EpochsOption = Annotated[
     int | None, typer.Option(min=1, max=2**31 - 1, help="Epochs; the learning rate's schedule spans all of them.")
@@ -74,6 +68,7 @@ def train(
     context: typer.Context,
     config: ConfigOption = "lenet-mbm",
     multiplier: MultiplierOption = None,
+    bits: BitsOption = None,
     epochs: EpochsOption = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: its name or folder.")] = None,
     device: DeviceOption = None,
@@ -99,7 +94,7 @@ def train(
         with _stop_on_signal() as stopped:
             summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
     else:
-        loaded = configs.load(config, _overrides(set_, device, seed, multiplier, epochs))
+        loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits), epochs))
         with _stop_on_signal() as stopped:
             run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
     if json:
@@ -113,6 +108,7 @@ def compare_exact_vs_mbm(
     multiplier: Annotated[
         str | None, typer.Option(help="One or several, separated by commas; default: the config's.")
     ] = None,
+    bits: BitsOption = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 3,
     epochs: EpochsOption = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a comparison.")] = None,
@@ -132,6 +128,7 @@ def compare_exact_vs_mbm(
     from mbm_cli import config as configs
     from mbm_cli import render
     from mbm_cli.experiments import compare as experiment
+    from mbm_cli.lists import split_at_commas
     from mbm_cli.runs import Run
 
     if json or quiet:
@@ -145,7 +142,7 @@ def compare_exact_vs_mbm(
             result = experiment.resume(run, display, stopped)
     else:
         loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
-        columns = [_multiplier(part.strip()) for part in multiplier.split(",")] if multiplier else None
+        columns = split_at_commas(_with_bits(multiplier, bits)) if multiplier else None
         with _stop_on_signal() as stopped:
             run, result = experiment.compare(
                 loaded, columns or [str(loaded.model.multiplier)], seeds, output, display, stopped, threads
@@ -154,10 +151,101 @@ def compare_exact_vs_mbm(
         _print_json({**result, "run": str(run.folder)})
 
 
+@app.command("eval")
+def eval_(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
+    multiplier: Annotated[str, typer.Option(metavar="A,B,...", help="One or several, separated by commas.")],
+    plot: Annotated[bool, typer.Option("--plot", help="Draw confusion matrices, too.")] = False,
+    device: DeviceOption = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads; default: the run's.")] = None,
+    output: OutputOption = Path("runs"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Evaluate a trained network with other multipliers.
+
+    For example: mbm eval RUN --multiplier exact,mbm-t16-r7 --plot
+    """
+    from mbm_cli import tables
+    from mbm_cli.experiments import evaluate as experiment
+    from mbm_cli.lists import split_at_commas
+    from mbm_cli.runs import Run
+
+    found, names = Run.find(run, output), split_at_commas(multiplier)
+    with tables.console(stderr=True).status("loading") as status:
+        made, result, notes = experiment.evaluate(found, names, output, plot, device, threads, status.update)
+    if json:
+        _print_json(result)
+    elif not quiet:
+        screen = tables.console()
+        screen.print(tables.evaluation_table(result))
+        for line in (*notes, f"run: {made.folder}"):
+            screen.print(line, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=A,B,...", help="Values of a field; several fields: every combination of them."),
+    ] = None,
+    config: ConfigOption = "lenet-mbm",
+    multiplier: MultiplierOption = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Runs at once, each in its own process; default: 1.")
+    ] = None,
+    epochs: EpochsOption = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a sweep.")] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="CPU threads of each run; default: the CPU's, shared by --jobs. They decide a result's last bits.",
+        ),
+    ] = None,
+    output: OutputOption = Path("runs"),
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train with every combination of some fields' values.
+
+    For example: mbm sweep --vary model.multiplier=mbm,mbm-t16,mbm-t20 --vary optimizer.lr=0.001,0.002 --seeds 3
+    """
+    from mbm_cli import config as configs
+    from mbm_cli import render
+    from mbm_cli.experiments import sweep as experiment
+    from mbm_cli.runs import Run
+
+    if json or quiet:
+        display = render.SweepDisplay()
+    else:
+        display = render.LiveSweepDisplay() if sys.stdout.isatty() else render.PlainSweepDisplay()
+    if resume is not None:
+        _refuse_with_resume(context, "jobs")
+        run = Run.find(resume, output)
+        with _stop_on_signal() as stopped:
+            result = experiment.resume(run, jobs, display, stopped)
+    else:
+        loaded = configs.load(config, _overrides(set_, device, seed, multiplier, epochs))
+        with _stop_on_signal() as stopped:
+            run, result = experiment.sweep(loaded, vary or [], seeds, jobs or 1, output, display, stopped, threads)
+    if json:
+        _print_json({**result, "run": str(run.folder)})
+
+
 @profile_app.command("conv")
 def profile_conv(
     config: ConfigOption = "lenet-mbm",
     multiplier: MultiplierOption = None,
+    bits: BitsOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     threads: ThreadsOption = None,
@@ -175,7 +263,7 @@ def profile_conv(
     from mbm_cli import tables
     from mbm_cli.experiments import profile as experiment
 
-    loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
+    loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits)))
     with tables.console(stderr=True).status("timing") as status:
         run, result = experiment.profile_conv(loaded, output, threads, status.update)
     if json:
@@ -214,6 +302,7 @@ def doctor(
 def profile_epoch(
     config: ConfigOption = "lenet-mbm",
     multiplier: MultiplierOption = None,
+    bits: BitsOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     threads: ThreadsOption = None,
@@ -231,7 +320,7 @@ def profile_epoch(
     from mbm_cli import tables
     from mbm_cli.experiments import profile_epoch as experiment
 
-    loaded = configs.load(config, _overrides(set_, device, seed, multiplier))
+    loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits)))
     with tables.console(stderr=True).status("loading") as status, _stop_on_signal() as stopped:
         run, result = experiment.profile_epoch(loaded, output, threads, status.update, stopped)
     if json:
@@ -336,6 +425,43 @@ def runs_show(
         epochs = configs.parse(found.config_text(), str(found.folder / "config.yaml")).train.epochs
         screen.print(tables.epoch_table(metrics, epochs, screen.width))
     screen.print("\n" + found.config_text(), soft_wrap=True)
+
+
+@multipliers_app.command("list")
+def multipliers_list(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the multipliers that there are, and how to name them.
+
+    For example: mbm multipliers list
+    """
+    from mbm_cli import tables
+    from mbm_cli.multipliers import NAMES
+
+    if json:
+        _print_json({"multipliers": [name._asdict() for name in NAMES]})
+    else:
+        columns = ("name", "what it is", "for example")
+        tables.console().print(tables.table(None, columns, NAMES, left=3))
+
+
+@multipliers_app.command("export")
+def multipliers_export(
+    name: Annotated[str, typer.Argument(help="A multiplier; mbm multipliers list names them.")],
+    file: Annotated[Path, typer.Argument(help="A .bin file (7 bits at most) or a .npy file (11).")],
+    bits: Annotated[int, typer.Option(min=1, max=11, help="Fraction bits of operands and products.")] = 7,
+    debug: DebugOption = False,
+) -> None:
+    """Write a multiplier as a table, which lut:FILE reads.
+
+    For example: mbm multipliers export mbm-t16-r7 mbm.bin --bits 7
+    """
+    from mbm_cli import lut
+    from mbm_cli.multipliers import Multiplier, export
+
+    try:
+        lut.write(export(Multiplier.parse(name), bits), file)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    typer.echo(f"{file}: use it as --multiplier lut:{file}")
 
 
 @configs_app.command("list")
@@ -463,8 +589,29 @@ def _overrides(
     set_: list[str] | None, device: str | None, seed: int | None, multiplier: str | None, epochs: int | None = None
 ) -> list[str]:
     """The flags as overrides; a flag wins over --set."""
+    if multiplier is not None:
+        from mbm_cli import config as configs
+
+        try:
+            configs.multiplier(multiplier)
+        except RequestError as error:
+            raise RequestError(f"--multiplier: {error}") from None
+        if not multiplier.startswith("{"):
+            multiplier = json_module.dumps(multiplier)  # a file's name may have characters that mean something in YAML
     flags = {"device": device, "seed": seed, "model.multiplier": multiplier, "train.epochs": epochs}
     return [*(set_ or []), *(f"{field}={value}" for field, value in flags.items() if value is not None)]
+
+
+def _with_bits(multipliers: str | None, bits: int | None) -> str | None:
+    """Tell a function in Python, or several among multipliers, for how many bits it is tabulated."""
+    if bits is None:
+        return multipliers
+    from mbm_cli.lists import split_at_commas
+
+    names = split_at_commas(multipliers or "")
+    if not any(name.startswith("python:") for name in names):
+        raise RequestError("--bits belongs to a function in Python: --multiplier python:FILE.py:function")
+    return ",".join(f"{name}@{bits}" if name.startswith("python:") else name for name in names)
 
 
 def _refuse_with_resume(context: typer.Context, changeable: str) -> None:

@@ -1,18 +1,24 @@
 """Figures, as PNG bytes, readable at the width of a paper's column and in greyscale."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+COLUMN = 8 / 2.54  # inches: the width of a paper's column
 # From the palette of Okabe and Ito, with line styles that differ too.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MOST_LINES = len(COLORS)
+MOST_RANGES = 60
 TRAIN = {"color": "#0072B2", "linestyle": "--", "marker": "o", "markersize": 4}
 TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 # Errors below zero are blue, above it orange; it gets lighter all the way, so that signs survive in greyscale.
@@ -81,6 +87,134 @@ def epoch_profile(result: dict[str, Any]) -> bytes:
     layers.set_title(f"convolutions, {result['multiplier']}", fontsize="medium")
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return _png(figure)
+
+
+def confusions(counts: dict[str, np.ndarray]) -> bytes:
+    """A matrix of counts for each multiplier, int (classes, classes), label by answer; drawn below one another."""
+    figure = Figure(figsize=(COLUMN, 2.9 * len(counts)), layout="constrained")
+    panels = figure.subplots(len(counts), squeeze=False)[:, 0]
+    for axes, (multiplier, matrix) in zip(panels, counts.items(), strict=True):
+        classes = range(len(matrix))
+        # Shares of a label's images; the power makes a single mistake visible.
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Greys", norm=PowerNorm(0.35, 0, 1), aspect="auto")
+        for label, answer in zip(*matrix.nonzero(), strict=True):
+            color = "white" if shares[label, answer] > 0.3 else "black"
+            axes.text(answer, label, matrix[label, answer], color=color, fontsize=6, ha="center", va="center")
+        axes.set_xticks(classes)
+        axes.set_yticks(classes)
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_ylabel("digit", fontsize=7)
+        axes.set_title(f"{_clip(multiplier, 32)}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
+    axes.set_xlabel("answer of the network", fontsize=7)
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """A line of `sweep_lines`: the test accuracies (fractions) of some seeds, by truncated bits.
+
+    ``rounded`` tells that bits of the result are dropped, too.
+    """
+
+    family: str
+    label: str
+    rounded: bool
+    accuracies: dict[int, list[float]]
+
+
+def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], tuple[float, float]]) -> bytes:
+    """Test accuracy against truncated bits: means over seeds, with a band from the lowest to the highest.
+
+    Args:
+        lines: at most MOST_LINES. The exact product alone is a level across the figure.
+        reported: improvements of area and power by family and truncated bits; written below those that were varied.
+    """
+    figure = Figure(figsize=(COLUMN, 3.2), layout="constrained")
+    axes = figure.subplots()
+    marked: dict[int, dict[str, float]] = {}
+    for i, line in enumerate(lines):
+        color, style, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        truncated = sorted(line.accuracies)
+        seeds = [100 * np.array(line.accuracies[t]) for t in truncated]
+        low, mean, high = ([float(f(values)) for values in seeds] for f in (np.min, np.mean, np.max))
+        if line.family == "exact" and truncated == [0]:
+            axes.axhspan(low[0], high[0], color=color, alpha=0.15, linewidth=0)
+            axes.axhline(mean[0], color=color, linestyle=style, linewidth=1, label=line.label)
+            continue
+        axes.fill_between(truncated, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(truncated, mean, color=color, linestyle=style, marker=marker, markersize=4, label=line.label)
+        if len(truncated) == 1:
+            axes.vlines(truncated, low, high, color=color, linewidth=1)
+        if not line.rounded:
+            for t, value in zip(truncated, mean, strict=True):
+                if (line.family, t) in reported:
+                    marked.setdefault(t, {}).setdefault(line.family, value)
+                    marked[t][line.family] = min(value, marked[t][line.family])
+    axes.margins(x=0.04)
+    axes.set_xlabel("truncated bits", fontsize=8)
+    axes.set_ylabel("test accuracy (%)", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if marked:
+        _write_below(axes, marked, reported)
+        note = (
+            "Area and power: improvement on an IEEE single-precision\n"
+            "multiplier, as the paper reports (for AFMB and AFMA)."
+        )
+        axes.text(0, -0.2, note, transform=axes.transAxes, fontsize=6.5, va="top")
+    figure.legend(loc="outside upper center", ncols=2 if len(lines) > 1 else 1, fontsize=7)
+    return _png(figure)
+
+
+def _write_below(
+    axes: Axes, marked: dict[int, dict[str, float]], reported: Mapping[tuple[str, int], tuple[float, float]]
+) -> None:
+    """Improvements below the points that have them, in a part of the axes that is kept free of data."""
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    floor = low - 0.45 * (high - low)
+    axes.set_ylim(floor, high)
+    axes.set_yticks(ticks)
+    middle = sum(axes.get_xlim()) / 2
+    for t, families in marked.items():
+        axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
+        text = "\n".join(
+            f"{family}: {reported[family, t][0]:g}× area,\n{reported[family, t][1]:g}× power" for family in families
+        )
+        side = "left" if t < middle else "right"
+        blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(t, low - 0.06 * (high - low), text, fontsize=6.5, ha=side, va="top", linespacing=1.1, bbox=blank)
+
+
+def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str) -> bytes:
+    """Test accuracy of combinations, each with its seeds' accuracies (fractions): the mean, and lowest to highest.
+
+    Of very many combinations those with the highest means are drawn.
+    """
+    best = sorted(combinations, key=lambda one: -np.mean(one[1]))[:MOST_RANGES]
+    drawn = [one for one in combinations if one in best]
+    figure = Figure(figsize=(COLUMN, 0.8 + 0.19 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(drawn))[::-1]
+    seeds = [100 * np.array(accuracies) for _, accuracies in drawn]
+    axes.hlines(positions, [s.min() for s in seeds], [s.max() for s in seeds], color="#0072B2", linewidth=2, alpha=0.6)
+    axes.plot([s.mean() for s in seeds], positions, "o", color="#000000", markersize=4)
+    axes.set_yticks(positions, [_clip(name, 28) for name, _ in drawn], fontsize=7)
+    axes.set_ylim(-0.6, len(drawn) - 0.4)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("test accuracy (%)", fontsize=8)
+    some = "" if len(drawn) == len(combinations) else f" (best {len(drawn)} of {len(combinations)})"
+    figure.suptitle(fill(f"{title}{some}", 52), fontsize=7)
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _clip(text: str, length: int) -> str:
+    """With its middle left out where it is too long."""
+    return text if len(text) <= length else f"{text[: length // 2 - 2]}...{text[1 - length // 2 :]}"
 
 
 def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> bytes:

@@ -1,5 +1,6 @@
 """Tables: the results of experiments as a person reads them, in at most 100 columns."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,56 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """The result of `mbm eval`: a row a multiplier, the one of the training first."""
+    rows = [
+        (
+            row["multiplier"],
+            f"{100 * row['test_accuracy']:.2f}",
+            "trained with it" if i == 0 else f"{row['difference']:+.2f}",
+            f"{row['test_loss']:.4f}",
+        )
+        for i, row in enumerate(result["evaluations"])
+    ]
+    columns = ("multiplier", "test accuracy, %", "difference, points", "test loss")
+    return table(f"{Path(result['run']).name}, trained with {result['trained_with']}", columns, rows)
+
+
+def shown(value: Any) -> str:
+    """A config's value as a person writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """The result of `mbm sweep`: a row a combination, means over the seeds whose runs were completed."""
+
+    def number(value: float | None, form: str, scale: float = 1) -> str:
+        return "-" if value is None else form.format(scale * value)
+
+    fields = list(result["vary"])
+    short = [field.rpartition(".")[2] for field in fields]
+    rows = [
+        (
+            *map(shown, row["values"].values()),
+            number(row["test_accuracy_mean"], "{:.2f}", 100),
+            number(row["test_accuracy_std"], "{:.2f}", 100),
+            number(row["test_accuracy_best"], "{:.2f}", 100),
+            number(row["test_loss_mean"], "{:.4f}"),
+            number(row["epoch_seconds_median"], "{:.2f}"),
+            f"{len(row['test_accuracy'])}/{len(row['runs'])}",
+        )
+        for row in result["combinations"]
+    ]
+    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "runs")
+    names = short if len(set(short)) == len(short) else fields
+    common = [str(result[part]) for part in ("model", "device") if part in result]
+    if "epochs" in result:
+        common.append(f"{result['epochs']} epoch{'s'[: result['epochs'] != 1]}")
+    at_once = f", {result['jobs']} runs at once" if result["jobs"] > 1 else ""
+    title = f"{result['config']}: {', '.join(common)}, {result['seeds']} seed{'s'[: result['seeds'] != 1]}{at_once}"
+    return table(title, (*names, *columns), rows, left=len(fields))
 
 
 def run_table(runs: Sequence[dict[str, Any]]) -> Table:

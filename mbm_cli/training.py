@@ -223,11 +223,20 @@ class Trainer:
 
 def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
     """Mean loss and accuracy of a model over a data set on its device."""
+    return score(predict(model, split, batch_size), split.labels)
+
+
+def predict(model: nn.Module, split: Split, batch_size: int) -> Tensor:
+    """A model's logits over a data set on its device, float32 (images, 10)."""
     model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(images) for images in split.images.split(batch_size)])
-    losses, hits = _losses_and_hits(logits, split.labels)
-    return losses.mean().item(), hits.sum().item() / len(split)
+        return torch.cat([model(images) for images in split.images.split(batch_size)])
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy of logits, float32 (images, 10), against labels, int64 (images,)."""
+    losses, hits = _losses_and_hits(logits, labels)
+    return losses.mean().item(), hits.sum().item() / len(labels)
 
 
 class _Pass:

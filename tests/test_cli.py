@@ -613,9 +613,11 @@ def test_the_version(mbm):
 
 COMMON = ["--device", "--seed", "--threads", "--output", "--set", "--json", "--quiet", "--debug"]
 COMMANDS = {
-    "": ["train", "characterize", "profile", "data", "runs", "configs", "--version"],
+    "": ["train", "eval", "characterize", "profile", "data", "runs", "configs", "--version"],
     "train": ["--config", "--multiplier", "--epochs", "--resume", *COMMON],
+    "eval": ["--multiplier", "--plot", "--device", "--threads", "--output", "--json", "--quiet", "--debug"],
     "characterize": ["NAME...", "--samples", "--sweep-truncate", *(flag for flag in COMMON if flag != "--set")],
+    "sweep": ["--vary", "--config", "--multiplier", "--seeds", "--jobs", "--epochs", "--resume", *COMMON],
     "profile": ["conv"],
     "profile conv": ["--config", "--multiplier", *COMMON],
     "data": ["fetch"],
