@@ -4,11 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mbm_cli.models import Layer
-from mbm_cli.tables import comparison_table, console, epoch_table, layer_table, median, percent, result_lines
+from mbm_cli.tables import (
+    comparison_table,
+    console,
+    epoch_table,
+    layer_table,
+    median,
+    percent,
+    result_lines,
+    sweep_table,
+)
 from mbm_cli.training import Progress as StepProgress
 
 
@@ -158,15 +168,7 @@ class LiveCompareDisplay(PlainCompareDisplay):
 
     def start(self, what: str, runs: int) -> None:
         super().start(what, runs)
-        self.bar = Progress(
-            TextColumn("{task.fields[what]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            transient=True,
-            expand=True,
-        )
+        self.bar = _runs_bar(self.console)
         self.task = self.bar.add_task("", total=runs, what="")
         self.bar.start()
 
@@ -197,3 +199,91 @@ class _RunOfComparison(Display):
         self.whole.bar.update(
             self.whole.task, completed=done, what=f"{self.what}, epoch {epoch}/{self.epochs}, loss {progress.loss:.4f}"
         )
+
+
+class SweepDisplay:
+    """Shows nothing of a sweep; its children show it to a log or on a terminal."""
+
+    def start(self, what: str, runs: int, done: int) -> None:
+        """Before the first of so many runs that are not done."""
+
+    def progress(self, run: str, part: float) -> None:
+        """A few times a second within each run, of which there may be several at once; ``part`` is 0 to 1."""
+
+    def run_done(self, run: str, row: dict[str, Any]) -> None:
+        """After each run, whether it was completed or failed."""
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        """After the last run."""
+
+    def close(self) -> None:
+        """Whatever happened; the terminal is given back."""
+
+
+class PlainSweepDisplay(SweepDisplay):
+    """For a log or a pipe: one line a run, then the table."""
+
+    def __init__(self) -> None:
+        self.console = console()
+
+    def start(self, what: str, runs: int, done: int) -> None:
+        self.runs, self.done = runs, done
+        self.console.print(f"{what}{f'; {done} of {runs} runs are done' if done else ''}", soft_wrap=True)
+
+    def run_done(self, run: str, row: dict[str, Any]) -> None:
+        self.done += 1
+        if row["status"] == "completed":
+            became = f"test accuracy {percent(row['test_accuracy'])}, {row['epoch_seconds']:.2f} s an epoch"
+        else:
+            became = f"{row['status']}: {row['reason']}"
+        self.console.print(f"run {self.done}/{self.runs}: {run}: {became}", soft_wrap=True)
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        self.console.print(sweep_table(result))
+        self.console.print(f"run: {folder}", soft_wrap=True)
+
+
+class LiveSweepDisplay(PlainSweepDisplay):
+    """For a terminal: a bar for the whole sweep below the lines."""
+
+    def start(self, what: str, runs: int, done: int) -> None:
+        super().start(what, runs, done)
+        self.parts: dict[str, float] = {}
+        self.bar = _runs_bar(self.console)
+        self.task = self.bar.add_task("", total=runs, completed=done, what="")
+        self.bar.start()
+
+    def progress(self, run: str, part: float) -> None:
+        self.parts[run] = part
+        self._update()
+
+    def run_done(self, run: str, row: dict[str, Any]) -> None:
+        self.parts.pop(run, None)
+        super().run_done(run, row)
+        self._update()
+
+    def _update(self) -> None:
+        first, *others = [*self.parts, ""]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        self.bar.update(self.task, completed=self.done + sum(self.parts.values()), what=f"{first}{more}")
+
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        self.close()
+        super().finish(result, folder)
+
+    def close(self) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
+def _runs_bar(screen: Console) -> Progress:
+    """A bar over runs, which can be done in part; its task has a field ``what``."""
+    return Progress(
+        TextColumn("{task.fields[what]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
+        TimeRemainingColumn(compact=True),
+        console=screen,
+        transient=True,
+        expand=True,
+    )
