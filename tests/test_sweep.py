@@ -349,7 +349,13 @@ def test_accuracy_is_drawn_against_truncated_bits_where_they_are_varied():
 
 
 @pytest.mark.parametrize(
-    "names", [["exact", "mbm"], ["mbm-t8-r7", "mbm-t8-r6", "mbm"], ["{conv1: exact, default: mbm}", "mbm", "mbm-t8"]]
+    "names",
+    [
+        ["exact", "mbm"],
+        ["exact", "mbm-t20"],
+        ["mbm-t8-r7", "mbm-t8-r6", "mbm"],
+        ["{conv1: exact, default: mbm}", "mbm", "mbm-t8"],
+    ],
 )
 def test_otherwise_combinations_are_drawn_one_by_one(names):
     drawn = [combination(0.9, model__multiplier=name) for name in names]

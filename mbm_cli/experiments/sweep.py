@@ -344,8 +344,8 @@ def _lines(combinations: Sequence[dict[str, Any]], fields: Sequence[str]) -> lis
         if family not in FAMILIES or multiplier.truncate in line.accuracies:
             return None
         line.accuracies[multiplier.truncate] = one["test_accuracy"]
-    truncations = {truncate for line in lines.values() for truncate in line.accuracies}
-    return list(lines.values()) if len(truncations) > 1 and len(lines) <= plots.MOST_LINES else None
+    has_line = any(len(line.accuracies) > 1 for line in lines.values())
+    return list(lines.values()) if has_line and len(lines) <= plots.MOST_LINES else None
 
 
 def _summary(
