@@ -33,7 +33,9 @@
 //
 // Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
 //
-// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's text stands before this one (backends/cuda.py).
+// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's text stands before this one (backends/cuda.py). In the
+// fast form operands are in range and normal, which the compiler is told, so that it can leave out what the function does
+// with others; a mask takes zeros' products away.
 #include "multiplier.h"
 
 #define MBM_MEMBER __device__ __forceinline__
@@ -48,7 +50,7 @@ struct Lane {
 __device__ constexpr Multiplier M = make_multiplier(FAMILY, BITS, RESULT_BITS);
 constexpr bool MASKED = result_is_masked(M);
 constexpr bool CORRECTED = M.form == ONE_LEVEL || M.form == TWO_LEVELS;
-constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED || M.form == CALL;  // operands are multiplied as a whole
+constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED;  // operands are multiplied as a whole
 constexpr bool SHARED_TABLE = M.form == LOOKUP;
 constexpr int THREADS = 128;      // of a block
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
@@ -59,6 +61,7 @@ constexpr float UNIT = 1.0f / CARRY;
 struct Conv2d {
   const float *input, *weight, *bias;
   float* output;
+  const TableEntry* table;
   long long image_stride;  // elements
   int channel_stride, row_stride, column_stride;
   int channels, out_channels, groups;  // channels of one group
@@ -69,37 +72,37 @@ struct Conv2d {
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
-// Entries with their carry, [fraction of b][fraction of a], and behind them a row of zeros for weights that are zero;
-// the host fills it once.
+// Behind the entries is a row of zeros, for weights that are zero.
 constexpr int ENTRIES = is_lookup(M) ? 1 << 2 * M.table_bits : 1;
 constexpr int COLUMNS = is_lookup(M) ? 1 << M.table_bits : 1;
-using Entry = unsigned short;
-extern "C" {
-__device__ __align__(16) Entry ENTRY_TABLE[ENTRIES + COLUMNS];
+
+MBM_FN Multiplier with_table(const TableEntry* table) {
+  Multiplier m = M;
+  m.table = table;
+  return m;
 }
 
 // The table where a block reads it: with up to 7 bits a copy of its own, as bytes.
-struct SharedTable {
-  __align__(16) unsigned char entries[SHARED_TABLE ? ENTRIES + COLUMNS : 16];
+struct BlockTable {
+  const TableEntry* entries;
+  const unsigned char* shared;
 
-  MBM_MEMBER void fill() {
+  MBM_MEMBER BlockTable(const TableEntry* entries) : entries(entries) {
+    __shared__ __align__(16) unsigned char copy[SHARED_TABLE ? ENTRIES + COLUMNS : 16];
+    shared = copy;
     if constexpr (SHARED_TABLE) {
       for (int i = threadIdx.x; i < (ENTRIES + COLUMNS) / 2; i += THREADS) {
-        unsigned two = reinterpret_cast<const unsigned*>(ENTRY_TABLE)[i];
-        reinterpret_cast<unsigned short*>(entries)[i] = (two & 0xFF) | (two >> 8);
+        unsigned two = reinterpret_cast<const unsigned*>(entries)[i];
+        reinterpret_cast<unsigned short*>(copy)[i] = two | two >> 8;
       }
       __syncthreads();
     }
   }
   MBM_MEMBER int operator[](int index) const {
-    if constexpr (SHARED_TABLE) return entries[index];
-    return ENTRY_TABLE[index];
+    if constexpr (SHARED_TABLE) return shared[index];
+    return entries[index];
   }
 };
-
-template <class L> MBM_FN int look_up(int index, const Multiplier& m) {
-  return ONE + (int(ENTRY_TABLE[index]) << (FRACTION_BITS - m.table_bits));
-}
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
@@ -128,13 +131,13 @@ MBM_FN float multiply_toward_zero_ftz(float a, float b) {
 }
 
 // The pixel's operand a. Where operands are multiplied as a whole, power is what is left of it, fraction is not used.
-// Of a table, fraction is the column.
+// Of a table, fraction is the column; of a function, power is the operand and fraction a mask, 0 for zero.
 struct Pixel {
   float power;
   int fraction;
 };
 // The weight's operand b. Where operands are multiplied as a whole, bits are those of what is left of it; without a
-// correction only bits are used. Of a table, threshold is where the row begins.
+// correction only bits are used. Of a table, threshold is where the row begins; of a function, it is the mask.
 struct __align__(16) Weight {
   int bits;
   int threshold;
@@ -142,19 +145,20 @@ struct __align__(16) Weight {
 };
 
 MBM_FN float decode_whole(float x) {
-  if constexpr (M.form == CALL) return x;
   if constexpr (M.form == TRUNCATED) return decode_truncated<Lane>(x, M);
   return truncate_finite<Lane>(x, M.operand_keep);
 }
 
 MBM_FN Pixel decode_pixel(float a) {
   if constexpr (WHOLE) return {decode_whole(a), 0};
+  if constexpr (M.form == CALL) return {a == 0 ? 1.0f : a, a == 0 ? 0 : ~0};
   if constexpr (is_lookup(M)) return {decode_power<Lane>(a), table_column(bits<Lane>(a) & FRACTION, M)};
   return {decode_power<Lane>(a), decode_fraction<Lane>(a, M)};
 }
 
 MBM_FN Weight decode_weight(float b) {
   if constexpr (WHOLE) return {bits<Lane>(decode_whole(b)), 0, 0};
+  if constexpr (M.form == CALL) return {b == 0 ? ONE : bits<Lane>(b), b == 0 ? 0 : ~0, 0};
   if constexpr (is_lookup(M)) {
     int power = bits<Lane>(decode_power<Lane>(b));
     return {power, (power & INFINITE) != 0 ? table_row(bits<Lane>(b) & FRACTION, M) : ENTRIES, 0};
@@ -166,8 +170,16 @@ MBM_FN Weight decode_weight(float b) {
   return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C};
 }
 
-MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const SharedTable& table) {
-  if constexpr (M.form == CALL) return add(sum, from_bits<Lane>(call<Lane>(bits<Lane>(a.power), b.bits)));
+MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const BlockTable& table) {
+  if constexpr (M.form == CALL) {
+    int x = bits<Lane>(a.power), y = b.bits;
+    unsigned ex = unsigned(x) >> FRACTION_BITS & 255, ey = unsigned(y) >> FRACTION_BITS & 255;
+    __builtin_assume(ex > 0);
+    __builtin_assume(ex < 255);
+    __builtin_assume(ey > 0);
+    __builtin_assume(ey < 255);
+    return add(sum, from_bits<Lane>(call<Lane>(x, y) & a.fraction & b.threshold));
+  }
   if constexpr (M.form == IEEE) return add(sum, ieee_product<Lane>(a.power, from_bits<Lane>(b.bits), M));
   if constexpr (M.form == TRUNCATED && MASKED) {
     float product = multiply_toward_zero_ftz(a.power, from_bits<Lane>(b.bits));
@@ -200,6 +212,8 @@ struct Exponents {
 
   MBM_MEMBER void add(float x) {
     int magnitude = bits<Lane>(x) & ~SIGN;
+    // A function may do with subnormals what it likes.
+    if (M.form == CALL && unsigned(magnitude - 1) < CARRY - 1) magnitude = INFINITE;
     above_subnormal = min(above_subnormal, unsigned(magnitude) - CARRY);
     highest = max(highest, magnitude);
   }
@@ -215,7 +229,7 @@ struct Exponents {
 // Whether the fast form is right for all products of two sets.
 MBM_FN bool in_range(const Exponents& pixels, const Exponents& weights) {
   // Every product is right by itself then, except that padding must not meet an infinite weight: 0 * inf is NaN.
-  if constexpr (M.form == IEEE || M.form == CALL) return weights.highest < INFINITE;
+  if constexpr (M.form == IEEE) return weights.highest < INFINITE;
   // w is up to twice b's power of two, a correction down to 2^-6 of it; both must be normal and finite.
   if (pixels.highest >= INFINITE || weights.highest_exponent() > 253) return false;
   if (pixels.empty() || weights.empty()) return true;
@@ -348,7 +362,7 @@ MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, i
 #pragma unroll 1
   for (Walk walk(c, 0); walk.channel < c.channels; walk.advance(c, 0, 0, 1), weight++) {
     Step step = walk.step(c);
-    if (step.inside(c, at)) sum = add(sum, product<Lane>(step.load(c, at), *weight, M));
+    if (step.inside(c, at)) sum = add(sum, product<Lane>(step.load(c, at), *weight, with_table(c.table)));
   }
   return sum;
 }
@@ -460,7 +474,7 @@ template <int BM, int BN> struct Fetch {
       weights.add(weight_next[i]);
       Weight b = decode_weight(weight_next[i]);
       slice[k].bits[row + i * ROWS] = b.bits;
-      if constexpr (CORRECTED || is_lookup(M)) slice[k].threshold[row + i * ROWS] = b.threshold;
+      if constexpr (CORRECTED || is_lookup(M) || M.form == CALL) slice[k].threshold[row + i * ROWS] = b.threshold;
       if constexpr (CORRECTED) slice[k].correction[row + i * ROWS] = b.correction;
     }
   }
@@ -492,7 +506,7 @@ template <int TM, int TN> struct Operands {
       if constexpr (CORRECTED) load4(correction + m, &from.correction[row + m * (BM / TM)]);
     }
   }
-  MBM_MEMBER void multiply(float (&sums)[TM][TN], const SharedTable& table) const {
+  MBM_MEMBER void multiply(float (&sums)[TM][TN], const BlockTable& table) const {
 #pragma unroll
     for (int m = 0; m < TM; m++)
 #pragma unroll
@@ -506,8 +520,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   static_assert(BM / TM * (BN / TN) == TEAM, "TM by TN outputs for each thread of the team");
   __shared__ __align__(16) Planes<BM, BN> slices[TEAMS][2][SLICE];
   __shared__ Step steps[TEAMS][2][SLICE];
-  __shared__ SharedTable table;
-  table.fill();
+  BlockTable table(c.table);
   static_assert(TEAMS == 1 || sizeof(slices) >= TEAMS * BM * BN * sizeof(float), "the partial sums need the room");
 
   // Blocks that share pixels follow one another.
@@ -538,7 +551,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     next.announce(steps[team][(s + 1) % 2]);
     team_barrier<TEAM>();
     if (s + 1 < last) next.fetch(steps[team][(s + 1) % 2]);
-#pragma unroll(M.form == LOOKUP_WIDE ? 1 : TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
+#pragma unroll(M.form == LOOKUP_WIDE || M.form == CALL ? 1 : TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
     for (int k = 0; k < SLICE; k++) {
       Operands<TM, TN> operands;
       operands.load(slices[team][s % 2][k], row, column);
@@ -595,8 +608,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   constexpr int STEPS = CHANNELS == 1 ? 512 : 1024 / CHANNELS;  // of a sum that are in shared memory at a time
   __shared__ Weight decoded[STEPS][CHANNELS];
   __shared__ Step steps[STEPS];
-  __shared__ SharedTable table;
-  table.fill();
+  BlockTable table(c.table);
   int group = blockIdx.x % unsigned(c.groups);
   unsigned pixel = blockIdx.x / unsigned(c.groups) * THREADS * PIXELS + threadIdx.x;
   Position at[PIXELS];
@@ -654,6 +666,9 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   }
 }
 
+// Outputs of a thread in the largest tile; with a table, a warp is then one row of threads.
+constexpr int TM = SHARED_TABLE ? 16 : 8, TN = 64 / TM;
+
 }  // namespace mbm
 
 // ---- Entry points --------------------------------------------------------------------------------------------------
@@ -663,7 +678,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     mbm::__VA_ARGS__(c);                                                                                          \
   }
 
-KERNEL(conv2d_64x128, mbm::M.form == mbm::LOOKUP_WIDE ? 2 : 3, conv2d_tiled<64, 128, mbm::SHARED_TABLE ? 16 : 8, mbm::SHARED_TABLE ? 4 : 8>)
+KERNEL(conv2d_64x128, mbm::M.form == mbm::LOOKUP_WIDE ? 2 : 3, conv2d_tiled<64, 128, mbm::TM, mbm::TN>)
 KERNEL(conv2d_32x128, 4, conv2d_tiled<32, 128, 8, 4>)
 KERNEL(conv2d_16x32, 4, conv2d_tiled<16, 32, 4, 4>)
 KERNEL(conv2d_direct_1x4, 4, conv2d_direct<1, 4>)
@@ -672,42 +687,44 @@ KERNEL(conv2d_direct_6x1, 4, conv2d_direct<6, 1>)
 KERNEL(conv2d_direct_6x2, 4, conv2d_direct<6, 2>)
 KERNEL(conv2d_direct_8x2, 4, conv2d_direct<8, 2>)
 
-extern "C" __global__ void multiply(const float* a, const float* b, float* output, long long count) {
+extern "C" __global__ void multiply(const float* a, const float* b, float* output, const mbm::TableEntry* table,
+                                    long long count) {
+  mbm::Multiplier m = mbm::with_table(table);
   long long step = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step)
-    output[i] = mbm::product<mbm::Lane>(a[i], b[i], mbm::M);
+    output[i] = mbm::product<mbm::Lane>(a[i], b[i], m);
 }
 
 // The products of a 64 x 128 tile's threads with nothing around them: the ceiling that the kernels are measured
 // against. The operands are loaded again in some rounds only, but the compiler cannot know in which, and find the
 // others alike.
 extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
-    ceiling(const float* numbers, float* output, int rounds, int mask) {
-  __shared__ __align__(16) mbm::Planes<64, 128> slice[mbm::SLICE];
-  for (int k = 0; k < mbm::SLICE; k++) {
-    mbm::Pixel a = mbm::decode_pixel(numbers[k * mbm::THREADS + threadIdx.x]);
+    ceiling(const float* numbers, float* output, const mbm::TableEntry* table, int rounds, int mask) {
+  using namespace mbm;
+  __shared__ __align__(16) Planes<64, 128> slice[SLICE];
+  for (int k = 0; k < SLICE; k++) {
+    Pixel a = decode_pixel(numbers[k * THREADS + threadIdx.x]);
     slice[k].power[threadIdx.x] = a.power;
     slice[k].fraction[threadIdx.x] = a.fraction;
-    mbm::Weight b = mbm::decode_weight(numbers[(mbm::SLICE + k) * mbm::THREADS + threadIdx.x]);
+    Weight b = decode_weight(numbers[(SLICE + k) * THREADS + threadIdx.x]);
     int row = threadIdx.x % 64;
     slice[k].bits[row] = b.bits;
     slice[k].threshold[row] = b.threshold;
-    if (mbm::CORRECTED) slice[k].correction[row] = b.correction;
+    if (CORRECTED) slice[k].correction[row] = b.correction;
   }
-  __shared__ mbm::SharedTable table;
-  table.fill();
+  BlockTable block_table(table);
   __syncthreads();
-  float sums[8][8] = {};
-  mbm::Operands<8, 8> operands;
+  constexpr int WIDTH = 128 / TN;
+  int slice_of_thread = SHARED_TABLE ? 0 : threadIdx.x % SLICE;  // a warp shares its weights then, as in the tile
+  float sums[TM][TN] = {};
+  Operands<TM, TN> operands;
 #pragma unroll 1
   for (int round = 0; round < rounds; round++) {
-    // From a table, the threads of a warp share their weights as in the tile.
-    int slice_of_thread = mbm::SHARED_TABLE ? 0 : threadIdx.x % mbm::SLICE;
-    if ((round & mask) == 0) operands.load(slice[slice_of_thread], threadIdx.x / 16 * 4, threadIdx.x % 16 * 4);
-    operands.multiply(sums, table);
+    if ((round & mask) == 0) operands.load(slice[slice_of_thread], threadIdx.x / WIDTH * 4, threadIdx.x % WIDTH * 4);
+    operands.multiply(sums, block_table);
   }
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < 64; i++) total = mbm::add(total, sums[i / 8][i % 8]);
-  output[blockIdx.x * mbm::THREADS + threadIdx.x] = total;
+  for (int i = 0; i < TM * TN; i++) total = add(total, sums[i / TN][i % TN]);
+  output[blockIdx.x * THREADS + threadIdx.x] = total;
 }

@@ -46,6 +46,13 @@ enum Form {
   CALL,        // a user's function on the bit patterns, MBM_FUNCTION
 };
 
+// What a table holds, [fraction of b][fraction of a].
+#if defined(__CUDACC__)
+typedef unsigned short TableEntry;  // the product's fraction bits, and above them the carry
+#else
+typedef float TableEntry;  // the product of the significands
+#endif
+
 struct Multiplier {
   Form form;
   int operand_keep;      // fraction bits of an operand that are kept
@@ -54,7 +61,7 @@ struct Multiplier {
   int correction_carry;  // c with carry
   int result_keep;       // fraction bits of the product that are kept
   int table_bits;        // fraction bits of a table's operands and products
-  const float* table;    // on the CPU: the significands' products, [fraction of b][fraction of a]
+  const TableEntry* table;
 };
 
 constexpr bool is_lookup(const Multiplier& m) { return m.form == LOOKUP || m.form == LOOKUP_WIDE; }
@@ -109,8 +116,10 @@ MBM_FN float multiply_toward_zero(float a, float b) {
   return p;
 }
 template <class L> MBM_FN float add_where(float w, bool where, float c) { return where ? __fadd_rz(w, c) : w; }
-// The bits of the product of two significands from the table (conv2d.cu has it).
-template <class L> MBM_FN int look_up(int index, const Multiplier& m);
+// The bits of the product of two significands from the table.
+template <class L> MBM_FN int look_up(int index, const Multiplier& m) {
+  return ONE + (int(m.table[index]) << (FRACTION_BITS - m.table_bits));
+}
 template <class L> MBM_FN int call(int a, int b) {
 #if defined(MBM_FUNCTION)
   return int(MBM_FUNCTION((unsigned)a, (unsigned)b));

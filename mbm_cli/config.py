@@ -39,6 +39,9 @@ Count = Annotated[int, Field(ge=1, le=_COUNT_LIMIT, description=f"a whole number
 Limit = Annotated[
     int | None, Field(ge=1, le=_COUNT_LIMIT, description=f"null (all) or a whole number from 1 to {_COUNT_LIMIT}")
 ]
+Steps = Annotated[
+    int | None, Field(ge=1, le=_COUNT_LIMIT, description=f"null (never) or a whole number from 1 to {_COUNT_LIMIT}")
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a finite number above 0")]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a finite number, at least 0")]
@@ -203,11 +206,13 @@ class TrainConfig(_Section):
     Attributes:
         epochs: passes over the training images.
         deterministic: the same seed and device give the same weights, bit for bit; can cost speed on a GPU.
+        checkpoint_every: steps between two checkpoints within an epoch; ``None`` keeps one at each epoch's end alone.
         cuda_graph: ``auto`` replays a step as a CUDA graph where that is possible, ``off`` never does.
     """
 
     epochs: Count = 3
     deterministic: Switch = True
+    checkpoint_every: Steps = None
     cuda_graph: Literal["auto", "off"] = "auto"
 
 

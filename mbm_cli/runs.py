@@ -1,25 +1,59 @@
 """A run's folder: create it, write each file whole or not at all, list the folders, read them back."""
 
 import difflib
+import fcntl
 import io
 import json
 import os
 import secrets
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mbm_cli.errors import RequestError, RunError
 
-SUMMARY_FIELDS = {
-    *("status", "multiplier", "device", "epochs", "test_accuracy", "best_test_accuracy"),
-    *("epoch_seconds", "train_seconds", "total_seconds"),
-}
+
+class _Fields(BaseModel):
+    """What a file must have to be worth reading; it may have more."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+
+class Summary(_Fields):
+    """``summary.json``: accuracies are fractions, times seconds."""
+
+    status: Literal["running", "completed", "interrupted", "failed"]
+    multiplier: str
+    device: str
+    epochs: int
+    test_accuracy: float | None
+    best_test_accuracy: float | None
+    epoch_seconds: list[float]
+    train_seconds: list[float]
+    total_seconds: float
+
+
+class EpochMetrics(_Fields):
+    """A line of ``metrics.jsonl``."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    epoch_seconds: float
+    train_seconds: float
+    eval_seconds: float
+    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -29,8 +63,11 @@ class Run:
     folder: Path
 
     @classmethod
-    def create(cls, output: Path, name: str) -> "Run":
+    def create(cls, output: Path, name: str, files: Mapping[str, str] | None = None) -> "Run":
         """Make a folder of its own, ``<UTC time>-<name>-<short id>``, below ``output``.
+
+        Args:
+            files: texts by file name; the folder is seen with all of them in it or not at all.
 
         Raises:
             RunError: the folder cannot be made.
@@ -39,10 +76,14 @@ class Run:
         folder = output / f"{stamp}-{name}-{secrets.token_hex(2)}"
         try:
             output.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
+            with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}-", ignore_cleanup_errors=True) as temporary:
+                for file, text in (files or {}).items():
+                    cls(Path(temporary)).write(file, text)
+                os.chmod(temporary, 0o755)
+                if folder.exists():  # the id of another run of this second
+                    return cls.create(output, name, files)
+                os.rename(temporary, folder)
         except FileExistsError:
-            if folder.exists():  # the id of another run of this second
-                return cls.create(output, name)
             raise RunError(f"cannot make a run folder: {output} is a file; name another with --output") from None
         except OSError as error:
             raise RunError(
@@ -120,16 +161,53 @@ class Run:
         return self._read("config.yaml")
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds.
+        """What ``summary.json`` holds; a run that nobody computes any more is ``stopped`` and not ``running``.
 
         Raises:
-            RunError: it cannot be read, or a field is missing.
+            RunError: it cannot be read, or a field is missing or wrong.
         """
-        summary = self.read_json("summary.json")
-        missing = SUMMARY_FIELDS - summary.keys()
-        if missing:
-            raise RunError(f"{self.folder / 'summary.json'} is damaged (without {', '.join(sorted(missing))})")
+        summary = self._checked("summary.json", self.read_json("summary.json"), Summary)
+        if summary["status"] == "running" and not self._is_held():
+            summary["status"] = "stopped"
         return summary
+
+    def check(self) -> None:
+        """Read every file that a command may need.
+
+        Raises:
+            RunError: one of them is missing or damaged; it is named.
+        """
+        self.summary()
+        self.config_text()
+        self.environment()
+        self.metrics()
+        self.checkpoint()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one who computes this run; whoever is killed holds it no more.
+
+        Raises:
+            RequestError: another process does.
+        """
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(f"{self.folder} is being computed by another process: wait for it") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def _is_held(self) -> bool:
+        try:
+            with (self.folder / ".lock").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def environment(self) -> dict[str, Any]:
         return self.read_json("environment.json")
@@ -146,17 +224,32 @@ class Run:
         """One dictionary an epoch; empty before the first epoch has ended."""
         if not (self.folder / "metrics.jsonl").exists():
             return []
-        return [self._parse("metrics.jsonl", line) for line in self._read("metrics.jsonl").splitlines()]
+        lines = self._read("metrics.jsonl").splitlines()
+        return [self._checked("metrics.jsonl", self._parse("metrics.jsonl", line), EpochMetrics) for line in lines]
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The state after the last epoch that ended, on the CPU; ``None`` before that."""
+        """The state that the run goes on from, on the CPU; ``None`` before there is one.
+
+        Raises:
+            RunError: the file is damaged, or holds more than tensors and numbers.
+        """
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it does not have its checksum")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("metrics"), list):
+                raise ValueError("it is not one of mbm's")
+            return checkpoint
         except Exception as error:  # what a damaged or foreign archive raises is not one kind
-            raise RunError(f"{path} cannot be read ({type(error).__name__}): delete it to start again") from error
+            said = (str(error).splitlines() or [""])[0]
+            raise RunError(
+                f"{path} is damaged ({type(error).__name__}: {said[:120]}): delete it to start again"
+            ) from error
 
     def _read(self, name: str) -> str:
         try:
@@ -165,10 +258,19 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise RunError(f"{self.folder / name} cannot be read ({reason}): the run is damaged") from error
 
+    def _checked(self, name: str, value: dict[str, Any], fields: type[_Fields]) -> dict[str, Any]:
+        try:
+            fields.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunError(f"{self.folder / name} is damaged ({where}: {first['msg']})") from None
+        return value
+
     def _parse(self, name: str, text: str) -> dict[str, Any]:
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{self.folder / name} is damaged ({error})") from error
         if not isinstance(value, dict):
             raise RunError(f"{self.folder / name} is damaged (not a JSON object)")
@@ -179,4 +281,5 @@ def list_runs(output: Path) -> list[Run]:
     """The runs below ``output``, the oldest first."""
     if not output.is_dir():
         return []
-    return [Run(folder) for folder in sorted(output.iterdir()) if (folder / "summary.json").is_file()]
+    folders = sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
+    return [Run(folder) for folder in folders if (folder / "summary.json").is_file()]

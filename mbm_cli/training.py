@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
 
 REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
+CHECKS = 10  # of an epoch: whether the losses since the last one are finite
 PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evaluation")
 
 
@@ -49,6 +51,21 @@ class Epoch:
     train_seconds: float
     eval_seconds: float
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class PartOfEpoch:
+    """What has been done of an epoch that was left: the next step goes on from there.
+
+    Attributes:
+        step: steps done, from 1 on.
+        logits: of their images, in the epoch's order, float32 (images, 10).
+        seconds: that they took.
+    """
+
+    step: int
+    logits: Tensor
+    seconds: float
 
 
 def learning_rates(lr: float, schedule: str, first_step: int, steps: int, total_steps: int) -> Tensor:
@@ -94,7 +111,7 @@ class Trainer:
         self.optimizer = optimizer
         self.train = train
         self.test = test
-        self._training = _Pass(self._train_step, len(train), batch_size, train.images.device)
+        self._training = _Pass(self._train_step, len(train), batch_size, train.images.device, self._keeping)
         self._testing = _Pass(self._test_step, len(test), eval_batch_size, test.images.device)
         self._order = torch.zeros_like(train.labels)
         self._rates = torch.zeros(self.steps, device=train.images.device)
@@ -113,6 +130,9 @@ class Trainer:
         learning_rates: Tensor,
         report: Callable[[Progress], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        keep: Callable[[PartOfEpoch], None] | None = None,
+        keep_every: int | None = None,
+        part: PartOfEpoch | None = None,
     ) -> Epoch:
         """Train on every image once, in the given order, then evaluate.
 
@@ -121,24 +141,40 @@ class Trainer:
             learning_rates: float32 (steps,), on any device.
             report: called a few times a second.
             stopped: asked before every step.
+            keep: called when ``stopped`` says so, and every ``keep_every`` steps: the epoch can be left there.
+            part: of this epoch, with the model, the optimizer and the random state as they were when it was left.
 
         Raises:
             Interrupted: ``stopped`` said so.
-            RunError: the loss of a step is not finite.
+            RunError: the loss of a step is not finite; says of which, and the first layer to blame.
         """
         self._order.copy_(order)
         self._rates.copy_(learning_rates)
         if self.cuda_graph and not self._captured:
             self._capture()
-        start = reported = time.perf_counter()
+        first = 0 if part is None else part.step
+        if part is not None:
+            self._training.logits[: len(part.logits)].copy_(part.logits)
+        check_every = math.ceil(self.steps / CHECKS)
+        reported = time.perf_counter()
+        start = reported - (0.0 if part is None else part.seconds)
         self.model.train()
-        for step in self._training:
+        checked = self._moment(first)
+        for step in self._training.run(first):
             if stopped():
+                if keep is not None and step > 0:
+                    keep(self._part(step, start))
                 raise Interrupted("interrupted")
-            if report is not None and step > 0 and time.perf_counter() - reported > REPORT_INTERVAL:
+            if step > first and step % check_every == 0:
+                self._check_losses(checked, step)
+                checked = self._moment(step)
+            if keep is not None and keep_every and step > first and step % keep_every == 0:
+                keep(self._part(step, start))
+            if report is not None and step > first and time.perf_counter() - reported > REPORT_INTERVAL:
                 loss, accuracy, images = self._train_metrics(step)
                 reported = time.perf_counter()
                 report(Progress(step, self.steps, loss, accuracy, images / (reported - start)))
+        self._check_losses(checked, self.steps)
         train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
@@ -158,7 +194,7 @@ class Trainer:
         """Mean loss and accuracy over the test set."""
         self.model.eval()
         with self.phase("evaluation"):
-            for _ in self._testing:
+            for _ in self._testing.run():
                 pass
             losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
             return losses.mean().item(), hits.sum().item() / len(self.test)
@@ -181,6 +217,9 @@ class Trainer:
             self.optimizer.step()
         return logits.detach()
 
+    def _keeping(self) -> AbstractContextManager[object]:
+        return self.phase("loss")  # logits are kept for the mean loss and the accuracy
+
     @torch.no_grad()
     def _test_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
         return self.model(batch_of(self.test.images))
@@ -189,30 +228,75 @@ class Trainer:
         """Means of loss and accuracy over the first steps of the epoch, and their images; waits for the device."""
         images = min(steps * self._training.batch_size, len(self.train))
         losses, hits = _losses_and_hits(self._training.logits[:images], self.train.labels[self._order[:images]])
-        loss = losses.mean().item()
-        if not math.isfinite(loss):
-            first = int((~losses.isfinite()).nonzero()[0])
-            step = first // self._training.batch_size + 1
-            raise RunError(f"the loss of step {step} of {self.steps} is {losses[first].item()}")
-        return loss, hits.sum().item() / images, images
+        return losses.mean().item(), hits.sum().item() / images, images
 
-    def _capture(self) -> None:
-        """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
-        # Detached: a clone's graph would tie the parameters' gradients to this stream, which capture does not allow.
-        before = [(tensor, tensor.detach().clone()) for tensor in self._state()]
-        random_state = torch.cuda.get_rng_state(self._order.device)
+    def _part(self, step: int, start: float) -> PartOfEpoch:
+        logits = self._training.logits[: step * self._training.batch_size].clone()
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # the steps' time is not over before
+        return PartOfEpoch(step, logits, time.perf_counter() - start)
+
+    def _check_losses(self, since: "_Moment", steps: int) -> None:
+        """Refuse losses that are not finite, of the steps since then; waits for the device."""
+        batch = self._training.batch_size
+        images = slice(since.step * batch, min(steps * batch, len(self.train)))
+        losses, _ = _losses_and_hits(self._training.logits[images], self.train.labels[self._order[images]])
+        finite = losses.isfinite()
+        if finite.all():
+            return
+        first = int((~finite).nonzero()[0])
+        step = since.step + first // batch
+        layer = self._first_layer_not_finite(since, step)
+        where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
+        raise RunError(
+            f"the loss of step {step + 1} of {self.steps} is {losses[first].item()} ({where}): lower optimizer.lr"
+        )
+
+    def _first_layer_not_finite(self, since: "_Moment", step: int) -> str | None:
+        """Do the steps since then again, which gives the same numbers, and watch the layers in the given one."""
+        self._return_to(since)
         self.model.train()
-        self._training.capture()
-        self.model.eval()
-        self._testing.capture()
-        torch.cuda.set_rng_state(random_state, self._order.device)
-        known = {id(tensor) for tensor, _ in before}
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+            return lambda module, inputs, output: None if output.isfinite().all() else found.append(name)
+
+        for now in self._training.run(since.step, captured=False):
+            if now > step:
+                break
+            if now == step:
+                leaves = [(name, module) for name, module in self.model.named_modules() if not list(module.children())]
+                hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
+        for hook in hooks:
+            hook.remove()
+        return found[0] if found else None
+
+    def _moment(self, step: int) -> "_Moment":
+        device = self._order.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        # Detached: a clone's graph would tie the parameters' gradients to this stream, which capture does not allow.
+        return _Moment(step, [(t, t.detach().clone()) for t in self._state()], torch.get_rng_state(), cuda)
+
+    def _return_to(self, moment: "_Moment") -> None:
+        torch.set_rng_state(moment.cpu_random)
+        if moment.cuda_random is not None:
+            torch.cuda.set_rng_state(moment.cuda_random, self._order.device)
+        known = {id(tensor) for tensor, _ in moment.tensors}
         with torch.no_grad():
-            for tensor, value in before:
+            for tensor, value in moment.tensors:
                 tensor.copy_(value)
             for tensor in self._state():
                 if id(tensor) not in known:  # made by the optimizer's first step, which starts them from zero
                     tensor.zero_()
+
+    def _capture(self) -> None:
+        """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
+        before = self._moment(0)
+        self.model.train()
+        self._training.capture()
+        self.model.eval()
+        self._testing.capture()
+        self._return_to(before)
         self._captured = True
 
     def _state(self) -> list[Tensor]:
@@ -239,11 +323,20 @@ def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return losses.mean().item(), hits.sum().item() / len(labels)
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """The state of a training before a step: tensors with their values then, and the random numbers' state."""
+
+    step: int
+    tensors: list[tuple[Tensor, Tensor]]
+    cpu_random: Tensor
+    cuda_random: Tensor | None
+
+
 class _Pass:
     """A pass over a set in batches: ``compute(batch_of, step)`` gives the logits of a step.
 
     ``batch_of`` picks the step's part of a tensor over the whole set; ``step`` is its number, int64 (1,) on the device.
-    Iterating runs the steps, and tells before each how many are done.
     """
 
     def __init__(
@@ -252,8 +345,10 @@ class _Pass:
         size: int,
         batch: int,
         device: torch.device,
+        keeping: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.batch_size = batch
+        self._keeping = keeping
         self.logits = torch.zeros(size, CLASSES, device=device)
         self._compute = compute
         self._full_steps, self._rest = divmod(size, batch)
@@ -264,14 +359,16 @@ class _Pass:
     def steps(self) -> int:
         return self._full_steps + (self._rest > 0)
 
-    def __iter__(self) -> Iterator[int]:
-        self._step.zero_()
-        for step in range(self._full_steps):
+    def run(self, first: int = 0, captured: bool = True) -> Iterator[int]:
+        """Run the steps from ``first`` on, and tell before each how many are done."""
+        run_full, run_rest = (self._run_full, self._run_rest) if captured else (self._full_step, self._rest_step)
+        self._step.fill_(first)
+        for step in range(first, self._full_steps):
             yield step
-            self._run_full()
+            run_full()
         if self._rest:
             yield self._full_steps
-            self._run_rest()
+            run_rest()
 
     def capture(self) -> None:
         """Replace the steps by CUDA graphs of them; trial steps run before, so the state has to be put back after."""
@@ -282,12 +379,14 @@ class _Pass:
 
     def _full_step(self) -> None:
         logits = self._compute(self._full_batch, self._step)
-        self._in_batches(self.logits).index_copy_(0, self._step, logits.unsqueeze(0))
-        self._step.add_(1)
+        with self._keeping():
+            self._in_batches(self.logits).index_copy_(0, self._step, logits.unsqueeze(0))
+            self._step.add_(1)
 
     def _rest_step(self) -> None:
         logits = self._compute(self._rest_batch, self._step)
-        self.logits[-self._rest :].copy_(logits)
+        with self._keeping():
+            self.logits[-self._rest :].copy_(logits)
 
     def _full_batch(self, items: Tensor) -> Tensor:
         return self._in_batches(items).index_select(0, self._step).squeeze(0)
@@ -299,9 +398,15 @@ class _Pass:
         return items[: self._full_steps * self.batch_size].unflatten(0, (self._full_steps, self.batch_size))
 
 
+@lru_cache(maxsize=8)
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps 32 MiB for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
+
+
 def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callable[[], None]:
     """A CUDA graph of the step. Trial steps come first, on a stream of their own, as PyTorch asks for."""
-    stream = torch.cuda.Stream()
+    stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -309,7 +414,7 @@ def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callabl
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 

@@ -121,6 +121,8 @@ def test_products_of_all_seven_bit_fractions(multiplier):
     some = operands[::257][:248]  # every exponent and many fractions, both signs
     expected = reference_product(some.unsqueeze(1), operands, Multiplier.of_key(multiplier))
     assert same_bits(torch.ops.mbm.multiply(some.unsqueeze(1), operands, multiplier), expected)
+    # A table need not be commutative, and a convolution's first operand is the pixel.
+    expected = reference_product(operands, some.unsqueeze(1), Multiplier.of_key(multiplier))
     for sums in one_product_convolutions(operands, some, multiplier):
         assert same_sums(sums, expected)
 

@@ -4,13 +4,32 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mbm_cli.errors import RequestError, RunError
-from mbm_cli.runs import SUMMARY_FIELDS, Run, list_runs
+from mbm_cli.runs import Run, list_runs
+
+SUMMARY = {
+    "status": "completed",
+    "multiplier": "mbm",
+    "device": "cpu",
+    "epochs": 2,
+    "test_accuracy": 0.98,
+    "best_test_accuracy": None,
+    "epoch_seconds": [1.0, 1],
+    "train_seconds": [0.9, 0.9],
+    "total_seconds": 2.0,
+}
+
+
+def metrics(epoch: int, loss: float = 0.1) -> dict:
+    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "epoch_seconds", "train_seconds")
+    return {"epoch": epoch, **dict.fromkeys((*names, "eval_seconds", "images_per_second"), loss)}
 
 
 def make_run(output: Path, name: str, summary: str = '{"status": "completed"}') -> Run:
@@ -38,6 +57,46 @@ def test_each_run_has_a_folder_of_its_own(tmp_path):
         assert re.fullmatch(r"\d{8}T\d{6}Z-lenet-mbm-[0-9a-f]+", run.name)
 
 
+def test_a_folder_is_seen_with_its_first_files_or_not_at_all(tmp_path, monkeypatch):
+    run = Run.create(tmp_path, "a", {"config.yaml": "x", "summary.json": "{}"})
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "summary.json"]
+    assert run.folder.stat().st_mode & 0o777 == 0o755
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run.create(tmp_path, "b", {"summary.json": "{}"})
+    assert list(tmp_path.iterdir()) == [run.folder]
+
+
+# Who computes it
+
+
+def test_a_run_that_nobody_holds_is_stopped_not_running(run):
+    run.write_json("summary.json", {**SUMMARY, "status": "running"})
+    assert run.summary()["status"] == "stopped"
+    with run.hold():
+        assert run.summary()["status"] == "running"
+    assert run.summary()["status"] == "stopped"
+
+
+def test_a_run_is_computed_by_one_process(run):
+    with run.hold(), pytest.raises(RequestError, match="computed by another process"), run.hold():
+        pass
+    with run.hold():
+        pass
+
+
+def test_a_killed_process_holds_nothing(run):
+    script = f"import os, pathlib; from mbm_cli.runs import Run; r = Run(pathlib.Path({str(run.folder)!r}))\n"
+    script += "with r.hold(): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    with run.hold():
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=f"{tmp_path / 'file' / 'runs'}.*--output"):
@@ -50,13 +109,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_written_is_read_back(run):
     run.write("config.yaml", "name: é\n")
     run.write_json("environment.json", {"device": "cpu", "git_commit": None})
-    summary = dict.fromkeys(SUMMARY_FIELDS)
-    run.write_json("summary.json", summary)
-    run.write_metrics([{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": 1e-300}])
+    run.write_json("summary.json", SUMMARY)
+    run.write_metrics([metrics(1), metrics(2, 1e-300)])
     assert run.config_text() == "name: é\n"
     assert run.environment() == {"device": "cpu", "git_commit": None}
-    assert run.summary() == summary
-    assert run.metrics() == [{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": 1e-300}]
+    assert run.summary() == SUMMARY
+    assert run.metrics() == [metrics(1), metrics(2, 1e-300)]
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -136,14 +194,22 @@ def test_the_list_is_in_order_of_time_and_holds_runs_only(tmp_path):
 # What is damaged
 
 
-@pytest.mark.parametrize("content", [b"", b'{"status": "comp', b"[1, 2]", b"null", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b'{"status": "comp', b"[1, 2]", b"null", b"\xff\xfe{}", b"{}", b"[" * 100_000),
+        json.dumps({**SUMMARY, "status": "done"}).encode(),
+        json.dumps({**SUMMARY, "test_accuracy": "high"}).encode(),
+        json.dumps({**SUMMARY, "epoch_seconds": [None]}).encode(),
+    ],
+)
 def test_a_damaged_summary_is_named(run, content):
     (run.folder / "summary.json").write_bytes(content)
     with pytest.raises(RunError, match=re.escape(str(run.folder / "summary.json"))):
         run.summary()
 
 
-@pytest.mark.parametrize("content", [b'{"epoch": 1}\n{"epo', b'{"epoch": 1}\n\n', b"3\n", b"\xff\n"])
+@pytest.mark.parametrize("content", [b'{"epoch": 1}\n', b'{"epo', b"\n\n", b"3\n", b"\xff\n"])
 def test_damaged_metrics_are_named(run, content):
     (run.folder / "metrics.jsonl").write_bytes(content)
     with pytest.raises(RunError, match=re.escape(str(run.folder / "metrics.jsonl"))):
@@ -155,7 +221,12 @@ def test_a_missing_file_is_named(run):
         run.config_text()
 
 
-CHECKPOINT = {"epoch": 1, "model": {"weight": torch.arange(4.0)}, "random": {"cpu": torch.get_rng_state()}}
+CHECKPOINT = {
+    "epoch": 1,
+    "metrics": [metrics(1)],
+    "model": {"weight": torch.arange(4.0)},
+    "random": {"cpu": torch.get_rng_state()},
+}
 
 
 def test_a_checkpoint_is_plain_data(run):
@@ -166,7 +237,13 @@ def test_a_checkpoint_is_plain_data(run):
     assert torch.equal(run.checkpoint()["random"]["cpu"], CHECKPOINT["random"]["cpu"])
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"garbage\n"])
+def flip_a_bit(content: bytes) -> bytes:
+    """Of a weight: the archive stays readable, the weight would be another."""
+    i = content.index(torch.arange(4.0).numpy().tobytes()) + 9
+    return content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"garbage\n", flip_a_bit])
 def test_a_damaged_checkpoint_is_named(run, damage):
     run.write_checkpoint(CHECKPOINT)
     path = run.folder / "checkpoint.pt"

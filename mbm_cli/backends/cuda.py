@@ -2,7 +2,7 @@
 
 import re
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from statistics import median
 from threading import Timer
@@ -25,7 +25,7 @@ _CEILING_RELOAD = 4096  # rounds, a power of two
 
 # conv2d.cu's struct Conv2d, field by field.
 _CONV2D = np.dtype(
-    [(name, np.uint64) for name in ("input", "weight", "bias", "output")]
+    [(name, np.uint64) for name in ("input", "weight", "bias", "output", "table")]
     + [("image_stride", np.int64)]
     + [(name, np.int32) for name in ("channel_stride", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channels", "out_channels", "groups")]
@@ -156,8 +156,6 @@ def kernels(key: str, device: int) -> dict[str, Any]:
             loaded = {name: module.get_function(name) for name in _KERNELS}
             for kernel in loaded.values():
                 kernel.compile()
-            if multiplier.table is not None:
-                _fill_table(cupy, module, _table(multiplier))
             return loaded
     except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
         lines = str(error).splitlines() or [""]
@@ -173,11 +171,21 @@ def kernels(key: str, device: int) -> dict[str, Any]:
         notice.cancel()
 
 
-def _fill_table(cupy: Any, module: Any, table: Table) -> None:
-    rows_of_b = np.concatenate([table.entries.T, np.zeros((1, 1 << table.bits), np.uint16)])
-    memory = module.get_global("ENTRY_TABLE")
-    cupy.ndarray(rows_of_b.shape, np.uint16, memory).set(rows_of_b)
-    cupy.cuda.get_current_stream().synchronize()  # other streams are going to read it
+@cache  # kernels in CUDA graphs keep its address
+def _table_on(key: str, device: int) -> Tensor | None:
+    """The table of the multiplier with this key, if any: uint16, a row for each fraction of b, then one of zeros."""
+    multiplier = Multiplier.of_key(key)
+    if multiplier.table is None:
+        return None
+    table = _table(multiplier)
+    # In C order, which concatenate would not give.
+    rows_of_b = np.ascontiguousarray(np.concatenate([table.entries.T, np.zeros((1, 1 << table.bits), np.uint16)]))
+    return torch.from_numpy(rows_of_b).to(torch.device("cuda", device))
+
+
+def _table_address(key: str, device: int) -> int:
+    table = _table_on(key, device)
+    return 0 if table is None else table.data_ptr()
 
 
 @lru_cache(maxsize=64)
@@ -209,7 +217,7 @@ def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
     if count > 0:
         # Enough blocks to fill the card; each thread takes every so many-th element.
         blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
-        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), count)
+        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), _table_address(multiplier, device), count)
         _run(multiplier, "multiply", device, blocks, arguments)
     return output
 
@@ -245,7 +253,8 @@ def conv2d(
     )
     conv = launch.conv.copy()
     bias_pointer = 0 if bias is None else bias.data_ptr()
-    conv.view(np.uint64)[:4] = input.data_ptr(), weight.data_ptr(), bias_pointer, output.data_ptr()
+    pointers = input.data_ptr(), weight.data_ptr(), bias_pointer, output.data_ptr(), _table_address(multiplier, device)
+    conv.view(np.uint64)[: len(pointers)] = pointers
     _run(multiplier, launch.kernel, device, launch.blocks, (conv,))
     return output
 
@@ -287,7 +296,7 @@ def plan(
     values = (*strides, channels, out_channels, groups)
     values += (shape[2:], kernel, out_shape[2:], stride, padding, dilation, (channel, row, column), pixels)
     conv = np.zeros(1, _CONV2D)
-    for field, value in zip(_CONV2D.names[4:], values, strict=True):
+    for field, value in zip(_CONV2D.names[5:], values, strict=True):
         conv[field] = value
     return Launch(name, blocks, conv)
 
@@ -326,7 +335,8 @@ def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> 
         blocks, rounds, sums_of_thread = 3 * _multiprocessors(index), 20_000, 64
         numbers = torch.rand(2 * _SLICE, _THREADS, device="cuda") + 0.5
         output = torch.empty(blocks, _THREADS, device="cuda")
-        arguments = (numbers.data_ptr(), output.data_ptr(), np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
+        pointers = numbers.data_ptr(), output.data_ptr(), _table_address(multiplier, index)
+        arguments = (*pointers, np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
         times = []
         for _ in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

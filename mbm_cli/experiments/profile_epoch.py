@@ -84,7 +84,9 @@ def _measure(
 
     report("an epoch as training runs it")
     trainer = training_run.build_trainer(config, device, data)
-    if not trainer.cuda_graph:  # whose capture begins with steps of its own
+    if trainer.cuda_graph:
+        trainer.epoch(order, rates, stopped=stopped)  # its first one is slower: graphs are uploaded
+    else:
         _some_steps(trainer, config, WARMUP_STEPS)
     real = trainer.epoch(order, rates, stopped=stopped)
     busy = _busy_seconds(trainer, order, rates) if on_gpu else None

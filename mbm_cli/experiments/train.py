@@ -1,11 +1,12 @@
 """One training run: from a config to a run folder with the trained network."""
 
 import gc
+import json
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from mbm_cli.data import Split, epoch_order, load_mnist
 from mbm_cli.device import choose_device
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
+from mbm_cli.experiments.memory import is_out_of_memory, out_of_memory
 from mbm_cli.models import MODELS, describe_layers
 from mbm_cli.ops import multiply
 from mbm_cli.render import Display
 from mbm_cli.runs import Run
-from mbm_cli.training import Trainer, learning_rates
+from mbm_cli.training import PartOfEpoch, Trainer, learning_rates
 
 
 def train(
@@ -53,9 +55,12 @@ def train(
     started = time.perf_counter()
     device = prepare(config, threads)
     data = data or load_data(config, device)
-    run = Run.create(output, config.name)
-    run.write("config.yaml", configs.dump(config))
-    run.write_json("environment.json", environment(device))
+    files = {
+        "config.yaml": configs.dump(config),
+        "environment.json": json.dumps(environment(device), indent=2) + "\n",
+        "summary.json": json.dumps(_summary("running", config, device, [], 0.0), indent=2) + "\n",
+    }
+    run = Run.create(output, config.name, files)
     return run, _train(run, config, device, data, display, stopped, started)
 
 
@@ -162,64 +167,103 @@ def _train(
     stopped: Callable[[], bool],
     started: float,
 ) -> dict[str, Any]:
-    if device.type == "cuda":
-        gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
-        torch.cuda.reset_peak_memory_stats(device)
-    trainer = build_trainer(config, device, data)
-    model, optimizer, steps = trainer.model, trainer.optimizer, trainer.steps
-    epochs = config.train.epochs
+    with run.hold():
+        if device.type == "cuda":
+            gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer = build_trainer(config, device, data)
+        checkpoint = run.checkpoint()
+        part = _restore(run, checkpoint, trainer, device) if checkpoint else None
+        metrics = checkpoint["metrics"] if checkpoint else []
+        record = _Record(run, config, device, trainer, metrics, started)
+        if checkpoint:
+            record.started -= checkpoint["total_seconds"]
+            run.write_metrics(metrics)  # whoever was killed may have written the checkpoint alone
+        record.summarize("running")
+        try:
+            images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
+            what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
+            display.start(what, describe_layers(trainer.model, data[0].images.shape[1:]), config.train.epochs)
+            _epochs(record, part, len(data[0]), display, stopped)
+            title = f"{config.name}: {config.model.name}, {config.model.multiplier}"
+            run.write("curves.png", plots.curves(metrics, title))
+            summary = record.summarize("completed")
+            display.finish(summary, run.folder)
+            return summary
+        except (Interrupted, KeyboardInterrupt):
+            record.summarize("interrupted")
+            raise Interrupted(f"interrupted in {record.epoch}; to go on: mbm train --resume {run.folder}") from None
+        except Exception as error:
+            if is_out_of_memory(error):
+                error = RunError(out_of_memory(config, device))
+            if not isinstance(error, RunError):
+                record.summarize("failed", reason=f"{type(error).__name__}: {error}")
+                raise
+            failure = RunError(f"{record.epoch}: {error} (run: {run.folder})")
+            record.summarize("failed", reason=str(failure))
+            raise failure from error
+        finally:
+            display.close()
 
-    checkpoint = run.checkpoint()
-    done = 0 if checkpoint is None else checkpoint["epoch"]
-    if checkpoint is not None:
-        _restore(checkpoint, model, optimizer, device)
-    metrics = checkpoint["metrics"] if checkpoint else []
-    before = checkpoint["total_seconds"] if checkpoint else 0.0
 
-    def summarize(status: str, **more: Any) -> dict[str, Any]:
-        seconds = before + time.perf_counter() - started
-        summary = {**_summary(status, config, device, metrics, seconds), **more}
-        run.write_json("summary.json", summary)
+def _epochs(
+    record: "_Record",
+    part: PartOfEpoch | None,
+    images: int,
+    display: Display,
+    stopped: Callable[[], bool],
+) -> None:
+    """Those that are left to be trained."""
+    config, trainer, metrics = record.config, record.trainer, record.metrics
+    steps, epochs = trainer.steps, config.train.epochs
+    for epoch in range(len(metrics) + 1, epochs + 1):
+        order = epoch_order(images, config.seed, epoch)
+        first = (epoch - 1) * steps
+        result = trainer.epoch(
+            order,
+            learning_rates(config.optimizer.lr, config.optimizer.schedule, first, steps, epochs * steps),
+            lambda p, epoch=epoch: display.progress(epoch, p),
+            stopped,
+            lambda part: record.keep(metrics, part),
+            config.train.checkpoint_every,
+            part,
+        )
+        part = None
+        row = {"epoch": epoch, **asdict(result)}
+        # First, and with the metrics in it: whatever fails from here on, nothing contradicts the checkpoint.
+        record.keep([*metrics, row])
+        metrics.append(row)
+        record.run.write_metrics(metrics)
+        record.summarize("running")
+        display.epoch(row)
+
+
+@dataclass
+class _Record:
+    """What is written of a run while it goes on."""
+
+    run: Run
+    config: Config
+    device: torch.device
+    trainer: Trainer
+    metrics: list[dict[str, Any]]  # of the epochs that have ended
+    started: float  # as if there had been no pause
+
+    @property
+    def epoch(self) -> str:
+        """The one at hand, in words."""
+        epochs = self.config.train.epochs
+        return f"epoch {min(len(self.metrics) + 1, epochs)} of {epochs}"
+
+    def summarize(self, status: str, **more: Any) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.started
+        summary = {**_summary(status, self.config, self.device, self.metrics, seconds), **more}
+        self.run.write_json("summary.json", summary)
         return summary
 
-    summarize("running")
-    images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
-    what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
-    epoch = done + 1
-    try:
-        display.start(what, describe_layers(model, data[0].images.shape[1:]), epochs)
-        for epoch in range(done + 1, epochs + 1):
-            order = epoch_order(len(data[0]), config.seed, epoch)
-            rates = learning_rates(
-                config.optimizer.lr, config.optimizer.schedule, (epoch - 1) * steps, steps, epochs * steps
-            )
-            result = trainer.epoch(order, rates, lambda p, epoch=epoch: display.progress(epoch, p), stopped)
-            row = {"epoch": epoch, **asdict(result)}
-            total_seconds = before + time.perf_counter() - started
-            # First, and with the metrics in it: whatever fails from here on, nothing contradicts the checkpoint.
-            run.write_checkpoint(_checkpoint([*metrics, row], total_seconds, model, optimizer, device))
-            metrics.append(row)
-            run.write_metrics(metrics)
-            summarize("running")
-            display.epoch(metrics[-1])
-        run.write("curves.png", plots.curves(metrics, f"{config.name}: {config.model.name}, {config.model.multiplier}"))
-        summary = summarize("completed")
-        display.finish(summary, run.folder)
-        return summary
-    except (Interrupted, KeyboardInterrupt):
-        summarize("interrupted")
-        raise Interrupted(
-            f"interrupted in epoch {epoch} of {epochs}; to go on: mbm train --resume {run.folder}"
-        ) from None
-    except RunError as error:
-        failure = RunError(f"epoch {epoch} of {epochs}: {error} (run: {run.folder})")
-        summarize("failed", reason=str(failure))
-        raise failure from error
-    except Exception as error:
-        summarize("failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        display.close()
+    def keep(self, metrics: list[dict[str, Any]], part: PartOfEpoch | None = None) -> None:
+        seconds = time.perf_counter() - self.started
+        self.run.write_checkpoint(_checkpoint(metrics, part, seconds, self.trainer, self.device))
 
 
 def _summary(
@@ -257,18 +301,19 @@ def _describe(device: torch.device) -> str:
 
 def _checkpoint(
     metrics: list[dict[str, Any]],
+    part: PartOfEpoch | None,
     total_seconds: float,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     device: torch.device,
 ) -> dict[str, Any]:
     """Plain tensors and numbers, as ``torch.load(weights_only=True)`` reads them."""
     return {
         "epoch": len(metrics),
         "metrics": metrics,
+        "part": None if part is None else {"step": part.step, "logits": part.logits, "seconds": part.seconds},
         "total_seconds": total_seconds,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
         "random": {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -276,13 +321,22 @@ def _checkpoint(
     }
 
 
-def _restore(
-    checkpoint: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"].to(device)
-    torch.set_rng_state(checkpoint["random"]["cpu"])
-    if checkpoint["random"]["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+def _restore(run: Run, checkpoint: dict[str, Any], trainer: Trainer, device: torch.device) -> PartOfEpoch | None:
+    """Put everything back as it was, and tell where within an epoch that is.
+
+    Raises:
+        RunError: it is not a checkpoint of this run.
+    """
+    try:
+        trainer.model.load_state_dict(checkpoint["model"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if checkpoint["random"]["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        return PartOfEpoch(**checkpoint["part"]) if checkpoint["part"] else None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise RunError(
+            f"{run.folder / 'checkpoint.pt'} is not a checkpoint of this run: delete it to start again"
+        ) from error
