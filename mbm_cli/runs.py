@@ -147,7 +147,7 @@ class Run:
             ) from error
 
     def write_json(self, name: str, value: object) -> None:
-        self.write(name, json.dumps(value, indent=2) + "\n")
+        self.write(name, as_json(value))
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
@@ -190,9 +190,9 @@ class Run:
         Raises:
             RequestError: another process does.
         """
-        with (self.folder / ".lock").open("w") as lock:
+        with self._opened() as folder:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RequestError(f"{self.folder} is being computed by another process: wait for it") from None
             except OSError:  # a file system without locks
@@ -201,13 +201,22 @@ class Run:
 
     def _is_held(self) -> bool:
         try:
-            with (self.folder / ".lock").open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with self._opened() as folder:
+                fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
             return False
         return False
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The folder itself is what is locked: no file of its own is needed."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def environment(self) -> dict[str, Any]:
         return self.read_json("environment.json")
@@ -275,6 +284,11 @@ class Run:
         if not isinstance(value, dict):
             raise RunError(f"{self.folder / name} is damaged (not a JSON object)")
         return value
+
+
+def as_json(value: object) -> str:
+    """The text of a JSON file of a run."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def list_runs(output: Path) -> list[Run]:

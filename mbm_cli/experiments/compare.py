@@ -20,7 +20,7 @@ from mbm_cli.experiments.member import member_name, members, train_member
 from mbm_cli.experiments.profile import convolution_seconds
 from mbm_cli.nn import convert
 from mbm_cli.render import CompareDisplay, Display
-from mbm_cli.runs import Run
+from mbm_cli.runs import Run, as_json
 from mbm_cli.training import evaluate
 
 EXACT = "exact"
@@ -58,11 +58,16 @@ def compare(
     for column in columns:
         device = training_run.prepare(_with(config, config.seed, column), threads)
     data = training_run.load_data(config, device)
-    run = Run.create(output, f"{config.name}-compare")
-    run.write("config.yaml", configs.dump(config))
-    run.write_json("environment.json", environment(device))
-    run.write_json("plan.json", {"multipliers": list(dict.fromkeys([EXACT, *columns])), "seeds": seeds})
-    return run, _compare(run, config, device, data, display, stopped)
+    plan = {"multipliers": list(dict.fromkeys([EXACT, *columns])), "seeds": seeds}
+    files = {
+        "config.yaml": configs.dump(config),
+        "environment.json": as_json(environment(device)),
+        "plan.json": as_json(plan),
+        "summary.json": as_json(_summary("running", plan, device, [])),
+    }
+    run = Run.create(output, f"{config.name}-compare", files)
+    with run.hold():
+        return run, _compare(run, config, device, data, display, stopped)
 
 
 def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -72,7 +77,8 @@ def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lamb
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
     device = training_run.prepare(config, run.environment()["threads"])
     data = training_run.load_data(config, device)
-    return _compare(run, config, device, data, display, stopped)
+    with run.hold():
+        return _compare(run, config, device, data, display, stopped)
 
 
 def _compare(

@@ -23,7 +23,7 @@ from mbm_cli.experiments.workers import Outcome, Task, work_here, work_in_proces
 from mbm_cli.lists import split_at_commas
 from mbm_cli.multipliers import FAMILIES, Multiplier
 from mbm_cli.render import SweepDisplay
-from mbm_cli.runs import Run
+from mbm_cli.runs import Run, as_json
 from mbm_cli.tables import shown
 
 MULTIPLIER = "model.multiplier"
@@ -94,11 +94,15 @@ def sweep(
     plan = {"vary": values, "seeds": seeds, "threads": threads, "jobs": jobs}
     combinations = _combinations(config, values)
     device = _prepare(config, combinations, threads)
-    run = Run.create(output, f"{config.name}-sweep")
-    run.write("config.yaml", configs.dump(config))
-    run.write_json("environment.json", environment(device))
-    run.write_json("plan.json", plan)
-    return run, _sweep(run, config, plan, combinations, device, jobs, display, stopped)
+    files = {
+        "config.yaml": configs.dump(config),
+        "environment.json": as_json(environment(device)),
+        "plan.json": as_json(plan),
+        "summary.json": as_json(_summary("running", combinations, device, [])),
+    }
+    run = Run.create(output, f"{config.name}-sweep", files)
+    with run.hold():
+        return run, _sweep(run, config, plan, combinations, device, jobs, display, stopped)
 
 
 def resume(
@@ -113,7 +117,8 @@ def resume(
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
     combinations = _combinations(config, plan["vary"])
     device = _prepare(config, combinations, plan["threads"])
-    return _sweep(run, config, plan, combinations, device, jobs or plan["jobs"], display, stopped)
+    with run.hold():
+        return _sweep(run, config, plan, combinations, device, jobs or plan["jobs"], display, stopped)
 
 
 def _label(values: Mapping[str, Any]) -> str:

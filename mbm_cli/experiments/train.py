@@ -1,7 +1,6 @@
 """One training run: from a config to a run folder with the trained network."""
 
 import gc
-import json
 import resource
 import sys
 import time
@@ -25,7 +24,7 @@ from mbm_cli.experiments.memory import is_out_of_memory, out_of_memory
 from mbm_cli.models import MODELS, describe_layers
 from mbm_cli.ops import multiply
 from mbm_cli.render import Display
-from mbm_cli.runs import Run
+from mbm_cli.runs import Run, as_json
 from mbm_cli.training import PartOfEpoch, Trainer, learning_rates
 
 
@@ -57,8 +56,8 @@ def train(
     data = data or load_data(config, device)
     files = {
         "config.yaml": configs.dump(config),
-        "environment.json": json.dumps(environment(device), indent=2) + "\n",
-        "summary.json": json.dumps(_summary("running", config, device, [], 0.0), indent=2) + "\n",
+        "environment.json": as_json(environment(device)),
+        "summary.json": as_json(_summary("running", config, device, [], 0.0)),
     }
     run = Run.create(output, config.name, files)
     return run, _train(run, config, device, data, display, stopped, started)
