@@ -49,6 +49,9 @@ BitsOption = Annotated[
 EpochsOption = Annotated[
     int | None, typer.Option(min=1, max=2**31 - 1, help="Epochs; the learning rate's schedule spans all of them.")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run the code, python: or c:, that the run's own config names.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set optimizer.lr=0.002")
 ]
@@ -71,6 +74,7 @@ def train(
     bits: BitsOption = None,
     epochs: EpochsOption = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: its name or folder.")] = None,
+    trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
     threads: ThreadsOption = None,
@@ -86,14 +90,14 @@ def train(
     """
     from mbm_cli import config as configs
     from mbm_cli.experiments import train as experiment
-    from mbm_cli.runs import Run
 
     if resume is not None:
         _refuse_with_resume(context, "epochs")
-        run = Run.find(resume, output)
+        run = _find_to_resume(resume, output, trust)
         with _stop_on_signal() as stopped:
             summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
     else:
+        _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits), epochs))
         with _stop_on_signal() as stopped:
             run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
@@ -112,6 +116,7 @@ def compare_exact_vs_mbm(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 3,
     epochs: EpochsOption = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a comparison.")] = None,
+    trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
     threads: ThreadsOption = None,
@@ -129,7 +134,6 @@ def compare_exact_vs_mbm(
     from mbm_cli import render
     from mbm_cli.experiments import compare as experiment
     from mbm_cli.lists import split_at_commas
-    from mbm_cli.runs import Run
 
     if json or quiet:
         display = render.CompareDisplay()
@@ -137,10 +141,11 @@ def compare_exact_vs_mbm(
         display = render.LiveCompareDisplay() if sys.stdout.isatty() else render.PlainCompareDisplay()
     if resume is not None:
         _refuse_with_resume(context, "nothing")
-        run = Run.find(resume, output)
+        run = _find_to_resume(resume, output, trust)
         with _stop_on_signal() as stopped:
             result = experiment.resume(run, display, stopped)
     else:
+        _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
         columns = split_at_commas(_with_bits(multiplier, bits)) if multiplier else None
         with _stop_on_signal() as stopped:
@@ -156,6 +161,7 @@ def eval_(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
     multiplier: Annotated[str, typer.Option(metavar="A,B,...", help="One or several, separated by commas.")],
     plot: Annotated[bool, typer.Option("--plot", help="Draw confusion matrices, too.")] = False,
+    trust: TrustOption = False,
     device: DeviceOption = None,
     threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads; default: the run's.")] = None,
     output: OutputOption = Path("runs"),
@@ -170,9 +176,8 @@ def eval_(
     from mbm_cli import tables
     from mbm_cli.experiments import evaluate as experiment
     from mbm_cli.lists import split_at_commas
-    from mbm_cli.runs import Run
 
-    found, names = Run.find(run, output), split_at_commas(multiplier)
+    found, names = _find_to_resume(run, output, trust), split_at_commas(multiplier)
     with tables.console(stderr=True).status("loading") as status:
         made, result, notes = experiment.evaluate(found, names, output, plot, device, threads, status.update)
     if json:
@@ -199,6 +204,7 @@ def sweep(
     ] = None,
     epochs: EpochsOption = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a sweep.")] = None,
+    trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
     threads: Annotated[
@@ -222,7 +228,6 @@ def sweep(
     from mbm_cli import config as configs
     from mbm_cli import render
     from mbm_cli.experiments import sweep as experiment
-    from mbm_cli.runs import Run
 
     if json or quiet:
         display = render.SweepDisplay()
@@ -230,10 +235,11 @@ def sweep(
         display = render.LiveSweepDisplay() if sys.stdout.isatty() else render.PlainSweepDisplay()
     if resume is not None:
         _refuse_with_resume(context, "jobs")
-        run = Run.find(resume, output)
+        run = _find_to_resume(resume, output, trust)
         with _stop_on_signal() as stopped:
             result = experiment.resume(run, jobs, display, stopped)
     else:
+        _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, multiplier, epochs))
         with _stop_on_signal() as stopped:
             run, result = experiment.sweep(loaded, vary or [], seeds, jobs or 1, output, display, stopped, threads)
@@ -422,8 +428,9 @@ def runs_show(
     if "reason" in summary:
         screen.print(f"{summary['status']}: {summary['reason']}\n", soft_wrap=True)
     if metrics:
-        epochs = configs.parse(found.config_text(), str(found.folder / "config.yaml")).train.epochs
-        screen.print(tables.epoch_table(metrics, epochs, screen.width))
+        # Its multiplier may be code of somebody else's, which showing it does not run.
+        shown = configs.parse(found.config_text(), str(found.folder / "config.yaml"), ["model.multiplier=exact"])
+        screen.print(tables.epoch_table(metrics, shown.train.epochs, screen.width))
     screen.print("\n" + found.config_text(), soft_wrap=True)
 
 
@@ -580,6 +587,7 @@ def _leave_at_once() -> None:
 def _summary_or_damage(run: Any) -> dict[str, Any]:
     """A run's summary; of a damaged run what there is to tell."""
     try:
+        run.check()
         return {"run": str(run.folder), **run.summary()}
     except MbmError as error:
         return {"run": str(run.folder), "status": "damaged", "reason": str(error)}
@@ -614,8 +622,27 @@ def _with_bits(multipliers: str | None, bits: int | None) -> str | None:
     return ",".join(f"{name}@{bits}" if name.startswith("python:") else name for name in names)
 
 
+def _refuse_trust(trust: bool) -> None:
+    if trust:
+        raise RequestError("--trust belongs to --resume RUN: what you name yourself is run without it")
+
+
+def _find_to_resume(name: str, output: Path, trust: bool) -> Any:
+    """The run of that name or folder; if it came with code of somebody else's, only with ``--trust``."""
+    from mbm_cli import config as configs
+    from mbm_cli.runs import Run
+
+    run = Run.find(name, output)
+    if not trust:
+        for path, text in run.texts():
+            code = configs.code_named_in(text)
+            if code is not None:
+                raise RequestError(f"{path} names code, {code}: look at it, then run it with --trust")
+    return run
+
+
 def _refuse_with_resume(context: typer.Context, changeable: str) -> None:
-    fitting = {"resume", changeable, "output", "json", "quiet", "debug"}
+    fitting = {"resume", "trust", changeable, "output", "json", "quiet", "debug"}
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     wrong = [f"--{name.rstrip('_')}" for name in given if name not in fitting]
     if wrong:

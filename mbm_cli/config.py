@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from mbm_cli.errors import RequestError
 from mbm_cli.layer_multipliers import DEFAULT, LayerMultipliers
-from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, USERS, Multiplier
+from mbm_cli.multipliers import CODE, FAMILIES, FRACTION_BITS, USERS, Multiplier
 
 _SIZE_LIMIT = 1 << 20  # bytes; a config is about one thousand
 _DEPTH_LIMIT = 10  # a config needs 3 levels; the YAML reader recurses once a level
@@ -288,6 +288,27 @@ def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--s
         loc = _by_importance(error)[0]["loc"]
         origin = flag if ".".join(map(str, loc)) in overridden else where
         raise RequestError(f"{origin}: {_explain_first(error, Config)}") from None
+
+
+def code_named_in(text: str) -> str | None:
+    """The first multiplier in the text of a config (or of a plan) that is code in a file; reads, and runs nothing.
+
+    Raises:
+        RequestError: the text cannot be read.
+    """
+
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, list):
+            for part in value:
+                yield from walk(part)
+        elif isinstance(value, str):
+            yield value
+            if value.lstrip().startswith("{"):  # multipliers by layer, as a text
+                yield from walk(_read_yaml(value, "a multiplier"))
+
+    return next((found for found in walk(_read_yaml(text, "it")) if found.startswith(CODE)), None)
 
 
 def dump(config: Config) -> str:

@@ -24,6 +24,7 @@ USERS = {  # multipliers from files, and how they are named
     "python": "python:FILE.py:function",
     "c": "c:FILE.h:function",
 }
+CODE = ("python:", "c:")  # with which names begin that run what is in the file
 
 _SIGN = -(1 << 31)  # as a signed 32-bit integer
 _INFINITY = 0x7F800000

@@ -218,6 +218,13 @@ class Run:
         finally:
             os.close(descriptor)
 
+    def texts(self) -> Iterator[tuple[Path, str]]:
+        """Everything that going on with the run would read as a config: its own, its plan's, and its members'."""
+        members = sorted(self.folder.glob("*/config.yaml"))
+        for path in (self.folder / "config.yaml", self.folder / "plan.json", *members):
+            if path.exists():
+                yield path, Run(path.parent)._read(path.name)
+
     def environment(self) -> dict[str, Any]:
         return self.read_json("environment.json")
 

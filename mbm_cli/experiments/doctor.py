@@ -17,8 +17,13 @@ from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, Multiplier, reference_p
 from mbm_cli.ops import conv2d, multiply
 
 RANDOM_PAIRS = 1 << 20
-# The published formats' truncations, t = 0, whose sums need rounding, and t = 17, which has a constant of its own.
-CHECKED = [f"{family}{form}" for family, form in product(FAMILIES, ("", "-t1", "-t8", "-t17", "-t16-r7", "-t22-r1"))]
+# t = 0, whose sums need rounding, a published format, and t = 17, where mbm has a constant of its own.
+CHECKED = [
+    str(Multiplier(name, truncate, result_bits))
+    for name, family in FAMILIES.items()
+    for truncate, result_bits in ((0, None), (8, None), (16, 7), (17, None))
+    if truncate in family.truncations
+]
 
 
 @dataclass(frozen=True)
