@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from mbm_cli import cli
-from mbm_cli.config import OptimizerConfig
+from mbm_cli.config import OptimizerConfig, load
 from mbm_cli.data import Split, epoch_order
+from mbm_cli.errors import Interrupted, RunError
+from mbm_cli.experiments import train as experiment
 from mbm_cli.experiments.train import build_optimizer
 from mbm_cli.models import MODELS
 from mbm_cli.ops import conv2d
+from mbm_cli.render import Display
+from mbm_cli.runs import list_runs
 from mbm_cli.training import Trainer, learning_rates
 
 pytestmark = [
@@ -104,3 +108,51 @@ def test_the_command_trains_on_the_gpu_and_goes_on_exactly(tmp_path, monkeypatch
     assert whole["device"] == "cuda"
     weights = [torch.load(f"{run['run']}/checkpoint.pt", weights_only=True)["model"] for run in (whole, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("cuda_graph", ["auto", "off"])
+@pytest.mark.parametrize("config", ["lenet-mbm", "cnn3-mbm"])
+def test_a_run_that_is_stopped_within_an_epoch_goes_on_exactly(tmp_path, config, cuda_graph):
+    limits = ["data.train_limit=1000", "data.test_limit=500", "train.epochs=2", f"train.cuda_graph={cuda_graph}"]
+    loaded = load(config, limits)
+    whole, _ = experiment.train(loaded, tmp_path, Display())
+    asked = []
+    with pytest.raises(Interrupted):
+        experiment.train(loaded, tmp_path / "stopped", Display(), lambda: asked.append(1) or len(asked) > 21)
+    (stopped,) = list_runs(tmp_path / "stopped")
+    assert stopped.checkpoint()["part"]["step"] == 5  # of the second epoch, which has 16
+    experiment.resume(stopped, None, Display())
+    states = [run.checkpoint()["model"] for run in (whole, stopped)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    accuracies = [[m["train_accuracy"] for m in run.metrics()] for run in (whole, stopped)]
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_the_layer_that_made_a_loss_infinite_is_named(cuda_graph):
+    torch.manual_seed(0)
+    network = MODELS["lenet"]("mbm").to(CUDA)
+    images = torch.randn(640, 1, 28, 28, device=CUDA)
+    images[300] = float("nan")
+    data = Split(images, torch.randint(0, 10, (640,), device=CUDA))
+    trainer = Trainer(network, build_optimizer(OptimizerConfig(), network, CUDA), data, data, 64, 128, cuda_graph)
+    with pytest.raises(RunError, match=r"step 5 of 10 is nan .*not finite is conv1"):
+        trainer.epoch(torch.arange(640), learning_rates(0.01, "none", 0, 10, 10))
+
+
+def test_memory_that_is_full_is_answered_with_a_batch_that_fits(tmp_path):
+    """Most of the card is taken, so that a batch of all images does not fit any more."""
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - (1 << 30), dtype=torch.uint8, device=CUDA)
+    config = load("cnn3-mbm", ["data.batch_size=60000", "train.epochs=1", "data.test_limit=100"])
+    with pytest.raises(RunError, match=r"too small for this batch, but these would fit: --set data.batch_size=\d+"):
+        experiment.train(config, tmp_path, Display())
+    del taken
+
+
+def test_memory_does_not_grow_from_run_to_run(tmp_path):
+    peaks = []
+    for seed in range(4):
+        config = load("lenet-mbm", ["data.train_limit=2000", "train.epochs=1", f"seed={seed}"])
+        peaks.append(experiment.train(config, tmp_path, Display())[1]["peak_memory_bytes"])
+    assert max(peaks[1:]) - peaks[1] < 16 << 20, peaks

@@ -1,6 +1,8 @@
 """The loop: what an epoch trains on, what it reports, and that it is no other than a plain PyTorch loop."""
 
+import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -264,6 +266,36 @@ def test_a_loss_that_is_not_a_number_is_found_at_the_next_report(monkeypatch):
     assert len(asked) < STEPS
 
 
+class Fuse(nn.Module):
+    """Passes numbers on as long as they are small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.where(x.abs().amax() > 1000, torch.inf, 0.0)
+
+
+def test_the_first_layer_that_is_not_finite_is_named():
+    """Of the step that went wrong: after it, every weight is NaN, and every layer would be to blame."""
+    torch.manual_seed(0)
+    layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(784, 10), "fuse": Fuse(), "fc2": nn.Linear(10, 10)}
+    trainer = make_trainer(nn.Sequential(OrderedDict(layers)))
+    trainer.train.images[2 * BATCH + 3] = 1e6
+    with pytest.raises(RunError, match=rf"step 3 of {STEPS} is (nan|inf) \(.* not finite is fuse\)"):
+        trainer.epoch(torch.arange(TRAIN), RATES)
+
+
+def test_losses_are_looked_at_ten_times_an_epoch():
+    model, steps = make_model(), 40
+    split = random_split(steps, 1)
+    split.images[0] = math.nan
+    optimizer = build_optimizer(OptimizerConfig(), model, CPU)
+    asked = []
+    with pytest.raises(RunError, match="step 1 of 40"):
+        Trainer(model, optimizer, split, split, 1, 10).epoch(
+            torch.arange(steps), learning_rates(0.01, "none", 0, steps, steps), stopped=lambda: asked.append(1)
+        )
+    assert len(asked) == 5  # steps 0 to 4: the check comes before the fifth
+
+
 def test_a_huge_loss_is_a_result_not_a_failure():
     """Each loss is finite, their float32 sum is not."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -291,3 +323,45 @@ def test_a_stop_is_heard_before_the_next_step(steps):
     plain_epoch(plain, optimizer, order()[: steps * BATCH], RATES[: max(steps, 1)])
     state = plain.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in stopped.state_dict().items())
+
+
+# Leaving an epoch and going on
+
+
+@pytest.mark.parametrize("network", ["lenet", "cnn3"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_epoch_goes_on_where_it_was_left_bit_for_bit(network, optimizer, steps):
+    """Dropout's random numbers, batch norm's statistics and the means over the whole epoch included."""
+    config = OptimizerConfig(name=optimizer, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    whole = make_trainer(make_model(network), config)
+    expected = whole.epoch(order(), RATES)
+
+    left, kept = make_trainer(make_model(network), config), []
+
+    def keep(part: training.PartOfEpoch) -> None:
+        states = copy.deepcopy((left.model.state_dict(), left.optimizer.state_dict()))
+        kept.append((part, *states, torch.get_rng_state()))
+
+    asked = []
+    with pytest.raises(Interrupted):
+        left.epoch(order(), RATES, stopped=lambda: asked.append(1) or len(asked) > steps, keep=keep)
+    (part, model, state, random) = kept[-1]
+    assert part.step == steps
+
+    gone_on = make_trainer(make_model(network), config)
+    gone_on.model.load_state_dict(model)
+    gone_on.optimizer.load_state_dict(state)
+    torch.set_rng_state(random)
+    epoch = gone_on.epoch(order(), RATES, part=part)
+    for field in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert getattr(epoch, field) == getattr(expected, field), field
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in gone_on.model.state_dict().items())
+
+
+def test_parts_are_kept_every_so_many_steps():
+    kept = []
+    make_trainer(make_model()).epoch(order(), RATES, keep=kept.append, keep_every=2)
+    assert [part.step for part in kept] == [2]
+    assert [len(part.logits) for part in kept] == [2 * BATCH]
