@@ -5,13 +5,21 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test lint clean
+.PHONY: train test test-wheel lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
 test: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest
+
+# What is shipped: builds the sdist and the wheel, installs the wheel beside this environment's PyTorch, trains with it.
+test-wheel: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	$(VENV)/bin/python -m pytest tests/wheel
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

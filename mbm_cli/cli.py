@@ -147,7 +147,8 @@ def compare_exact_vs_mbm(
     else:
         _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
-        columns = split_at_commas(_with_bits(multiplier, bits)) if multiplier else None
+        names = _with_bits(multiplier, bits)
+        columns = split_at_commas(names) if names else None
         with _stop_on_signal() as stopped:
             run, result = experiment.compare(
                 loaded, columns or [str(loaded.model.multiplier)], seeds, output, display, stopped, threads
@@ -297,7 +298,12 @@ def doctor(
     if threads is not None:
         torch.set_num_threads(threads)
     screen = tables.console()
-    result = experiment.doctor(seed or 0, lambda check: json or quiet or tables.print_check(screen, check))
+
+    def report(check: experiment.Check) -> None:
+        if not (json or quiet):
+            tables.print_check(screen, check)
+
+    result = experiment.doctor(seed or 0, report)
     if json:
         _print_json(result)
     if not result["passed"]:
@@ -540,7 +546,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Any) -> int:
     if isinstance(error, MbmError):
         message, code = str(error), error.exit_code
     elif type(error).__name__ == "NoArgsIsHelpError":
@@ -643,7 +649,8 @@ def _find_to_resume(name: str, output: Path, trust: bool) -> Any:
 
 def _refuse_with_resume(context: typer.Context, changeable: str) -> None:
     fitting = {"resume", "trust", changeable, "output", "json", "quiet", "debug"}
-    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     wrong = [f"--{name.rstrip('_')}" for name in given if name not in fitting]
     if wrong:
         raise RequestError(f"--resume uses the run's own config: drop {', '.join(wrong)} ({changeable} may change)")

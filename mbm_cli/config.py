@@ -68,7 +68,7 @@ class _Section(BaseModel):
 class _MultiplierFields(_Section):
     """A multiplier as a mapping; the short form is the other way to write it."""
 
-    family: Literal[tuple(FAMILIES)]
+    family: Literal[tuple(FAMILIES)]  # type: ignore[valid-type]  # a type checker knows no tables
     truncate: Annotated[
         int, Field(ge=0, lt=FRACTION_BITS, description=f"a whole number from 0 to {FRACTION_BITS - 1}")
     ] = 0
@@ -121,8 +121,12 @@ def _to_one_multiplier(value: object) -> Multiplier:
 def _from_multiplier(value: Multiplier | LayerMultipliers) -> str | dict[str, str]:
     """With whole paths, so that a run can be resumed from another folder."""
     if isinstance(value, LayerMultipliers):
-        return {layer: _from_multiplier(one) for layer, one in value.mapping().items()}
-    return value.source.located if value.source else str(value)
+        return {layer: _located(one) for layer, one in value.mapping().items()}
+    return _located(value)
+
+
+def _located(multiplier: Multiplier) -> str:
+    return multiplier.source.located if multiplier.source else str(multiplier)
 
 
 MultiplierField = Annotated[
@@ -434,12 +438,12 @@ def _override(document: dict[str, Any], override: str, flag: str) -> str:
     *sections, name = path.split(".")
     parent = ".".join(sections)
     field = _fields(Config).get(path)
-    if field is None and parent in _fields(Config) and not _is_section(_fields(Config)[parent]):
+    if field is None and parent in _fields(Config) and not _section(_fields(Config)[parent]):
         raise RequestError(f"{flag} {_show(path)}: {parent} has no parts, set it as a whole: {parent}=...")
     if field is None:
         raise RequestError(f"{flag}: {_unknown_field(Config, sections, name)}")
-    if _is_section(field):
-        example = f"{path}.{next(iter(field.annotation.model_fields))}=..."
+    if model := _section(field):
+        example = f"{path}.{next(iter(model.model_fields))}=..."
         raise RequestError(f"{flag} {path}: that is a section, set one of its fields: {example}")
     target = document
     for section in sections:
@@ -459,13 +463,15 @@ def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
     fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         fields[name] = field
-        if _is_section(field):
-            fields |= {f"{name}.{path}": inner for path, inner in _fields(field.annotation).items()}
+        if section := _section(field):
+            fields |= {f"{name}.{path}": inner for path, inner in _fields(section).items()}
     return fields
 
 
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _by_importance(error: ValidationError) -> list[Any]:
@@ -495,8 +501,8 @@ def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    if _is_section(field):
-        return f"a section with the fields {', '.join(field.annotation.model_fields)}"
+    if section := _section(field):
+        return f"a section with the fields {', '.join(section.model_fields)}"
     return field.description or " | ".join(get_args(field.annotation))
 
 
@@ -504,7 +510,7 @@ def _unknown_field(model: type[BaseModel], sections: Sequence[str], name: str) -
     """For a wrong name in a right section, and for one in a section that does not exist."""
     fields = _fields(model)
     parent = ".".join(sections)
-    known = fields[parent].annotation if parent in fields else model
+    known = (_section(fields[parent]) if parent in fields else None) or model
     # The field may be right but in another section (lr, train.lr), or the section misspelt (optimiser.lr).
     path = ".".join([*sections, name])
     own = _nearest(name, known.model_fields) if parent in fields else None

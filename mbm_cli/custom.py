@@ -134,7 +134,8 @@ def check_scaling(product: Product, bits: int, name: str) -> None:
     signs = 1 - 2 * torch.randint(0, 2, (2, PAIRS), generator=generator)
     scale = signs * torch.exp2(exponents.float())
     a, b = scale * (1 + fractions)
-    expected = scale[0] * scale[1] * call(product, *(1 + fractions), name)
+    x, y = 1 + fractions
+    expected = scale[0] * scale[1] * call(product, x, y, name)
     found = call(product, a, b, name)
     wrong = ~(found == expected)
     _refuse(wrong, a, b, found, name, "which is not the product of the significands with its sign and power of two")

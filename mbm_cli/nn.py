@@ -1,6 +1,7 @@
 """``MBMConv2d``, a drop-in for ``torch.nn.Conv2d``, and ``convert``, which puts it in a model's place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -23,12 +24,12 @@ class MBMConv2d(nn.Conv2d):
         RuntimeError: (when called) an input that is not float32, or does not fit.
     """
 
-    def __init__(self, *args, multiplier: Multiplier | str = "mbm", **kwargs) -> None:
+    def __init__(self, *args: Any, multiplier: Multiplier | str = "mbm", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.multiplier = _as_multiplier(multiplier)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
+        padding: str | int | Sequence[int] = self.padding
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -70,6 +71,7 @@ def convert(
         raise ValueError(f"no convolution is called {unmatched[0]}; those of the model are {', '.join(convolutions)}")
     for name, module in convolutions.items():
         module.__class__ = MBMConv2d  # it adds an attribute and a forward, nothing else
+        assert isinstance(module, MBMConv2d)
         module.multiplier = multiplier.of(name)
     return model
 

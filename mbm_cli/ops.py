@@ -1,6 +1,7 @@
 """The operators ``mbm::conv2d`` and ``mbm::multiply``: schema, shapes, gradients. How is up to the backends."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tens
         ValueError: not a multiplier.
     """
     _check_operands(a, b, "a", "b")
-    return torch.ops.mbm.multiply(a, b, _key(multiplier))
+    product: Tensor = torch.ops.mbm.multiply(a, b, _key(multiplier))
+    return product
 
 
 def conv2d(
@@ -83,9 +85,9 @@ def conv2d(
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     padding = _pair(padding, "padding")
-    if input.dim() == 3:
-        return torch.ops.mbm.conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, key).squeeze(0)
-    return torch.ops.mbm.conv2d(input, weight, bias, stride, padding, dilation, groups, key)
+    batch = input.unsqueeze(0) if input.dim() == 3 else input
+    output: Tensor = torch.ops.mbm.conv2d(batch, weight, bias, stride, padding, dilation, groups, key)
+    return output.squeeze(0) if input.dim() == 3 else output
 
 
 def _key(multiplier: Multiplier | str) -> str:
@@ -144,25 +146,25 @@ def _conv2d_shape(
     return input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
 
 
-def _save_multiply(ctx, inputs, output) -> None:
+def _save_multiply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, _ = inputs
     ctx.save_for_backward(a, b)
 
 
-def _multiply_backward(ctx, grad: Tensor):
+def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     grad_a = (grad * b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
     grad_b = (grad * a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
     return grad_a, grad_b, None
 
 
-def _save_conv2d(ctx, inputs, output) -> None:
+def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, *ctx.arguments, _ = inputs
     ctx.bias_shape = None if bias is None else list(bias.shape)
     ctx.save_for_backward(input, weight)
 
 
-def _conv2d_backward(ctx, grad: Tensor):
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.arguments
     # One call: cuDNN on the GPU and oneDNN on the CPU; what is not asked for is not computed.

@@ -88,7 +88,7 @@ class LiveDisplay(PlainDisplay):
         self.task = self.bar.add_task("", total=1.0, **self._blank(1))
         self.bar.start()
 
-    def _blank(self, epoch: int) -> dict[str, str]:
+    def _blank(self, epoch: int) -> dict[str, Any]:
         return {"epoch": f"{epoch}/{self.epochs}", "loss": "", "accuracy": "", "speed": ""}
 
     def progress(self, epoch: int, progress: StepProgress) -> None:

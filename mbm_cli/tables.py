@@ -150,7 +150,7 @@ def epoch_profile_tables(result: dict[str, Any]) -> Group:
 def comparison_table(result: dict[str, Any]) -> Table:
     """A column for each multiplier, means over seeds."""
 
-    def interval(values: dict[str, float | None] | None, scale: float, digits: int, sign: str = "") -> str:
+    def interval(values: dict[str, Any] | None, scale: float, digits: int, sign: str = "") -> str:
         if values is None:
             return "-"
         mean = f"{scale * values['mean']:{sign}.{digits}f}"

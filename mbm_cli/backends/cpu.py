@@ -49,7 +49,9 @@ def native(key: str) -> "_cpu.Multiplier":
 @cache  # the kernels keep its address
 def _rows_of_b(key: str) -> Tensor:
     """A table's products of significands, with a row for each fraction of b; of 7 bits at least."""
-    return torch.from_numpy(Multiplier.of_key(key).table.repeated(7).significands).t().contiguous()
+    table = Multiplier.of_key(key).table
+    assert table is not None
+    return torch.from_numpy(table.repeated(7).significands).t().contiguous()
 
 
 @cache  # a library stays loaded

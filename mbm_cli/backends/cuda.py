@@ -109,6 +109,7 @@ def options(multiplier: Multiplier) -> tuple[str, ...]:
 
 def _table(multiplier: Multiplier) -> Table:
     """Of at least two bits, so that a row is whole words."""
+    assert multiplier.table is not None
     return multiplier.table.repeated(2)
 
 
@@ -293,10 +294,10 @@ def plan(
 
     steps, column = divmod(_SLICE, kernel[1])
     channel, row = divmod(steps, kernel[0])
-    values = (*strides, channels, out_channels, groups)
-    values += (shape[2:], kernel, out_shape[2:], stride, padding, dilation, (channel, row, column), pixels)
+    values: list[object] = [*strides, channels, out_channels, groups]
+    values += [shape[2:], kernel, out_shape[2:], stride, padding, dilation, (channel, row, column), pixels]
     conv = np.zeros(1, _CONV2D)
-    for field, value in zip(_CONV2D.names[5:], values, strict=True):
+    for field, value in zip(list(_CONV2D.fields or ())[5:], values, strict=True):
         conv[field] = value
     return Launch(name, blocks, conv)
 

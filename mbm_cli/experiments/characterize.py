@@ -138,9 +138,10 @@ def _measure(
     stopped: Callable[[], bool],
 ) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """The figures of the relative error in percent; both operands' fractions and the errors of the first pairs."""
-    exhaustive = isinstance(multiplier, IntegerMultiplier) and multiplier.bits <= EXHAUSTIVE_BITS
-    pairs = 1 << (2 * multiplier.bits) if exhaustive else samples
-    chunks = _all_pairs(multiplier.bits) if exhaustive else _random_pairs(multiplier, samples, seed)
+    if isinstance(multiplier, IntegerMultiplier) and multiplier.bits <= EXHAUSTIVE_BITS:
+        exhaustive, pairs, chunks = True, 1 << (2 * multiplier.bits), _all_pairs(multiplier.bits)
+    else:
+        exhaustive, pairs, chunks = False, samples, _random_pairs(multiplier, samples, seed)
     done, bias, mean, square, peak = 0, 0.0, 0.0, 0.0, -1.0
     worst, pictured = [], []
     for a, b in chunks:
@@ -171,7 +172,8 @@ def _measure(
         "pairs": pairs,
         "exhaustive": exhaustive,
     }
-    return figures, tuple(torch.cat(parts).numpy() for parts in zip(*pictured, strict=True))
+    x, y, errors_of_them = (torch.cat(parts).numpy() for parts in zip(*pictured, strict=True))
+    return figures, (x, y, errors_of_them)
 
 
 def _all_pairs(bits: int) -> Iterator[tuple[Tensor, Tensor]]:

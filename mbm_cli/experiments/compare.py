@@ -14,7 +14,7 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split
 from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, MbmError, RequestError
+from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.member import member_name, members, train_member
 from mbm_cli.experiments.profile import convolution_seconds
@@ -210,7 +210,10 @@ def _exchange(
     for trained, evaluated in ((EXACT, multiplier), (multiplier, EXACT)):
         run = Run(Path(finished[seed, trained]["folder"]))
         model = training_run.build_model(_with(config, seed, trained), device)
-        model.load_state_dict(run.checkpoint()["model"])
+        checkpoint = run.checkpoint()
+        if checkpoint is None:
+            raise RunError(f"{run.folder} has no checkpoint.pt any more: it cannot be evaluated with {evaluated}")
+        model.load_state_dict(checkpoint["model"])
         accuracies.append(evaluate(convert(model, configs.multiplier(evaluated)), test, config.data.eval_batch_size)[1])
     return accuracies[0], accuracies[1]
 

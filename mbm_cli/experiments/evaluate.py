@@ -67,7 +67,8 @@ def evaluate(
     model = _restored(run, config, checkpoint, where)
     trained = str(config.model.multiplier)
     others = {str(multiplier): multiplier for multiplier in wanted if str(multiplier) != trained}
-    rows, confusions = [], {}
+    rows: list[dict[str, Any]] = []
+    confusions = {}
     for name in (trained, *others):
         report(f"evaluating with {name}")
         if name in others:

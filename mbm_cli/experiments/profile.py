@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
 from mbm_cli.backends import cpu, cuda
@@ -18,6 +20,7 @@ from mbm_cli.experiments.train import build_model, prepare
 from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers import Multiplier
+from mbm_cli.nn import MBMConv2d
 from mbm_cli.ops import conv2d
 from mbm_cli.runs import Run
 from mbm_cli.timing import median_eager_seconds, median_seconds
@@ -118,9 +121,7 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
     for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
         with torch.no_grad():
-            total += median_seconds(
-                lambda x=x, w=weight, p=shape.padding, m=multiplier: conv2d(x, w, padding=p, multiplier=m), device
-            )
+            total += median_seconds(partial(conv2d, x, weight, padding=shape.padding, multiplier=multiplier), device)
     return total
 
 
@@ -147,9 +148,9 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
     layers = []
     for layer in describe_layers(model, (1, 28, 28)):
         module = model.get_submodule(layer.name)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, MBMConv2d):
             channels, size, _ = layer.input_shape
-            (kernel, _), (padding, _) = module.kernel_size, module.padding
+            kernel, padding = module.kernel_size[0], int(module.padding[0])
             name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
             shape = ConvShape(name, batch, channels, module.out_channels, kernel, padding, size)
             layers.append((shape, module.multiplier))
@@ -190,8 +191,8 @@ def backward_paths(
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments)
 
     def with_torch_nn_grad() -> object:
-        grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=padding)
-        return grad_x, torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=padding)
+        grad_x = conv2d_input(x.shape, weight, grad, padding=padding)
+        return grad_x, conv2d_weight(x, weight.shape, grad, padding=padding)
 
     return (
         ("torch_nn_grad", with_torch_nn_grad),

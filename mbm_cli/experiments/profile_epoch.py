@@ -286,10 +286,11 @@ def _compare_backward(model: nn.Module, train: Split, batch: int, device: torch.
     layers = [layer for layer in describe_layers(model, train.images.shape[1:]) if layer.kind == "Conv2d"]
     layer = layers[1]
     module = model.get_submodule(layer.name)
+    assert isinstance(module, nn.Conv2d)
     x = torch.randn(batch, *layer.input_shape, device=device)
     grad = torch.randn(batch, *layer.output_shape, device=device)
     with torch.no_grad():
-        paths = backward_paths(x, module.weight.detach(), grad, module.padding[0])
+        paths = backward_paths(x, module.weight.detach(), grad, int(module.padding[0]))
         return {name: median_eager_seconds(call, device) for name, call in paths}
 
 

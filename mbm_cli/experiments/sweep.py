@@ -284,7 +284,7 @@ def _result(
     common = {"model": config.model.name, "device": device.type, "epochs": config.train.epochs}
     varied = {"model.name": "model", "device": "device", "train.epochs": "epochs"}
     for field in plan["vary"]:
-        common.pop(varied.get(field), None)
+        common.pop(varied.get(field, field), None)
     summaries = [_over_seeds(c, [row for row in rows if row["combination"] == c.number]) for c in combinations]
     return {"config": config.name, **common, **plan, "combinations": summaries, "runs": list(rows)}
 

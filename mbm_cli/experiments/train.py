@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import nn
 from mbm_cli import config as configs
 from mbm_cli import plots
 from mbm_cli.config import Config, OptimizerConfig
-from mbm_cli.custom import check_magnitude
+from mbm_cli.custom import Product, check_magnitude
 from mbm_cli.data import Split, epoch_order, load_mnist
 from mbm_cli.device import choose_device
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments.memory import is_out_of_memory, out_of_memory
 from mbm_cli.models import MODELS, describe_layers
+from mbm_cli.multipliers import Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.render import Display
 from mbm_cli.runs import Run, as_json
@@ -113,11 +115,13 @@ def _check_multipliers(config: Config, device: torch.device) -> None:
         MODELS[config.model.name](config.model.multiplier)  # whether it has the layers that are named
         for multiplier in config.model.multiplier.distinct():
             if multiplier.code is not None:
-                check_magnitude(
-                    lambda a, b, m=multiplier: multiply(a.to(device), b.to(device), m).cpu(), str(multiplier)
-                )
+                check_magnitude(_product_on(device, multiplier), str(multiplier))
     except ValueError as error:
         raise RequestError(f"model.multiplier: {error}") from None
+
+
+def _product_on(device: torch.device, multiplier: Multiplier) -> Product:
+    return lambda a, b: multiply(a.to(device), b.to(device), multiplier).cpu()
 
 
 def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
@@ -221,7 +225,7 @@ def _epochs(
         result = trainer.epoch(
             order,
             learning_rates(config.optimizer.lr, config.optimizer.schedule, first, steps, epochs * steps),
-            lambda p, epoch=epoch: display.progress(epoch, p),
+            partial(display.progress, epoch),
             stopped,
             lambda part: record.keep(metrics, part),
             config.train.checkpoint_every,

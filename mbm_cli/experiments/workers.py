@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import connection as connections
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -69,7 +69,7 @@ def work_here(tasks: Sequence[Task], progress: TellProgress, done: TellOutcome, 
     """
     load = _loader()
     for task in tasks:
-        done(task, _train(task, load, lambda fraction, task=task: progress(task, fraction), stopped))
+        done(task, _train(task, load, partial(progress, task), stopped))
 
 
 def work_in_processes(
@@ -102,6 +102,7 @@ def work_in_processes(
 
     def hear(worker: _Worker) -> None:
         task = worker.task
+        assert task is not None  # nobody listens to the others
         match worker.listen():
             case float(fraction):
                 progress(task, fraction)
@@ -122,8 +123,9 @@ def work_in_processes(
             workers.append(_Worker(k))
             give_next(workers[k])
         while busy := {worker.connection: worker for worker in workers if worker.task}:
-            for ready in connections.wait(list(busy), timeout=LISTEN_INTERVAL):
-                hear(busy[ready])
+            ready = connections.wait(list(busy), timeout=LISTEN_INTERVAL)
+            for worker in [worker for connection, worker in busy.items() if connection in ready]:
+                hear(worker)
             if not stopping and (deaths or stopped()):
                 stopping = True
                 for worker in workers:
@@ -175,6 +177,7 @@ class _Worker:
     def how_it_ended(self) -> str:
         self.process.join()
         code = self.process.exitcode
+        assert code is not None  # it was waited for
         if code >= 0:
             return f"ended with exit code {code}"
         killed = " (is there enough memory?)" if code == -signal.SIGKILL else ""

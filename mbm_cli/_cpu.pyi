@@ -1,0 +1,28 @@
+"""The CPU kernels, compiled from kernels/conv2d.cpp; pointers are addresses of float32 memory."""
+
+from collections.abc import Sequence
+
+class Multiplier:
+    def __init__(self, family: str, bits: int, result_bits: int, table: int = 0, kernels: int = 0) -> None: ...
+
+def conv2d(
+    input: int,
+    weight: int,
+    bias: int,
+    output: int,
+    input_shape: Sequence[int],
+    input_stride: Sequence[int],
+    weight_shape: Sequence[int],
+    out_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    native: Multiplier,
+    threads: int,
+    /,
+) -> None: ...
+def multiply(a: int, b: int, out: int, count: int, native: Multiplier, threads: int, /) -> None: ...
+def ceiling(native: Multiplier, rounds: int, threads: int, /) -> int: ...
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str, /) -> None: ...
