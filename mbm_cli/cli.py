@@ -98,7 +98,7 @@ def train(
             summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
     else:
         _refuse_trust(trust)
-        loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits), epochs))
+        loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits), epochs))
         with _stop_on_signal() as stopped:
             run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
     if json:
@@ -147,8 +147,7 @@ def compare_exact_vs_mbm(
     else:
         _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
-        names = _with_bits(multiplier, bits)
-        columns = split_at_commas(names) if names else None
+        columns = _with_bits(split_at_commas(multiplier) if multiplier else [], bits)
         with _stop_on_signal() as stopped:
             run, result = experiment.compare(
                 loaded, columns or [str(loaded.model.multiplier)], seeds, output, display, stopped, threads
@@ -161,6 +160,7 @@ def compare_exact_vs_mbm(
 def eval_(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
     multiplier: Annotated[str, typer.Option(metavar="A,B,...", help="One or several, separated by commas.")],
+    bits: BitsOption = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw confusion matrices, too.")] = False,
     trust: TrustOption = False,
     device: DeviceOption = None,
@@ -178,7 +178,7 @@ def eval_(
     from mbm_cli.experiments import evaluate as experiment
     from mbm_cli.lists import split_at_commas
 
-    found, names = _find_to_resume(run, output, trust), split_at_commas(multiplier)
+    found, names = _find_to_resume(run, output, trust), _with_bits(split_at_commas(multiplier), bits)
     with tables.console(stderr=True).status("loading") as status:
         made, result, notes = experiment.evaluate(found, names, output, plot, device, threads, status.update)
     if json:
@@ -270,7 +270,7 @@ def profile_conv(
     from mbm_cli import tables
     from mbm_cli.experiments import profile as experiment
 
-    loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits)))
+    loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits)))
     with tables.console(stderr=True).status("timing") as status:
         run, result = experiment.profile_conv(loaded, output, threads, status.update)
     if json:
@@ -332,7 +332,7 @@ def profile_epoch(
     from mbm_cli import tables
     from mbm_cli.experiments import profile_epoch as experiment
 
-    loaded = configs.load(config, _overrides(set_, device, seed, _with_bits(multiplier, bits)))
+    loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits)))
     with tables.console(stderr=True).status("loading") as status, _stop_on_signal() as stopped:
         run, result = experiment.profile_epoch(loaded, output, threads, status.update, stopped)
     if json:
@@ -352,6 +352,7 @@ def characterize(
             "integers mbm-int8, mitchell-int16, mbm-int16-t3.",
         ),
     ],
+    bits: BitsOption = None,
     samples: Annotated[int, typer.Option(min=1, max=2**48, help="Random pairs, where not all can be tried.")] = 2**24,
     sweep_truncate: Annotated[
         bool, typer.Option("--sweep-truncate", help="Also the errors of each family named against truncated bits.")
@@ -375,7 +376,15 @@ def characterize(
     progress.quiet = quiet
     with progress.status("starting") as status, _stop_on_signal() as stopped:
         run, result = experiment.characterize(
-            names, output, samples, seed, device, threads, sweep_truncate, status.update, stopped
+            _with_bits(names, bits),
+            output,
+            samples,
+            seed,
+            device,
+            threads,
+            sweep_truncate,
+            status.update,
+            stopped,
         )
     if json:
         _print_json({**result, "run": str(run.folder)})
@@ -616,16 +625,17 @@ def _overrides(
     return [*(set_ or []), *(f"{field}={value}" for field, value in flags.items() if value is not None)]
 
 
-def _with_bits(multipliers: str | None, bits: int | None) -> str | None:
-    """Tell a function in Python, or several among multipliers, for how many bits it is tabulated."""
+def _with_bits(names: list[str], bits: int | None) -> list[str]:
+    """Tell functions in Python, among multipliers, for how many bits they are tabulated."""
     if bits is None:
-        return multipliers
-    from mbm_cli.lists import split_at_commas
-
-    names = split_at_commas(multipliers or "")
+        return names
     if not any(name.startswith("python:") for name in names):
-        raise RequestError("--bits belongs to a function in Python: --multiplier python:FILE.py:function")
-    return ",".join(f"{name}@{bits}" if name.startswith("python:") else name for name in names)
+        raise RequestError("--bits belongs to a function in Python, python:FILE.py:function")
+    return [f"{name}@{bits}" if name.startswith("python:") else name for name in names]
+
+
+def _one_with_bits(multiplier: str | None, bits: int | None) -> str | None:
+    return _with_bits([multiplier or ""], bits)[0] or None
 
 
 def _refuse_trust(trust: bool) -> None:
