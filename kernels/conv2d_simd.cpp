@@ -83,20 +83,15 @@ struct Lanes {
   typedef float F __attribute__((vector_size(LANES * sizeof(float))));
   typedef int I __attribute__((vector_size(LANES * sizeof(int))));
 
-  // A user's function, which may count on the usual rounding mode.
+  // A user's function.
   MBM_FN I call(I a, I b) {
     int x[LANES], y[LANES];
-    {
-      Rounding nearest(TO_NEAREST);
-      MBM_OPAQUE(a);  // not before
-      std::memcpy(x, &a, sizeof a);
-      std::memcpy(y, &b, sizeof b);
+    std::memcpy(x, &a, sizeof a);
+    std::memcpy(y, &b, sizeof b);
 #if defined(MBM_FUNCTION)
-      for (int i = 0; i < LANES; i++) x[i] = int(MBM_FUNCTION((unsigned)x[i], (unsigned)y[i]));
+    for (int i = 0; i < LANES; i++) x[i] = int(MBM_FUNCTION((unsigned)x[i], (unsigned)y[i]));
 #endif
-      std::memcpy(&a, x, sizeof a);
-      MBM_OPAQUE(a);  // not after
-    }
+    std::memcpy(&a, x, sizeof a);
     return a;
   }
   // From a row of 128.
@@ -139,9 +134,8 @@ template <class V, class T> MBM_FN V load(const T* p) {
 }
 template <class V, class T> MBM_FN void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// The correction at t = 0 and drum's products are rounded to 24 bits, toward zero. Sums are then rounded the same way, and
-// likewise with all multipliers but IEEE's, so that equal products have equal sums, from whatever form they come.
-RoundingMode rounding_of_products(const Multiplier& m) { return m.form == IEEE ? TO_NEAREST : TOWARD_ZERO; }
+// Products of drum with many bits are truncated to a float's; sums are then rounded the same way.
+RoundingMode rounding_of_products(const Multiplier& m) { return is_rounded(m) ? TOWARD_ZERO : TO_NEAREST; }
 
 // std::vector would leave code for this instruction set in templates that others share.
 template <class T> struct Buffer {
@@ -316,6 +310,13 @@ bool share_columns(const Conv2d& c) {
   return 5 * row * (products + 4) <= 6 * c.out_size[1] * (products + 4 * c.kernel[1]);
 }
 
+// Shared rows cost nothing but gathering and decoding them; where the kernel's rows are far apart, most of them are not
+// needed.
+bool share_rows(const Conv2d& c) {
+  Axis shared(c, 0, true);
+  return shared.phases * shared.extent(c.out_size[0]) <= c.kernel[0] * c.out_size[0];
+}
+
 struct Plan {
   Conv2d c;
   Axis high, wide;
@@ -330,7 +331,7 @@ struct Plan {
   TileSet tile_set;
 
   explicit Plan(const Conv2d& conv)
-      : c(conv), high(c, 0, true), wide(c, 1, share_columns(c)),
+      : c(conv), high(c, 0, share_rows(c)), wide(c, 1, share_columns(c)),
         steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), columns(wide.extent(c.out_size[1])),
         plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
         block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),

@@ -66,6 +66,9 @@ struct Multiplier {
 
 constexpr bool is_lookup(const Multiplier& m) { return m.form == LOOKUP || m.form == LOOKUP_WIDE; }
 
+// Whether drum's product of two operands has more bits than a float.
+constexpr bool is_rounded(const Multiplier& m) { return m.form == TRUNCATED && m.operand_set < 1 << 12; }
+
 constexpr int keep_from(int bit) { return FRACTION & ~((1 << bit) - 1); }
 
 // `bits`: those that the operands lose; of a table, those that they have.
@@ -115,7 +118,6 @@ MBM_FN float multiply_toward_zero(float a, float b) {
   asm("mul.rz.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
   return p;
 }
-template <class L> MBM_FN float add_where(float w, bool where, float c) { return where ? __fadd_rz(w, c) : w; }
 // The bits of the product of two significands from the table.
 template <class L> MBM_FN int look_up(int index, const Multiplier& m) {
   return ONE + (int(m.table[index]) << (FRACTION_BITS - m.table_bits));
@@ -131,14 +133,13 @@ template <class L> MBM_FN int call(int a, int b) {
 template <class L> MBM_FN typename L::I bits(typename L::F x) { return __builtin_bit_cast(typename L::I, x); }
 template <class L> MBM_FN typename L::F from_bits(typename L::I x) { return __builtin_bit_cast(typename L::F, x); }
 template <class F> MBM_FN F multiply_to_nearest(F a, F b) { return a * b; }
-// The caller has set the rounding mode, as for add_where.
+// The caller has set the rounding mode: setting it here would cost more than the product.
 template <class F> MBM_FN F multiply_toward_zero(F a, F b) { return a * b; }
 template <class L> MBM_FN typename L::I look_up(typename L::I index, const Multiplier& m) {
   return bits<L>(L::gather(m.table, index));
 }
 template <class L> MBM_FN typename L::I call(typename L::I a, typename L::I b) { return L::call(a, b); }
-// w + c rounded toward zero where the condition holds. The caller has set the rounding mode: setting it here would cost
-// more than the addition.
+// w + c where the condition holds.
 template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I where, float c) {
 #if defined(__AVX512F__)
   return where ? w + c : w;  // one masked addition
@@ -221,10 +222,12 @@ template <class L> MBM_FN typename L::F decode_truncated(typename L::F a, const 
   return from_bits<L>((i & INFINITE) == 0 ? i & SIGN : kept);
 }
 
+#if !defined(__CUDACC__)
 // The significand of the product, in [1, 4), from one operand's fraction and the other's plus ONE: an integer addition,
 // after which the sum of the fractions stands in a float's fraction and its carry in the exponent, which is Mitchell's
-// product; then the correction as a float addition toward zero, which renormalises where the definition shifts right
-// and truncates. With a carry the same constant counts half, as c does. A threshold on the sum's bits tells where the
+// product; then the correction as a float addition, which renormalises where the definition shifts right and truncates.
+// That drops a bit for t = 0 only, a half of the last place, so that a constant smaller by 2^-25 rounds it down, to the
+// nearest, and changes no other sum. With a carry the same constant counts half, as c does. A threshold on the sum's bits tells where the
 // correction is skipped. With both powers of two, product = (A * B) * significand: exact, as long as no power of two
 // leaves the normal range.
 template <class L, Form FORM, bool MASKED>
@@ -236,7 +239,7 @@ MBM_FN typename L::F significand(typename L::I x, typename L::I one_plus_y, cons
     constexpr float UNIT = 1.0f / CARRY;
     // With c1 = 0 (t >= 19) nothing is added from the carry on.
     int threshold = m.correction_carry == 0 ? TWO : ONE + 2 * CARRY - m.correction_carry;
-    float c = UNIT * m.correction;
+    float c = UNIT * m.correction - (m.operand_set == 0 ? 0x1p-25f : 0.0f);
     if constexpr (FORM == TWO_LEVELS) {
       float twice_c1 = UNIT * 2 * m.correction_carry;
       w = add_where<L>(w, sum < threshold, twice_c1);
@@ -248,5 +251,6 @@ MBM_FN typename L::F significand(typename L::I x, typename L::I one_plus_y, cons
   if constexpr (MASKED) w = from_bits<L>(bits<L>(w) & (m.result_keep | ~FRACTION));
   return w;
 }
+#endif
 
 }  // namespace mbm

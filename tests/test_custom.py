@@ -53,7 +53,7 @@ def test_padding_contributes_nothing_whatever_a_function_makes_of_it(tmp_path):
 
 
 def test_a_function_may_count_on_the_usual_rounding(tmp_path):
-    """Convolutions sum toward zero, but a function in C that multiplies floats gets IEEE products."""
+    """A function in C that multiplies floats gets IEEE products."""
     (tmp_path / "f.h").write_text(
         "#include <stdint.h>\nstatic uint32_t f(uint32_t a, uint32_t b) {\n"
         "  union { uint32_t u; float f; } x = {a}, y = {b}, p;\n  p.f = x.f * y.f;\n  return p.u;\n}\n"
