@@ -1,5 +1,7 @@
 """The command line: commands and flags, nothing else."""
 
+import errno
+import io
 import json as json_module
 import os
 import signal
@@ -16,6 +18,7 @@ from mbm_cli.errors import MbmError, RequestError
 
 # An interrupt, a polite kill, a terminal that was closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="mbm",
@@ -546,13 +549,25 @@ def main() -> None:
     arguments = sys.argv[1:]
     # While libraries are being imported, an exception would end up in their hands.
     signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once())
+    _make_writable("stdout")
+    _make_writable("stderr")
     try:
         code = app(arguments, prog_name="mbm", standalone_mode=False)
+        sys.stdout.flush()
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
         code = _report(error)
     sys.exit(code)
+
+
+def _make_writable(name: str) -> None:
+    """Whatever a stream's encoding, and even if it was closed, writing to it does not fail for that."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+    elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _report(error: Any) -> int:
@@ -568,6 +583,9 @@ def _report(error: Any) -> int:
     elif isinstance(error, BrokenPipeError):
         sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
         return 1
+    elif isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None:
+        sys.stdout = None  # what is left in its buffer would fail again
+        message, code = f"standard output cannot be written ({error.strerror}): free space", 1
     else:
         message, code = f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where it happened.", 1
     print(f"mbm: {message}", file=sys.stderr)

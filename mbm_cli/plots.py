@@ -41,7 +41,7 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(_plain(title), fontsize="medium")
     return _png(figure)
 
 
@@ -53,11 +53,12 @@ def comparison(result: dict[str, Any]) -> bytes:
         runs = [run["metrics"] for run in result["runs"] if run["multiplier"] == multiplier]
         epochs = [m["epoch"] for m in runs[0]]
         color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        label = _plain(multiplier)
         for axes, field, scale in ((accuracy, "test_accuracy", 100), (loss, "train_loss", 1)):
             values = np.array([[scale * m[field] for m in metrics] for metrics in runs])
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
             axes.plot(
-                epochs, values.mean(axis=0), color=color, linestyle=line, marker=marker, markersize=4, label=multiplier
+                epochs, values.mean(axis=0), color=color, linestyle=line, marker=marker, markersize=4, label=label
             )
     accuracy.set_ylabel("test accuracy (%)")
     loss.set_ylabel("training loss")
@@ -84,7 +85,7 @@ def epoch_profile(result: dict[str, Any]) -> bytes:
         layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
     layers.set_yticks(positions, labels)
     layers.set_xlabel("seconds")
-    layers.set_title(f"convolutions, {result['multiplier']}", fontsize="medium")
+    layers.set_title(_plain(f"convolutions, {result['multiplier']}"), fontsize="medium")
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return _png(figure)
 
@@ -105,7 +106,7 @@ def confusions(counts: dict[str, np.ndarray]) -> bytes:
         axes.set_yticks(classes)
         axes.tick_params(length=0, labelsize=7)
         axes.set_ylabel("digit", fontsize=7)
-        axes.set_title(f"{_clip(multiplier, 32)}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
+        axes.set_title(f"{_plain(_clip(multiplier, 32))}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
     axes.set_xlabel("answer of the network", fontsize=7)
     return _png(figure)
 
@@ -140,10 +141,11 @@ def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], t
         low, mean, high = ([float(f(values)) for values in seeds] for f in (np.min, np.mean, np.max))
         if line.family == "exact" and truncated == [0]:
             axes.axhspan(low[0], high[0], color=color, alpha=0.15, linewidth=0)
-            axes.axhline(mean[0], color=color, linestyle=style, linewidth=1, label=line.label)
+            axes.axhline(mean[0], color=color, linestyle=style, linewidth=1, label=_plain(line.label))
             continue
         axes.fill_between(truncated, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(truncated, mean, color=color, linestyle=style, marker=marker, markersize=4, label=line.label)
+        label = _plain(line.label)
+        axes.plot(truncated, mean, color=color, linestyle=style, marker=marker, markersize=4, label=label)
         if len(truncated) == 1:
             axes.vlines(truncated, low, high, color=color, linewidth=1)
         if not line.rounded:
@@ -201,15 +203,20 @@ def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str
     seeds = [100 * np.array(accuracies) for _, accuracies in drawn]
     axes.hlines(positions, [s.min() for s in seeds], [s.max() for s in seeds], color="#0072B2", linewidth=2, alpha=0.6)
     axes.plot([s.mean() for s in seeds], positions, "o", color="#000000", markersize=4)
-    axes.set_yticks(positions, [_clip(name, 28) for name, _ in drawn], fontsize=7)
+    axes.set_yticks(positions, [_plain(_clip(name, 28)) for name, _ in drawn], fontsize=7)
     axes.set_ylim(-0.6, len(drawn) - 0.4)
     axes.tick_params(axis="x", labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("test accuracy (%)", fontsize=8)
     some = "" if len(drawn) == len(combinations) else f" (best {len(drawn)} of {len(combinations)})"
-    figure.suptitle(fill(f"{title}{some}", 52), fontsize=7)
+    figure.suptitle(_plain(fill(f"{title}{some}", 52)), fontsize=7)
     axes.grid(alpha=0.3)
     return _png(figure)
+
+
+def _plain(text: str) -> str:
+    """As it is drawn literally: a file's name may have a $, which means mathematics, or bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def _clip(text: str, length: int) -> str:
@@ -242,7 +249,7 @@ def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndar
         )
         where.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         where.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-        where.set_title(_shortened(name), fontsize="medium", parse_math=False)  # a file may have a $ in its name
+        where.set_title(_plain(_shortened(name)), fontsize="medium")
         bar = figure.colorbar(image, ax=where, fraction=0.05)
         bar.locator = MaxNLocator(4, steps=[1, 2, 5, 10])
         bar.update_ticks()

@@ -8,9 +8,10 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mbm_cli.errors import RequestError, RunError
+
+PATIENCE = 1.0  # seconds for whoever looks at a run, or is just ending, to let go of it
 
 
 class _Fields(BaseModel):
@@ -185,19 +188,31 @@ class Run:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Be the one who computes this run; whoever is killed holds it no more.
+        """Be the one who computes this run; whoever is killed holds it no more, and what it left half-written goes.
 
         Raises:
             RequestError: another process does.
         """
         with self._opened() as folder:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RequestError(f"{self.folder} is being computed by another process: wait for it") from None
-            except OSError:  # a file system without locks
-                pass
+            patience = time.monotonic() + PATIENCE
+            while not self._lock(folder):
+                if time.monotonic() > patience:
+                    raise RequestError(f"{self.folder} is being computed by another process: wait for it")
+                time.sleep(0.01)
+            for path in self.folder.glob(".*-*"):
+                with suppress(OSError):  # the folder of a run that was not even made, or nothing may be written here
+                    path.unlink()
             yield
+
+    @staticmethod
+    def _lock(folder: int) -> bool:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        return True
 
     def _is_held(self) -> bool:
         try:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
 from mbm_cli.models import Layer
 
 WIDTH = 100
+NARROW = 40  # columns, below which a row is written as lines
 
 # Heading, width, value of an epoch's metrics; all of them fit 80 columns.
 _EPOCH_COLUMNS = (
@@ -24,24 +25,50 @@ _EPOCH_COLUMNS = (
     ("eval s", 6, lambda m, _: f"{m['eval_seconds']:.2f}"),
     ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
 )
-_NARROW_EPOCH_COLUMNS = tuple(_EPOCH_COLUMNS[i] for i in (0, 1, 4, 5))
+# Those for fewer columns than the number.
+_FEWER_EPOCH_COLUMNS = {NARROW: (0, 4), 80: (0, 1, 4, 5)}
 
 
 def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads what is printed: Rich would end the process past everyone who has something to put in order."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise BrokenPipeError from None
+
+
 def console(stderr: bool = False) -> Console:
     """A console on standard output (or error) that never goes beyond 100 columns."""
-    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
+    made = _Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
     if made.width > WIDTH or not made.is_terminal:
         made.width = WIDTH
     return made
 
 
+class _Table(Table):
+    """Where its columns would become unreadable, a line for each cell, and an empty one between rows."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width >= NARROW:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield self.title
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for column, cell in zip(self.columns, row, strict=True):
+                if cell:
+                    yield f"{column.header}: {cell}" if column.header else cell
+            yield ""
+
+
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
     """A table of ready text; the first ``left`` columns are words, the others numbers."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", padding=(0, 1, 0, 0))
+    made = _Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
@@ -74,7 +101,8 @@ def layer_table(layers: Sequence[Layer]) -> Table:
 def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:
     """Rows of finished epochs in columns of fixed width, so that rows printed one by one stand below one another."""
     made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
-    columns = _EPOCH_COLUMNS if width >= 80 else _NARROW_EPOCH_COLUMNS
+    fewer = next((columns for below, columns in _FEWER_EPOCH_COLUMNS.items() if width < below), None)
+    columns = _EPOCH_COLUMNS if fewer is None else [_EPOCH_COLUMNS[i] for i in fewer]
     for name, size, _ in columns:
         made.add_column(name, justify="right", width=size, no_wrap=True)
     for m in metrics:
@@ -333,6 +361,11 @@ def error_table(result: dict[str, Any]) -> Group:
 
 def print_check(screen: Console, check: Any) -> None:
     """A line of `mbm doctor`."""
+    if screen.width < NARROW:
+        screen.print(f"{'PROBLEM' if check.problem else 'ok'} {check.name}: {check.found}")
+        if check.problem:
+            screen.print(check.problem)
+        return
     made = Table.grid(padding=(0, 2))
     made.add_column(width=7)
     made.add_column(width=16)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mbm_cli import __version__, plots, training
+from mbm_cli import runs as run_module
 from mbm_cli.cli import main
 from mbm_cli.config import load, parse, shipped, shipped_text
 from mbm_cli.data import data_root
@@ -381,6 +382,54 @@ def test_ctrl_c_ends_at_the_next_step_and_keeps_what_is_done(mbm):
     done = summary["epochs"]
     assert mbm("train", "--resume", folder.name, "--epochs", done + 1, "--quiet") == (0, "", "")
     assert len(metrics(folder)) == done + 1
+
+
+def test_who_is_refused_because_a_run_is_being_computed_changes_nothing(mbm, monkeypatch):
+    monkeypatch.setattr(run_module, "PATIENCE", 0)
+    assert mbm(*TRAIN, "--epochs", 1, "--quiet").code == 0
+    (folder,) = runs()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with Run(folder).hold():
+        answer = mbm("train", "--resume", folder.name, "--epochs", 2)
+    assert (answer.code, answer.out) == (2, "")
+    assert "another process" in answer.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# Where the output goes
+
+
+@pytest.mark.parametrize("command", [TRAIN, ["sweep", "--vary", "optimizer.lr=0.1", *TRAIN[1:]]])
+def test_a_reader_who_leaves_interrupts_a_run(command):
+    command = [MBM, *command, "--set", "data.test_limit=10", "--epochs", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert re.fullmatch(r"mbm: interrupted .*to go on: mbm \w+ --resume runs/\S+\n", err)
+    assert read_json(runs()[0] / "summary.json")["status"] == "interrupted"
+
+
+def test_a_closed_standard_output_is_nothing_to_stumble_over(mbm, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert mbm("configs", "list") == (0, "", "")
+
+
+def test_a_full_standard_output_is_named():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([MBM, "configs", "list"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "mbm: standard output cannot be written (No space left on device): free space\n"
+
+
+def test_what_an_encoding_does_not_have_is_written_as_its_number(mbm, monkeypatch):
+    assert mbm(*TRAIN, "--epochs", 1, "--quiet").code == 0
+    (folder,) = runs()
+    (folder / "summary.json").write_text(json.dumps({**read_json(folder / "summary.json"), "multiplier": "lut:é.bin"}))
+    with open("out", "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert mbm("runs", "list") == (0, "", "")
+    assert "lut:\\xe9.bin" in Path("out").read_text()
 
 
 # Bad input

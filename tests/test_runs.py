@@ -1,11 +1,14 @@
 """A run's folder: made once, written whole or not at all, found again, and never trusted blindly."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,25 @@ def test_a_killed_process_holds_nothing(run):
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     with run.hold():
         pass
+
+
+def test_whoever_looks_at_a_run_keeps_nobody_from_computing_it(run):
+    descriptor = os.open(run.folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as for a look, which is much shorter
+    looked = threading.Thread(target=lambda: (time.sleep(0.05), os.close(descriptor)))
+    looked.start()
+    with run.hold():
+        looked.join()
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_one(run):
+    (run.folder / ".checkpoint.pt-x1y2z3_4").write_bytes(b"half")
+    (run.folder / ".lenet-mbm-x1y2z3_4").mkdir()  # of a run in a comparison
+    (run.folder / "notes.txt").write_text("the user's")
+    with run.hold():
+        assert {path.name for path in run.folder.iterdir()} == {
+            *("summary.json", "notes.txt", ".lenet-mbm-x1y2z3_4"),
+        }
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -120,9 +120,7 @@ def _compare(
         run.write_json("compare.json", result)
         run.write("compare.png", plots.comparison(result))
         summarize("completed")
-        display.finish(result, run.folder)
-        return result
-    except Interrupted:
+    except (Interrupted, BrokenPipeError):  # nobody reads the output any more
         summarize("interrupted")
         raise Interrupted(
             f"interrupted after {len(finished)} of {len(jobs)} runs; to go on: "
@@ -133,6 +131,8 @@ def _compare(
         raise
     finally:
         display.close()
+    display.finish(result, run.folder)
+    return result
 
 
 def _with(config: Config, seed: int, multiplier: str) -> Config:

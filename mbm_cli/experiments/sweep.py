@@ -226,13 +226,11 @@ def _sweep(
         result = _result(config, plan, combinations, device, [rows[name] for name in tasks])
         _write(run, result)
         failed = [row for row in result["runs"] if row["status"] == "failed"]
-        if not failed:
-            summarize("completed")
-        display.finish(result, run.folder)
         if failed:
+            display.finish(result, run.folder)
             raise RunError(f"{len(failed)} of {len(tasks)} runs failed, the first one: {failed[0]['reason']}")
-        return result
-    except Interrupted:
+        summarize("completed")
+    except (Interrupted, BrokenPipeError):  # nobody reads the output any more
         summarize("interrupted")
         raise Interrupted(
             f"interrupted after {len(rows)} of {len(tasks)} runs; to go on: mbm sweep --resume {run.folder}"
@@ -245,6 +243,8 @@ def _sweep(
         raise
     finally:
         display.close()
+    display.finish(result, run.folder)
+    return result
 
 
 def _is_complete(run: Run, config: Config) -> bool:

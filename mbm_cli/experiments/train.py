@@ -62,7 +62,8 @@ def train(
         "summary.json": as_json(_summary("running", config, device, [], 0.0)),
     }
     run = Run.create(output, config.name, files)
-    return run, _train(run, config, device, data, display, stopped, started)
+    with run.hold():
+        return run, _train(run, config, device, data, display, stopped, started)
 
 
 def resume(
@@ -78,20 +79,22 @@ def resume(
     """
     started = time.perf_counter()
     run.refuse_several()
-    config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
-    if epochs is not None:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
-    summary = run.summary()
-    if epochs is not None and epochs < summary["epochs"]:
-        raise RequestError(f"the run has {summary['epochs']} epochs already: --epochs {epochs} would take some back")
-    if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
-        display.finish(summary, run.folder)
-        return summary
-    # The number of threads decides how sums are split, hence the last bits.
-    device = prepare(config, run.environment().get("threads"))
-    data = data or load_data(config, device)
-    run.write("config.yaml", configs.dump(config))
-    return _train(run, config, device, data, display, stopped, started)
+    with run.hold():  # from before anything is read or changed
+        config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
+        if epochs is not None:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+        summary = run.summary()
+        if epochs is not None and epochs < summary["epochs"]:
+            had = f"the run has {summary['epochs']} epochs already"
+            raise RequestError(f"{had}: --epochs {epochs} would take some back")
+        if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
+            display.finish(summary, run.folder)
+            return summary
+        # The number of threads decides how sums are split, hence the last bits.
+        device = prepare(config, run.environment().get("threads"))
+        data = data or load_data(config, device)
+        run.write("config.yaml", configs.dump(config))
+        return _train(run, config, device, data, display, stopped, started)
 
 
 def prepare(config: Config, threads: int | None = None) -> torch.device:
@@ -170,43 +173,42 @@ def _train(
     stopped: Callable[[], bool],
     started: float,
 ) -> dict[str, Any]:
-    with run.hold():
-        if device.type == "cuda":
-            gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
-            torch.cuda.reset_peak_memory_stats(device)
-        trainer = build_trainer(config, device, data)
-        checkpoint = run.checkpoint()
-        part = _restore(run, checkpoint, trainer, device) if checkpoint else None
-        metrics = checkpoint["metrics"] if checkpoint else []
-        record = _Record(run, config, device, trainer, metrics, started)
-        if checkpoint:
-            record.started -= checkpoint["total_seconds"]
-            run.write_metrics(metrics)  # whoever was killed may have written the checkpoint alone
-        record.summarize("running")
-        try:
-            images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
-            what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
-            display.start(what, describe_layers(trainer.model, data[0].images.shape[1:]), config.train.epochs)
-            _epochs(record, part, len(data[0]), display, stopped)
-            title = f"{config.name}: {config.model.name}, {config.model.multiplier}"
-            run.write("curves.png", plots.curves(metrics, title))
-            summary = record.summarize("completed")
-            display.finish(summary, run.folder)
-            return summary
-        except (Interrupted, KeyboardInterrupt):
-            record.summarize("interrupted")
-            raise Interrupted(f"interrupted in {record.epoch}; to go on: mbm train --resume {run.folder}") from None
-        except Exception as error:
-            if is_out_of_memory(error):
-                error = RunError(out_of_memory(config, device))
-            if not isinstance(error, RunError):
-                record.summarize("failed", reason=f"{type(error).__name__}: {error}")
-                raise
-            failure = RunError(f"{record.epoch}: {error} (run: {run.folder})")
-            record.summarize("failed", reason=str(failure))
-            raise failure from error
-        finally:
-            display.close()
+    if device.type == "cuda":
+        gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = build_trainer(config, device, data)
+    checkpoint = run.checkpoint()
+    part = _restore(run, checkpoint, trainer, device) if checkpoint else None
+    metrics = checkpoint["metrics"] if checkpoint else []
+    record = _Record(run, config, device, trainer, metrics, started)
+    if checkpoint:
+        record.started -= checkpoint["total_seconds"]
+        run.write_metrics(metrics)  # whoever was killed may have written the checkpoint alone
+    record.summarize("running")
+    try:
+        images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
+        what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
+        display.start(what, describe_layers(trainer.model, data[0].images.shape[1:]), config.train.epochs)
+        _epochs(record, part, len(data[0]), display, stopped)
+        title = f"{config.name}: {config.model.name}, {config.model.multiplier}"
+        run.write("curves.png", plots.curves(metrics, title))
+        summary = record.summarize("completed")
+    except (Interrupted, KeyboardInterrupt, BrokenPipeError):  # or nobody reads the output any more
+        record.summarize("interrupted")
+        raise Interrupted(f"interrupted in {record.epoch}; to go on: mbm train --resume {run.folder}") from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            error = RunError(out_of_memory(config, device))
+        if not isinstance(error, RunError):
+            record.summarize("failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        failure = RunError(f"{record.epoch}: {error} (run: {run.folder})")
+        record.summarize("failed", reason=str(failure))
+        raise failure from error
+    finally:
+        display.close()
+    display.finish(summary, run.folder)
+    return summary
 
 
 def _epochs(
