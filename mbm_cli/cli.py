@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,20 +21,48 @@ from mbm_cli.errors import MbmError, RequestError
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# \b: the lines after it stay as they are.
+START = """Train neural networks on MNIST with approximate multiplications (MBM), bit for bit as the hardware would.
+
+\b
+The main commands:
+  mbm train                   train LeNet with MBM convolutions, keep the run
+  mbm compare exact-vs-mbm    the same exact, seed by seed: a difference?
+  mbm profile epoch           where the time of an epoch goes
+
+\b
+Where to start:
+  mbm doctor                  is everything there, is every product right?
+  mbm configs list            what can be trained as it is
+  mbm multipliers list        what --multiplier takes
+  mbm COMMAND --help          each with an example
+
+What the arithmetic is and how to extend it: README.md and docs/ beside the sources.
+"""
+
 app = typer.Typer(
     name="mbm",
-    help="Train neural networks on MNIST with approximate multiplications (MBM), bit for bit as the hardware would.",
+    help=START,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-compare_app = typer.Typer(no_args_is_help=True, help="Is there a difference, and is it more than noise?")
-data_app = typer.Typer(no_args_is_help=True, help="The data set.")
-runs_app = typer.Typer(no_args_is_help=True, help="Runs: list them, show one.")
-multipliers_app = typer.Typer(no_args_is_help=True, help="Multipliers: list what there is, export one as a table.")
-configs_app = typer.Typer(no_args_is_help=True, help="Configs: list those that ship, copy one to edit, check one.")
-profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
+compare_app = typer.Typer(
+    no_args_is_help=True,
+    help="Is there a difference, and is it more than noise?\n\nFor example: mbm compare exact-vs-mbm --seeds 3",
+)
+data_app = typer.Typer(no_args_is_help=True, help="The data set.\n\nFor example: mbm data fetch")
+runs_app = typer.Typer(no_args_is_help=True, help="Runs: list them, show one.\n\nFor example: mbm runs list")
+multipliers_app = typer.Typer(
+    no_args_is_help=True,
+    help="Multipliers: list what there is, export one as a table.\n\nFor example: mbm multipliers list",
+)
+configs_app = typer.Typer(
+    no_args_is_help=True,
+    help="Configs: list those that ship, copy one to edit, check one.\n\nFor example: mbm configs list",
+)
+profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.\n\nFor example: mbm profile epoch")
 app.add_typer(compare_app, name="compare")
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
@@ -42,31 +71,58 @@ app.add_typer(multipliers_app, name="multipliers")
 app.add_typer(profile_app, name="profile")
 
 
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a shipped config.")]
+def _shipped_configs(incomplete: str) -> list[str]:
+    """For completion, at every key: config.py would import PyTorch, which takes seconds."""
+    names = (entry.name for entry in (files("mbm_cli") / "configs").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name.removesuffix(".yaml") for name in names if name.startswith(incomplete))
+
+
+ConfigOption = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "-c",
+        help="A YAML file, or the name of a shipped config, for example cnn3-mbm.",
+        autocompletion=_shipped_configs,
+    ),
+]
 MultiplierOption = Annotated[
-    str | None, typer.Option(help="A multiplier, e.g. mbm-t8; mbm multipliers list shows what there is.")
+    str | None, typer.Option(help="A multiplier, for example mbm-t8; mbm multipliers list shows them.")
 ]
 BitsOption = Annotated[
-    int | None, typer.Option(min=1, max=11, help="Fraction bits of python:FILE.py:function; default: 7.")
+    int | None, typer.Option(min=1, max=11, help="Fraction bits of python:FILE.py:function, for example 5; default: 7.")
 ]
 EpochsOption = Annotated[
-    int | None, typer.Option(min=1, max=2**31 - 1, help="Epochs; the learning rate's schedule spans all of them.")
+    int | None,
+    typer.Option(min=1, max=2**31 - 1, help="Epochs, for example 5; the learning rate's schedule spans all of them."),
+]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Go on with what was interrupted: its folder, for example runs/RUN."),
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder or its name in --output, for example runs/RUN.")
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Run the code, python: or c:, that the run's own config names.")
+    bool, typer.Option("--trust", help="Run the code (python:, c:) that the run names, for example of your own runs.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set optimizer.lr=0.002")
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, for example optimizer.lr=0.002; repeatable."),
 ]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute, for example cpu; auto takes a GPU.")
+]
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, max=2**63 - 1, help="Decides the initial weights and the images' order.")
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Decides first weights and the images' order, for example 7.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads; default: PyTorch's choice.")]
-OutputOption = Annotated[Path, typer.Option(help="Folder in which run folders are made.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end and nothing else.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="CPU threads, for example 4; default: PyTorch's choice.")
+]
+OutputOption = Annotated[Path, typer.Option(help="Folder of the run folders, for example /data/runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else: --json > result.json.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, for example in a script.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show an error's traceback, for example to report it.")]
 
 
 @app.command()
@@ -76,7 +132,7 @@ def train(
     multiplier: MultiplierOption = None,
     bits: BitsOption = None,
     epochs: EpochsOption = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: its name or folder.")] = None,
+    resume: ResumeOption = None,
     trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
@@ -113,12 +169,14 @@ def compare_exact_vs_mbm(
     context: typer.Context,
     config: ConfigOption = "lenet-mbm",
     multiplier: Annotated[
-        str | None, typer.Option(help="One or several, separated by commas; default: the config's.")
+        str | None, typer.Option(help="One or several, for example mbm,mbm-t8; default: the config's.")
     ] = None,
     bits: BitsOption = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="How many seeds, for example 5, from the config's on.")
+    ] = 3,
     epochs: EpochsOption = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a comparison.")] = None,
+    resume: ResumeOption = None,
     trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
@@ -161,13 +219,19 @@ def compare_exact_vs_mbm(
 
 @app.command("eval")
 def eval_(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
-    multiplier: Annotated[str, typer.Option(metavar="A,B,...", help="One or several, separated by commas.")],
+    run: RunArgument,
+    multiplier: Annotated[
+        str, typer.Option(metavar="A,B,...", help="One or several multipliers, for example exact,mbm-t16-r7.")
+    ],
     bits: BitsOption = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw confusion matrices, too.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw confusion matrices, too, for example to see which digits suffer.")
+    ] = False,
     trust: TrustOption = False,
     device: DeviceOption = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads; default: the run's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="CPU threads, for example 4; default: the run's.")
+    ] = None,
     output: OutputOption = Path("runs"),
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -198,16 +262,21 @@ def sweep(
     context: typer.Context,
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=A,B,...", help="Values of a field; several fields: every combination of them."),
+        typer.Option(
+            metavar="FIELD=A,B,...",
+            help="Values of a field, for example model.multiplier=mbm,mbm-t16; several --vary: all combinations.",
+        ),
     ] = None,
     config: ConfigOption = "lenet-mbm",
     multiplier: MultiplierOption = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the config's on.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="How many seeds, for example 3, from the config's on.")
+    ] = 1,
     jobs: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Runs at once, each in its own process; default: 1.")
+        int | None, typer.Option(min=1, max=1024, help="Runs at once, for example 4, each a process; default: 1.")
     ] = None,
     epochs: EpochsOption = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a sweep.")] = None,
+    resume: ResumeOption = None,
     trust: TrustOption = False,
     device: DeviceOption = None,
     seed: SeedOption = None,
@@ -216,7 +285,8 @@ def sweep(
         typer.Option(
             min=1,
             max=4096,
-            help="CPU threads of each run; default: the CPU's, shared by --jobs. They decide a result's last bits.",
+            help="CPU threads of each run, for example 1; default: the CPU's, shared by --jobs. They decide a result's "
+            "last bits.",
         ),
     ] = None,
     output: OutputOption = Path("runs"),
@@ -291,7 +361,10 @@ def doctor(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check the installation, and every backend's products."""
+    """Check the installation, and every backend's products.
+
+    For example: mbm doctor
+    """
     import torch
 
     from mbm_cli import tables
@@ -351,17 +424,17 @@ def characterize(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="mbm-t8 and other short forms, lut:FILE, python:FILE.py:function, c:FILE.h:function; of unsigned "
-            "integers mbm-int8, mitchell-int16, mbm-int16-t3.",
+            help="Multipliers, for example mbm-t8 and other short forms, lut:FILE, python:FILE.py:function, "
+            "c:FILE.h:function; of unsigned integers mbm-int8, mitchell-int16, mbm-int16-t3.",
         ),
     ],
     bits: BitsOption = None,
-    samples: Annotated[int, typer.Option(min=1, max=2**48, help="Random pairs, where not all can be tried.")] = 2**24,
+    samples: Annotated[int, typer.Option(min=1, max=2**48, help="Random pairs, for example 100000.")] = 2**24,
     sweep_truncate: Annotated[
-        bool, typer.Option("--sweep-truncate", help="Also the errors of each family named against truncated bits.")
+        bool, typer.Option("--sweep-truncate", help="Also errors against truncated bits, for example 0 to 22 of mbm.")
     ] = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides the random pairs.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute, for example cpu.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides the random pairs, for example 7.")] = 0,
     threads: ThreadsOption = None,
     output: OutputOption = Path("runs"),
     json: JsonOption = False,
@@ -398,10 +471,15 @@ def characterize(
 
 @data_app.command("fetch")
 def data_fetch(
-    root: Annotated[Path | None, typer.Option(help="Data folder; default: MBM_DATA_DIR or the cache folder.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Data folder, for example /data; default: MBM_DATA_DIR or the cache folder.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Fetch MNIST and verify it."""
+    """Fetch MNIST and verify it.
+
+    For example: mbm data fetch --root /data
+    """
     from mbm_cli.data import fetch_mnist
 
     typer.echo(f"MNIST is complete and verified in {fetch_mnist(root)}")
@@ -409,7 +487,10 @@ def data_fetch(
 
 @runs_app.command("list")
 def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the runs in the output folder, the oldest first."""
+    """List the runs in the output folder, the oldest first.
+
+    For example: mbm runs list --output runs
+    """
     from mbm_cli import tables
     from mbm_cli.runs import list_runs
 
@@ -426,12 +507,15 @@ def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, deb
 
 @runs_app.command("show")
 def runs_show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
+    run: RunArgument,
     output: OutputOption = Path("runs"),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a run: its result, its epochs and its config."""
+    """Show a run: its result, its epochs and its config.
+
+    For example: mbm runs show RUN
+    """
     from mbm_cli import config as configs
     from mbm_cli import tables
     from mbm_cli.runs import Run
@@ -470,9 +554,11 @@ def multipliers_list(json: JsonOption = False, debug: DebugOption = False) -> No
 
 @multipliers_app.command("export")
 def multipliers_export(
-    name: Annotated[str, typer.Argument(help="A multiplier; mbm multipliers list names them.")],
-    file: Annotated[Path, typer.Argument(help="A .bin file (7 bits at most) or a .npy file (11).")],
-    bits: Annotated[int, typer.Option(min=1, max=11, help="Fraction bits of operands and products.")] = 7,
+    name: Annotated[str, typer.Argument(help="A multiplier, for example mbm-t16-r7.")],
+    file: Annotated[Path, typer.Argument(help="A .bin (7 bits at most) or .npy file (11), for example mbm.bin.")],
+    bits: Annotated[
+        int, typer.Option(min=1, max=11, help="Fraction bits of operands and products, for example 5.")
+    ] = 7,
     debug: DebugOption = False,
 ) -> None:
     """Write a multiplier as a table, which lut:FILE reads.
@@ -491,7 +577,10 @@ def multipliers_export(
 
 @configs_app.command("list")
 def configs_list(debug: DebugOption = False) -> None:
-    """List the configs that ship with the package."""
+    """List the configs that ship with the package.
+
+    For example: mbm configs list
+    """
     from mbm_cli import config as configs
     from mbm_cli import tables
 
@@ -501,11 +590,18 @@ def configs_list(debug: DebugOption = False) -> None:
 
 @configs_app.command("copy")
 def configs_copy(
-    name: Annotated[str, typer.Argument(help="A shipped config; mbm configs list names them.")],
-    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; default: NAME.yaml here.")] = None,
+    name: Annotated[
+        str, typer.Argument(help="A shipped config, for example lenet-mbm.", autocompletion=_shipped_configs)
+    ],
+    to: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Where to, for example mine.yaml; default: NAME.yaml here.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Copy a shipped config to a file of your own."""
+    """Copy a shipped config to a file of your own.
+
+    For example: mbm configs copy lenet-mbm mine.yaml
+    """
     from mbm_cli import config as configs
 
     text = configs.shipped_text(name)
@@ -522,11 +618,19 @@ def configs_copy(
 
 @configs_app.command("check")
 def configs_check(
-    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, for example mine.yaml, or the name of a shipped config.", autocompletion=_shipped_configs
+        ),
+    ],
     set_: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Check a config without running it, and print it complete."""
+    """Check a config without running it, and print it complete.
+
+    For example: mbm configs check mine.yaml --set optimizer.lr=0.002
+    """
     from mbm_cli import config as configs
 
     loaded = configs.load(file, set_ or [])
@@ -535,7 +639,9 @@ def configs_check(
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version, for example to report it.", is_eager=True)
+    ] = False,
 ) -> None:
     if version:
         from mbm_cli import __version__
