@@ -1,5 +1,6 @@
 """The operators ``mbm::conv2d`` and ``mbm::multiply``: schema, shapes, gradients. How is up to the backends."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,11 @@ def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tens
         float32, the broadcast shape, on the same device.
 
     Raises:
-        RuntimeError: operands that are not float32, do not broadcast, or lie on two devices.
+        RuntimeError: operands that are not float32, not dense, do not broadcast, or lie on two devices.
+        TypeError: an operand that is no tensor.
         ValueError: not a multiplier.
     """
+    _check_tensors(a=a, b=b)
     _check_operands(a, b, "a", "b")
     product: Tensor = torch.ops.mbm.multiply(a, b, _key(multiplier))
     return product
@@ -63,28 +66,35 @@ def conv2d(
         input: float32, (N, C, H, W) or (C, H, W), any memory format.
         weight: float32, (O, C / groups, kH, kW).
         bias: float32, (O,), or ``None``.
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included;
+            up to 2^31 - 1.
         multiplier: a ``Multiplier`` or its short form, for example ``"mbm-t16-r7"``.
 
     Returns:
         float32, (N, O, H', W') or (O, H', W').
 
     Raises:
-        RuntimeError: operands that are not float32, or arguments that do not fit together.
-        ValueError: not a multiplier.
+        RuntimeError: operands that are not float32, not dense or on two devices, or arguments that do not fit together;
+            and where something else than the batch is empty.
+        TypeError: arguments of a type that ``torch.nn.functional.conv2d`` does not take, either.
+        ValueError: not a multiplier, or a number of more than 64 bits.
     """
     key = _key(multiplier)
     if Multiplier.of_key(key).is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # All types first, as PyTorch does.
+    _check_tensors(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    strides, dilations, groups = _numbers(stride, "stride"), _numbers(dilation, "dilation"), _number(groups, "groups")
+    paddings = padding if isinstance(padding, str) else _numbers(padding, "padding")
     _check_operands(input, weight, "input", "weight")
     if bias is not None:
         _check_operands(weight, bias, "weight", "bias")
-    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    stride, dilation = _pair(strides, "stride"), _pair(dilations, "dilation")
     if weight.dim() != 4 or input.dim() not in (3, 4):
         raise RuntimeError(f"the input has 3 or 4 dimensions and the weight 4, not {input.dim()} and {weight.dim()}")
-    if isinstance(padding, str):
-        input, padding = _resolve_padding(input, weight, stride, padding, dilation)
-    padding = _pair(padding, "padding")
+    if isinstance(paddings, str):
+        input, paddings = _resolve_padding(input, weight, stride, paddings, dilation)
+    padding = _pair(paddings, "padding")
     batch = input.unsqueeze(0) if input.dim() == 3 else input
     output: Tensor = torch.ops.mbm.conv2d(batch, weight, bias, stride, padding, dilation, groups, key)
     return output.squeeze(0) if input.dim() == 3 else output
@@ -94,8 +104,16 @@ def _key(multiplier: Multiplier | str) -> str:
     return (Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier).key
 
 
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a tensor, not {type(tensor).__name__}")
+
+
 def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
     for name, tensor in ((name_a, a), (name_b, b)):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"{name} is {tensor.layout}, but the kernels take dense tensors: use {name}.to_dense()")
         if tensor.dtype != torch.float32:
             raise RuntimeError(
                 f"{name} is {tensor.dtype}, but the multiplier takes float32: cast it with {name}.float()"
@@ -104,8 +122,24 @@ def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
         raise RuntimeError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
 
 
-def _pair(value: int | Sequence[int], name: str) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+def _numbers(value: Any, name: str) -> list[int]:
+    return [_number(one, name) for one in value] if isinstance(value, list | tuple) else [_number(value, name)]
+
+
+def _number(value: Any, name: str) -> int:
+    """What PyTorch takes as a whole number: a truth value is none."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} takes whole numbers, not {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} takes whole numbers, not {type(value).__name__}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} takes numbers of 64 bits, not {value}")
+    return number
+
+
+def _pair(values: list[int], name: str) -> list[int]:
     if len(values) not in (1, 2):
         raise RuntimeError(f"{name} takes one number or two, not {len(values)}")
     return values * 2 if len(values) == 1 else values

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+_LARGEST = 2**31 - 1  # stride, padding, dilation: sums and products of them fit 64 bits in the kernels
+
 
 def conv2d_output_shape(
     input: Tensor,
@@ -34,6 +36,10 @@ def conv2d_output_shape(
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise RuntimeError(
             f"stride and dilation are at least 1 and padding at least 0, not {stride}, {dilation}, {padding}"
+        )
+    if max(*stride, *padding, *dilation) > _LARGEST:
+        raise RuntimeError(
+            f"each of stride, padding and dilation is at most {_LARGEST}, not {stride}, {padding}, {dilation}"
         )
     if 0 in weight.shape or 0 in input.shape[1:]:
         raise RuntimeError(f"only the batch may be empty, not {list(input.shape)} or {list(weight.shape)}")

@@ -1,7 +1,9 @@
 """The operators: what they take, what they refuse, their shapes and gradients. (Their products are in test_cpu.py.)"""
 
 import itertools
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -313,6 +315,53 @@ def test_what_pytorch_refuses_is_refused(input, weight, bias, arguments, device)
         F.conv2d(*(None if shape is None else torch.ones(shape) for shape in (input, weight, bias)), **arguments)
     with pytest.raises(RuntimeError):
         conv2d(*tensors, **arguments, multiplier="mbm")
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        *((value, TypeError) for value in (None, 1.0, True, {}, range(1, 3))),
+        ("1", (TypeError, RuntimeError)),
+        (2**63, ValueError),
+        (-(2**63) - 1, ValueError),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_as_pytorch_does(name, value, kind):
+    """Before anything else that is wrong, here the channels."""
+    input, weight = torch.ones(1, 3, 8, 8), torch.ones(W)
+    with pytest.raises(kind) as theirs:
+        F.conv2d(input, weight, **{name: value})
+    with pytest.raises(type(theirs.value)):
+        conv2d(input, weight, **{name: value})
+
+
+def test_whole_numbers_of_other_types_are_taken():
+    input, weight = torch.ones(X), torch.ones(W)
+    for two in (np.int64(2), torch.tensor(2), torch.Size([2]), [np.int64(2), torch.tensor(2)]):
+        assert torch.equal(conv2d(input, weight, stride=two), conv2d(input, weight, stride=2))
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_what_is_no_dense_tensor_is_refused(wrong):
+    operands = [torch.ones(X), torch.ones(W), torch.ones(6)]
+    name = ("input", "weight", "bias")[wrong]
+    for value in ([1.0], 1.0, "tensor", np.ones(X, np.float32)):
+        with pytest.raises(TypeError, match=f"{name} is a tensor, not {type(value).__name__}"):
+            conv2d(*[value if i == wrong else x for i, x in enumerate(operands)])
+    with pytest.raises(RuntimeError, match=rf"use {name}\.to_dense\(\)"):
+        conv2d(*[x.to_sparse() if i == wrong else x for i, x in enumerate(operands)])
+    with pytest.raises(TypeError, match="b is a tensor, not float"):
+        multiply(operands[0], 2.0)
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_numbers_that_the_kernels_cannot_compute_with_are_refused(name):
+    input, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
+    for compute in (conv2d, partial(torch.ops.mbm.conv2d, bias=None, groups=1, multiplier="mbm")):
+        arguments = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], name: [1, 2**31]}
+        with pytest.raises(RuntimeError, match="at most 2147483647"):
+            compute(input, weight, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])

@@ -1,0 +1,44 @@
+"""Sums of products, as a convolution's outputs, against the bit-exact products added up in float64."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbm_cli.multipliers import reference_product
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def same_sums(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, but any NaN equals any other."""
+    return same_bits(torch.where(a.isnan(), torch.nan, a), torch.where(b.isnan(), torch.nan, b))
+
+
+def assert_sums_of_products(output, input, weight, bias, stride, padding, dilation, groups, multiplier) -> None:
+    """Within what float32 additions, each rounded to nearest or toward zero, may differ from the sum in float64.
+
+    N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, SIAM 2002, section 4.2.
+    """
+    batch, _, *size = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    # Which pixel (from 1 on; 0 is padding) meets each element of the kernel, for each output.
+    numbers = torch.arange(1, size[0] * size[1] + 1, dtype=torch.float64).reshape(1, 1, *size)
+    pixel = F.unfold(numbers, kernel, dilation, padding, stride)[0].long()
+    pixels = F.pad(input.reshape(batch, groups, 1, group_channels, -1), (1, 0))[..., pixel]
+    weights = weight.reshape(1, groups, out_channels // groups, group_channels, -1, 1)
+    products = torch.where(pixel > 0, reference_product(pixels, weights, multiplier), 0.0).double()
+    terms = group_channels * kernel[0] * kernel[1]
+    total = products.sum((3, 4)).reshape(output.shape)
+    magnitude = products.abs().sum((3, 4)).reshape(output.shape)
+    if bias is not None:
+        terms += 1
+        total += bias.reshape(-1, 1, 1)
+        magnitude += bias.reshape(-1, 1, 1).abs()
+    error = 2.0**-23
+    bound = terms * error / (1 - terms * error) * magnitude
+    finite = total.isfinite()
+    assert same_sums(output[~finite], total[~finite].float())
+    excess = (output.double() - total).abs() - bound
+    assert (excess[finite] <= 0).all(), f"{excess[finite].max()} more than the bound"
