@@ -1,6 +1,7 @@
 """Multipliers that users bring: functions in Python, which become tables, and functions in C, which are compiled."""
 
 import hashlib
+import os
 import re
 import runpy
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def split(reference: str) -> tuple[Path, str]:
     name, _, function = reference.rpartition(":")
     if not name or not _IDENTIFIER.fullmatch(function):
         raise ValueError(f"{reference!r}: write the file and its function, FILE:function")
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(name))  # Path's own, and is_file, raise for names that no file can have
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such file")
     return path, function
 

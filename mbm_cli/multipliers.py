@@ -4,6 +4,7 @@ Source of the arithmetic: H. Saadat, H. Bokhari, S. Parameswaran, "Minimally Bia
 and Floating-Point Multiplication", IEEE TCAD 37(11), 2018 (the floating-point form, AFMB-t).
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Multiplier:
         kind, colon, reference = text.partition(":")
         if colon and kind in USERS:
             name, _, rest = (reference, "", "") if kind == "lut" else reference.rpartition(":")
-            located = f"{kind}:{Path(name).expanduser().absolute()}{rest and ':' + rest}"
+            located = f"{kind}:{Path(os.path.expanduser(name)).absolute()}{rest and ':' + rest}"
             return cls(kind, source=Source(text, _read(kind, reference), located))
         match = _SHORT_FORM.fullmatch(text)
         if match is None:
@@ -162,7 +163,7 @@ _SOURCES: dict[str, Multiplier] = {}
 
 def _read(kind: str, reference: str) -> lut.Table | custom.Code:
     if kind == "lut":
-        return lut.read(Path(reference).expanduser())
+        return lut.read(Path(os.path.expanduser(reference)))
     if kind == "c":
         return custom.read_c(reference)
     match = _BITS.fullmatch(reference)
