@@ -89,7 +89,7 @@ def complete_in_bash(line: str) -> list[str]:
 def complete_in_zsh(line: str) -> list[str]:
     """What the program answers to zsh, as the script that it shows for zsh asks."""
     script = ask(_MBM_COMPLETE="source_zsh")
-    assert script.startswith("#compdef mbm")
+    assert script.strip().startswith("#compdef mbm")
     assert "_MBM_COMPLETE=complete_zsh" in script
     answer = ask(_MBM_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=line)
     return re.findall(r'^(?:_arguments.*?\(\()?"([^"]+)"', answer, re.MULTILINE)
