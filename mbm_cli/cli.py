@@ -494,7 +494,7 @@ def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, deb
     from mbm_cli import tables
     from mbm_cli.runs import list_runs
 
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):  # False where nobody may look, and the list says so
         raise RequestError(f"{output} is not a folder: name the one that holds the runs")
     runs = [_summary_or_damage(run) for run in list_runs(output)]
     if json:
@@ -608,7 +608,12 @@ def configs_copy(
     path = to or Path(f"{name.removesuffix('.yaml')}.yaml")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
     except FileExistsError:
         raise RequestError(f"{path} exists already: name another file") from None
     except OSError as error:
@@ -775,7 +780,7 @@ def _find_to_resume(name: str, output: Path, trust: bool) -> Any:
     run = Run.find(name, output)
     if not trust:
         for path, text in run.texts():
-            code = configs.code_named_in(text)
+            code = configs.code_named_in(text, str(path))
             if code is not None:
                 raise RequestError(f"{path} names code, {code}: look at it, then run it with --trust")
     return run

@@ -294,8 +294,10 @@ def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--s
         raise RequestError(f"{origin}: {_explain_first(error, Config)}") from None
 
 
-def code_named_in(text: str) -> str | None:
+def code_named_in(text: str, where: str) -> str | None:
     """The first multiplier in the text of a config (or of a plan) that is code in a file; reads, and runs nothing.
+
+    In errors ``where`` names the text.
 
     Raises:
         RequestError: the text cannot be read.
@@ -312,7 +314,7 @@ def code_named_in(text: str) -> str | None:
             if value.lstrip().startswith("{"):  # multipliers by layer, as a text
                 yield from walk(_read_yaml(value, "a multiplier"))
 
-    return next((found for found in walk(_read_yaml(text, "it")) if found.startswith(CODE)), None)
+    return next((found for found in walk(_read_yaml(text, where)) if found.startswith(CODE)), None)
 
 
 def dump(config: Config) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mbm_cli import config as configs
 from mbm_cli.errors import RequestError, RunError
 
 PATIENCE = 1.0  # seconds for whoever looks at a run, or is just ending, to let go of it
@@ -102,7 +103,7 @@ class Run:
             RequestError: there is none.
         """
         for folder in (Path(name), output / name):
-            if (folder / "summary.json").is_file():
+            if os.path.isfile(folder / "summary.json"):  # also where nobody may look: there is none, then
                 return cls(folder.resolve() if folder.name == "" else folder)
         near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
@@ -178,13 +179,16 @@ class Run:
         """Read every file that a command may need.
 
         Raises:
-            RunError: one of them is missing or damaged; it is named.
+            RunError, RequestError: one of them is missing or damaged, or contradicts another; it is named.
         """
         self.summary()
-        self.config_text()
+        # With a multiplier that no file is read for.
+        configs.parse(self.config_text(), str(self.folder / "config.yaml"), ["model.multiplier=exact"])
         self.environment()
-        self.metrics()
-        self.checkpoint()
+        metrics, checkpoint = self.metrics(), self.checkpoint()
+        # As text, where NaN equals itself. Killed between the two, a run has the metrics of an epoch less.
+        if checkpoint is not None and as_json(metrics) != as_json(checkpoint["metrics"][: len(metrics)]):
+            raise RunError(f"{self.folder / 'metrics.jsonl'} is damaged (checkpoint.pt has other metrics)")
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -314,8 +318,15 @@ def as_json(value: object) -> str:
 
 
 def list_runs(output: Path) -> list[Run]:
-    """The runs below ``output``, the oldest first."""
-    if not output.is_dir():
+    """The runs below ``output``, the oldest first.
+
+    Raises:
+        RunError: the folder cannot be read.
+    """
+    try:
+        folders = sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    folders = sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
-    return [Run(folder) for folder in folders if (folder / "summary.json").is_file()]
+    except OSError as error:
+        raise RunError(f"{output} cannot be read ({error.strerror}): name another folder with --output") from None
+    return [Run(folder) for folder in folders if os.path.isfile(folder / "summary.json")]

@@ -396,6 +396,34 @@ def test_who_is_refused_because_a_run_is_being_computed_changes_nothing(mbm, mon
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_run_does_not_go_on_with_another_table(mbm):
+    assert mbm("multipliers", "export", "mbm-t16-r7", "own.bin", "--bits", 4).code == 0
+    config = load("lenet-mbm", [*SMALL, "train.epochs=2", "model.multiplier=lut:own.bin"])
+    with pytest.raises(Interrupted):
+        experiment.train(config, Path("runs"), Display(), stop_after(6), threads=1)
+    (folder,) = runs()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    whole = Path("own.bin").read_bytes()
+    Path("own.bin").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    answer = mbm("train", "--resume", folder.name)
+    assert (answer.code, answer.out) == (1, "")
+    assert f"own.bin is not the multiplier that runs/{folder.name} was trained with" in answer.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    Path("own.bin").write_bytes(whole)
+    assert mbm("train", "--resume", folder.name, "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize("command", [["train", "--resume"], ["runs", "show"], ["eval", "--multiplier", "exact"]])
+def test_a_damaged_config_of_a_run_is_named(command, mbm):
+    assert mbm(*TRAIN, "--epochs", 1, "--quiet").code == 0
+    (folder,) = runs()
+    (folder / "config.yaml").write_text("name: lenet-mbm\nseed: 0\ndevice")
+    answer = mbm(*command, folder.name)
+    assert (answer.code, answer.out) in ((1, ""), (2, "")) or command[0] == "runs"
+    assert f"runs/{folder.name}/config.yaml cannot be read as YAML, line 3" in answer.err
+    assert '"status": "damaged"' in mbm("runs", "list", "--json").out
+
+
 # Where the output goes
 
 
@@ -623,6 +651,14 @@ def test_data_fetch_says_where_the_data_is(mbm):
 
 
 def test_runs_list_and_show(mbm):
+def test_a_copy_of_a_config_is_whole_or_absent():
+    command = f"ulimit -f 0; {MBM} configs copy lenet-mbm"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mbm: cannot write lenet-mbm.yaml (File too large): name another file\n"
+    assert not Path("lenet-mbm.yaml").exists()
+
+
     answer = mbm("runs", "list")
     assert answer.code == 0
     assert "no runs" in answer.out

@@ -238,6 +238,39 @@ def test_damaged_metrics_are_named(run, content):
         run.metrics()
 
 
+def write_whole(run: Run) -> None:
+    for name in ("config.yaml", "environment.json"):
+        run.write(name, "name: x\n" if name == "config.yaml" else "{}")
+    run.write_json("summary.json", SUMMARY)
+    run.write_metrics([metrics(1, float("nan"))])
+    run.write_checkpoint({**CHECKPOINT, "metrics": [metrics(1, float("nan")), metrics(2)]})
+
+
+def test_files_that_contradict_one_another_are_damaged(run):
+    """As after a bit that has made another number; a run that was killed may have the metrics of an epoch less."""
+    write_whole(run)
+    run.check()
+    run.write_metrics([metrics(1, 0.25)])
+    with pytest.raises(RunError, match=re.escape(str(run.folder / "metrics.jsonl"))):
+        run.check()
+
+
+def test_a_config_that_is_cut_off_is_damage(run):
+    write_whole(run)
+    run.write("config.yaml", "name: x\ndata: {root")
+    with pytest.raises(RequestError, match=re.escape(str(run.folder / "config.yaml"))):
+        run.check()
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(RunError, match=f"{tmp_path} cannot be read .Permission denied.: name another"):
+        list_runs(tmp_path)
+
+
 def test_a_missing_file_is_named(run):
     with pytest.raises(RunError, match=re.escape(str(run.folder / "config.yaml"))):
         run.config_text()

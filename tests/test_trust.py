@@ -82,4 +82,4 @@ def test_trust_alone_is_refused(mbm):
     ],
 )
 def test_code_is_found_however_it_is_written(text, code):
-    assert code_named_in(text) == code
+    assert code_named_in(text, "config.yaml") == code

@@ -178,7 +178,7 @@ def _train(
         torch.cuda.reset_peak_memory_stats(device)
     trainer = build_trainer(config, device, data)
     checkpoint = run.checkpoint()
-    part = _restore(run, checkpoint, trainer, device) if checkpoint else None
+    part = _restore(run, config, checkpoint, trainer, device) if checkpoint else None
     metrics = checkpoint["metrics"] if checkpoint else []
     record = _Record(run, config, device, trainer, metrics, started)
     if checkpoint:
@@ -268,7 +268,7 @@ class _Record:
 
     def keep(self, metrics: list[dict[str, Any]], part: PartOfEpoch | None = None) -> None:
         seconds = time.perf_counter() - self.started
-        self.run.write_checkpoint(_checkpoint(metrics, part, seconds, self.trainer, self.device))
+        self.run.write_checkpoint(_checkpoint(metrics, part, seconds, _keys(self.config), self.trainer, self.device))
 
 
 def _summary(
@@ -308,6 +308,7 @@ def _checkpoint(
     metrics: list[dict[str, Any]],
     part: PartOfEpoch | None,
     total_seconds: float,
+    multipliers: list[str],
     trainer: Trainer,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -317,6 +318,7 @@ def _checkpoint(
         "metrics": metrics,
         "part": None if part is None else {"step": part.step, "logits": part.logits, "seconds": part.seconds},
         "total_seconds": total_seconds,
+        "multipliers": multipliers,
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "random": {
@@ -326,12 +328,24 @@ def _checkpoint(
     }
 
 
-def _restore(run: Run, checkpoint: dict[str, Any], trainer: Trainer, device: torch.device) -> PartOfEpoch | None:
+def _keys(config: Config) -> list[str]:
+    """What tells a run's products from any others, also where a file's content decides them."""
+    return [multiplier.key for multiplier in config.model.multiplier.distinct()]
+
+
+def _restore(
+    run: Run, config: Config, checkpoint: dict[str, Any], trainer: Trainer, device: torch.device
+) -> PartOfEpoch | None:
     """Put everything back as it was, and tell where within an epoch that is.
 
     Raises:
-        RunError: it is not a checkpoint of this run.
+        RunError: it is not a checkpoint of this run, or a multiplier's file is not what it was.
     """
+    if checkpoint.get("multipliers", _keys(config)) != _keys(config):
+        raise RunError(
+            f"{config.model.multiplier} is not the multiplier that {run.folder} was trained with so far: "
+            "put the file back as it was, or train anew"
+        )
     try:
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["optimizer"])
