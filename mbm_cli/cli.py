@@ -682,8 +682,9 @@ def _make_writable(name: str) -> None:
 
 
 def _report(error: Any) -> int:
+    hint = ""
     if isinstance(error, MbmError):
-        message, code = str(error), error.exit_code
+        message, hint, code = str(error), error.hint, error.exit_code
     elif type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return 0
@@ -698,9 +699,15 @@ def _report(error: Any) -> int:
         sys.stdout = None  # what is left in its buffer would fail again
         message, code = f"standard output cannot be written ({error.strerror}): free space", 1
     else:
-        message, code = f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where it happened.", 1
-    print(f"mbm: {message}", file=sys.stderr)
+        message, code = f"{type(error).__name__}: {error}", 1
+        hint = "This is unexpected; --debug shows where it happened."
+    print(f"mbm: {_visible(message)}" + (f"\n{_visible(hint)}" if hint else ""), file=sys.stderr)
     return code
+
+
+def _visible(text: str) -> str:
+    """A line as a terminal can show it: a file's name may hold line breaks, or what clears the screen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

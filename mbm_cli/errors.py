@@ -2,9 +2,18 @@
 
 
 class MbmError(Exception):
-    """A failure with a message for the user: what went wrong, where, and what to do next."""
+    """A failure with a message for the user: what went wrong, where, and what to do next.
+
+    Args:
+        message: one line.
+        hint: a second one, where the first would be too long with it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class RequestError(MbmError):

@@ -528,6 +528,13 @@ def test_bad_input_is_answered_and_nothing_is_written(command, mbm, monkeypatch)
     assert wrong == []
 
 
+def test_an_error_is_shown_as_a_line_whatever_a_name_holds(mbm):
+    answer = mbm("runs", "show", "one", "--output", "a\n\nb\x1b[2J\u202e")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith(r"mbm: no run 'one', neither as a path nor in a\n\nb\x1b[2J\u202e: ")
+    assert answer.err.count("\n") == 1
+
+
 def test_an_unknown_command(mbm):
     answer = mbm("trian")
     assert (answer.code, answer.out) == (2, "")
@@ -644,13 +651,6 @@ def test_configs_list_copy_and_check(mbm):
     assert "seed" in answer.err
 
 
-def test_data_fetch_says_where_the_data_is(mbm):
-    answer = mbm("data", "fetch")
-    assert (answer.code, answer.err) == (0, "")
-    assert str(data_root(None)) in answer.out
-
-
-def test_runs_list_and_show(mbm):
 def test_a_copy_of_a_config_is_whole_or_absent():
     command = f"ulimit -f 0; {MBM} configs copy lenet-mbm"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -659,6 +659,13 @@ def test_a_copy_of_a_config_is_whole_or_absent():
     assert not Path("lenet-mbm.yaml").exists()
 
 
+def test_data_fetch_says_where_the_data_is(mbm):
+    answer = mbm("data", "fetch")
+    assert (answer.code, answer.err) == (0, "")
+    assert str(data_root(None)) in answer.out
+
+
+def test_runs_list_and_show(mbm):
     answer = mbm("runs", "list")
     assert answer.code == 0
     assert "no runs" in answer.out

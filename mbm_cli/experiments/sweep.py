@@ -237,7 +237,7 @@ def _sweep(
         ) from None
     except RunError as error:
         summarize("failed", reason=str(error))
-        raise RunError(f"{error}\nTo go on with the sweep: mbm sweep --resume {run.folder}") from error
+        raise RunError(str(error), f"To go on with the sweep: mbm sweep --resume {run.folder}") from error
     except Exception as error:
         summarize("failed", reason=f"{type(error).__name__}: {error}")
         raise
