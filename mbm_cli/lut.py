@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def read(path: Path) -> Table:
         raise ValueError(f"{path}: there is no such file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or 'it is no .npy file'}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npy: {str(error).splitlines()[0]}") from None
     if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
         raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")
@@ -112,5 +114,6 @@ def write(table: Table, path: Path) -> None:
                 np.save(file, table.entries)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None

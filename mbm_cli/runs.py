@@ -1,6 +1,7 @@
 """A run's folder: create it, write each file whole or not at all, list the folders, read them back."""
 
 import difflib
+import errno
 import fcntl
 import io
 import json
@@ -325,8 +326,8 @@ def list_runs(output: Path) -> list[Run]:
     """
     try:
         folders = sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # there can be none
+            return []
         raise RunError(f"{output} cannot be read ({error.strerror}): name another folder with --output") from None
     return [Run(folder) for folder in folders if os.path.isfile(folder / "summary.json")]

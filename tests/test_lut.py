@@ -99,6 +99,7 @@ def test_a_table_with_entries_repeated_is_the_same_multiplier():
         ("t.bin", b"\0\0\0\4", "entry 3 is 4, but a fraction of 1 bits and a carry are at most 3"),
         ("t.npy", b"", "cannot be read as .npy"),
         ("t.npy", b"\x93NUMPY\x01\x00", "cannot be read as .npy"),
+        ("t.npy", b"PK\x03\x04", "cannot be read as .npy"),
         ("t.npy", np.zeros(16, np.uint8), "holds uint8"),
         ("t.npy", np.zeros(16, object), "cannot be read as .npy"),
         ("t.npy", np.zeros(15, np.uint16), "has 15 entries"),
@@ -124,7 +125,12 @@ def test_a_table_that_is_not_there():
 
 @pytest.mark.parametrize(
     ("name", "bits", "message"),
-    [("t.bin", 8, "at most 7 bits"), ("t.txt", 3, "name a .bin"), ("no/t.bin", 3, "written")],
+    [
+        ("t.bin", 8, "at most 7 bits"),
+        ("t.txt", 3, "name a .bin"),
+        ("no/t.bin", 3, "written"),
+        ("x" * 251 + ".bin", 3, "written"),
+    ],
 )
 def test_what_cannot_be_written(tmp_path, name, bits, message):
     with pytest.raises(ValueError, match=message):

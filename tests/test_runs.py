@@ -211,6 +211,7 @@ def test_the_list_is_in_order_of_time_and_holds_runs_only(tmp_path):
     (tmp_path / "20260101T000002Z-no-summary").mkdir()
     assert [run.name for run in list_runs(tmp_path)] == names
     assert list_runs(tmp_path / "nowhere") == []
+    assert list_runs(tmp_path / ("x" * 300)) == []
 
 
 # What is damaged
