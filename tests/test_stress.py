@@ -1,0 +1,148 @@
+"""What `make stress` does at length, in little: kills, damage, full disks, memory; and where mbm is started from."""
+
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from fcntl import ioctl
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from stress import disk, kills, memory
+from stress.starts import Answer, Server, server
+
+from mbm_cli.cli import main
+from mbm_cli.runs import list_runs
+
+ONE_EPOCH = [*kills.TRAIN, "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("logs")) as made:
+        yield made
+
+
+# Kills
+
+
+def test_a_run_that_is_killed_at_any_time_ends_as_if_it_had_not_been(at, tmp_path):
+    phases = kills.kill_at_random(at, tmp_path, kills=5, epochs=3)
+    assert phases.total() == 5
+
+
+def test_before_each_operation_on_a_file(at, tmp_path):
+    assert kills.kill_before_operations(at, tmp_path, every=75) > 1
+
+
+def test_sigterm(at, tmp_path):
+    kills.interrupt(at, tmp_path, signal.SIGTERM, "train", Random(0))
+
+
+@pytest.mark.parametrize("together", [kills.start_together, kills.resume_together])
+def test_two_at_a_time(together, at, tmp_path):
+    together(at, tmp_path)
+
+
+# Disks and damage
+
+
+def test_a_file_that_becomes_too_large(at, tmp_path):
+    disk.limit_file_sizes(at, tmp_path, sizes=2)
+
+
+def test_folders_that_cannot_be_written(at, tmp_path):
+    disk.write_nowhere(at, tmp_path)
+
+
+def test_damaged_files(at, tmp_path):
+    for damage in (disk.damage_data, disk.damage_runs, disk.damage_tables):
+        damage(at, kills.made(tmp_path / damage.__name__), 1)
+
+
+# Memory
+
+
+def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
+    threads = torch.get_num_threads()
+    assert memory.of_epochs(15, "cpu", tmp_path)["process"] <= memory.GROWTH
+    torch.set_num_threads(threads)
+
+
+# Where it is started
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_without_a_home_folder(home, at, tmp_path):
+    data = str(disk.data.data_root(None))
+    environment = {"HOME": home, "MBM_DATA_DIR": data, "XDG_CACHE_HOME": None, "MPLCONFIGDIR": None}
+    assert at.run(*ONE_EPOCH, "--quiet", folder=tmp_path, environment=environment) == Answer(0, "", "")
+
+
+def on_terminal(columns: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a command that is started in this process shows on a terminal of that width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "argv", ["mbm", *arguments])
+    leader, follower = pty.openpty()
+    ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
+    shown = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                shown.extend(os.read(leader, 65536))
+            except OSError:  # how Linux says that the other end is closed
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with pytest.raises(SystemExit) as end:
+            main()
+    reader.join()
+    os.close(leader)
+    assert (end.value.code or 0) == 0
+    return shown.decode()
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_twenty_columns(own_folder, monkeypatch):
+    """Every word and number is there, in lines of its own; a name that is longer goes on in the next line."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = on_terminal(20, ONE_EPOCH, monkeypatch)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "layer: conv1\r\n" in plain
+    assert "mults/image: 117,600\r\n" in plain
+    assert re.search(r"1/1 +\d+\.\d\d %", plain)
+    (run,) = list_runs(Path("runs"))
+    listed = on_terminal(20, ["runs", "list"], monkeypatch)
+    assert run.name in listed.replace("\r\n", "")
+    assert "status: completed\r\n" in listed
+    assert "for example: \r\nmbm-t16-r7\r\n" in on_terminal(20, ["multipliers", "list"], monkeypatch)
+    assert max(len(line) for line in listed.splitlines()) <= 20
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])
+def test_a_terminal_without_colours(name, value, own_folder, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    text = on_terminal(100, ONE_EPOCH, monkeypatch)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", text)
+    assert name != "TERM" or "\x1b" not in text
+    assert "test accuracy" in text
