@@ -80,7 +80,7 @@ def read(path: Path) -> Table:
         raise ValueError(f"{path}: there is no such file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or 'it is no .npy file'}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:  # as much as its header asks for
         raise ValueError(f"{path} cannot be read as .npy: {str(error).splitlines()[0]}") from None
     if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
         raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")

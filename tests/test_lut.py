@@ -16,6 +16,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
+def npy_header(shape: str) -> bytes:
+    """A file that ends where its numbers should begin."""
+    text = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 @pytest.mark.parametrize(("bits", "suffix"), [(1, ".bin"), (7, ".bin"), (1, ".npy"), (7, ".npy"), (11, ".npy")])
 def test_what_is_written_is_read_back(tmp_path, bits, suffix):
     table = random_table(bits).table
@@ -100,6 +106,7 @@ def test_a_table_with_entries_repeated_is_the_same_multiplier():
         ("t.npy", b"", "cannot be read as .npy"),
         ("t.npy", b"\x93NUMPY\x01\x00", "cannot be read as .npy"),
         ("t.npy", b"PK\x03\x04", "cannot be read as .npy"),
+        ("t.npy", npy_header("(1152921504606846976,)"), "cannot be read as .npy"),
         ("t.npy", np.zeros(16, np.uint8), "holds uint8"),
         ("t.npy", np.zeros(16, object), "cannot be read as .npy"),
         ("t.npy", np.zeros(15, np.uint16), "has 15 entries"),
