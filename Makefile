@@ -5,13 +5,22 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-wheel lint types clean
+.PHONY: train test test-docs docs-figures test-wheel lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
 test: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest
+
+# The commands and Python examples of README.md and docs/, small, and their links.
+test-docs: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	$(VENV)/bin/python -m pytest tests/docs
+
+# The pictures of the documents; those that show a GPU only where there is one.
+docs-figures: $(VENV)/installed
+	$(VENV)/bin/python docs/figures.py
 
 # What is shipped: builds the sdist and the wheel, installs the wheel beside this environment's PyTorch, trains with it.
 test-wheel: $(VENV)/installed
