@@ -535,6 +535,7 @@ struct Ceiling {
     I x = {};
     for (int lane = 0; lane < LANES; lane++) x[lane] = is_lookup(m) ? lane : CARRY / 4;
     Weight w{1.0f, is_lookup(m) ? 0 : ONE + CARRY / 2};
+    asm volatile("" : "+m"(w));  // a factor of 1 would be left out
     for (std::int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 8
       for (F& s : sum) {

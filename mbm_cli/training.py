@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
+from mbm_cli.moments import Moment
 
 REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
-CHECKS = 10  # of an epoch: whether the losses since the last one are finite
+# Of an epoch: whether the losses since the last one are finite. The answer is looked at one check later, when it is
+# there without waiting for it, and so within a tenth of an epoch.
+CHECKS = 20
 PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evaluation")
 
 
@@ -159,22 +163,31 @@ class Trainer:
         reported = time.perf_counter()
         start = reported - (0.0 if part is None else part.seconds)
         self.model.train()
-        checked = self._moment(first)
+        moment, checks = self._moment(first), deque[_Check]()
+
+        def confirm(step: int) -> None:
+            for check in (*checks, self._check(moment, step)):
+                self._refuse_losses(check)
+
         for step in self._training.run(first):
             if stopped():
                 if keep is not None and step > 0:
+                    confirm(step)
                     keep(self._part(step, start))
                 raise Interrupted("interrupted")
             if step > first and step % check_every == 0:
-                self._check_losses(checked, step)
-                checked = self._moment(step)
+                checks.append(self._check(moment, step))
+                moment = self._moment(step)
+                if len(checks) > 1:
+                    self._refuse_losses(checks.popleft())
             if keep is not None and keep_every and step > first and step % keep_every == 0:
+                confirm(step)
                 keep(self._part(step, start))
             if report is not None and step > first and time.perf_counter() - reported > REPORT_INTERVAL:
                 loss, accuracy, images = self._train_metrics(step)
                 reported = time.perf_counter()
                 report(Progress(step, self.steps, loss, accuracy, images / (reported - start)))
-        self._check_losses(checked, self.steps)
+        confirm(self.steps)
         train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
@@ -236,25 +249,39 @@ class Trainer:
             torch.cuda.synchronize(logits.device)  # the steps' time is not over before
         return PartOfEpoch(step, logits, time.perf_counter() - start)
 
-    def _check_losses(self, since: "_Moment", steps: int) -> None:
-        """Refuse losses that are not finite, of the steps since then; waits for the device."""
+    def _losses(self, since: Moment, steps: int) -> Tensor:
+        """Of the images of the steps since then, float64."""
         batch = self._training.batch_size
         images = slice(since.step * batch, min(steps * batch, len(self.train)))
-        losses, _ = _losses_and_hits(self._training.logits[images], self.train.labels[self._order[images]])
-        finite = losses.isfinite()
-        if finite.all():
+        return _losses_and_hits(self._training.logits[images], self.train.labels[self._order[images]])[0]
+
+    def _check(self, since: Moment, steps: int) -> "_Check":
+        """Ask whether the losses of the steps since then are finite; waits for nothing."""
+        finite, known = self._losses(since, steps).isfinite().all(), None
+        if finite.is_cuda:
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            known = torch.cuda.Event()
+            known.record()
+        return _Check(since, steps, finite, known)
+
+    def _refuse_losses(self, check: "_Check") -> None:
+        """Look at the answer, and refuse losses that are not finite."""
+        if check.known is not None:
+            check.known.synchronize()
+        if check.finite:
             return
-        first = int((~finite).nonzero()[0])
-        step = since.step + first // batch
-        layer = self._first_layer_not_finite(since, step)
+        losses = self._losses(check.since, check.steps)
+        first = int((~losses.isfinite()).nonzero()[0])
+        step = check.since.step + first // self._training.batch_size
+        layer = self._first_layer_not_finite(check.since, step)
         where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
         raise RunError(
             f"the loss of step {step + 1} of {self.steps} is {losses[first].item()} ({where}): lower optimizer.lr"
         )
 
-    def _first_layer_not_finite(self, since: "_Moment", step: int) -> str | None:
+    def _first_layer_not_finite(self, since: Moment, step: int) -> str | None:
         """Do the steps since then again, which gives the same numbers, and watch the layers in the given one."""
-        self._return_to(since)
+        since.restore(self._state(), self._order.device)
         self.model.train()
         found: list[str] = []
 
@@ -271,23 +298,8 @@ class Trainer:
             hook.remove()
         return found[0] if found else None
 
-    def _moment(self, step: int) -> "_Moment":
-        device = self._order.device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        # Detached: a clone's graph would tie the parameters' gradients to this stream, which capture does not allow.
-        return _Moment(step, [(t, t.detach().clone()) for t in self._state()], torch.get_rng_state(), cuda)
-
-    def _return_to(self, moment: "_Moment") -> None:
-        torch.set_rng_state(moment.cpu_random)
-        if moment.cuda_random is not None:
-            torch.cuda.set_rng_state(moment.cuda_random, self._order.device)
-        known = {id(tensor) for tensor, _ in moment.tensors}
-        with torch.no_grad():
-            for tensor, value in moment.tensors:
-                tensor.copy_(value)
-            for tensor in self._state():
-                if id(tensor) not in known:  # made by the optimizer's first step, which starts them from zero
-                    tensor.zero_()
+    def _moment(self, step: int) -> Moment:
+        return Moment.take(step, self._state(), self._order.device)
 
     def _capture(self) -> None:
         """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
@@ -296,7 +308,7 @@ class Trainer:
         self._training.capture()
         self.model.eval()
         self._testing.capture()
-        self._return_to(before)
+        before.restore(self._state(), self._order.device)
         self._captured = True
 
     def _state(self) -> list[Tensor]:
@@ -324,13 +336,13 @@ def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class _Moment:
-    """The state of a training before a step: tensors with their values then, and the random numbers' state."""
+class _Check:
+    """Whether the losses from a moment on, until so many steps were done, are finite; on a GPU once it is known."""
 
-    step: int
-    tensors: list[tuple[Tensor, Tensor]]
-    cpu_random: Tensor
-    cuda_random: Tensor | None
+    since: Moment
+    steps: int
+    finite: Tensor
+    known: "torch.cuda.Event | None"
 
 
 class _Pass:
