@@ -5,7 +5,7 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-docs docs-figures test-wheel lint types clean
+.PHONY: train test test-docs docs-figures test-wheel test-notebook notebook lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
@@ -26,6 +26,15 @@ docs-figures: $(VENV)/installed
 test-wheel: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest tests/wheel
+
+# The notebook from top to bottom on the CPU, small; notebook stores the outputs of a whole run on this machine in it.
+test-notebook: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest tests/notebook
+
+notebook: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	$(VENV)/bin/python notebooks/execute.py
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
