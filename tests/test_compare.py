@@ -60,6 +60,16 @@ def test_runs_of_a_seed_start_alike_and_differ_by_the_multiplier_alone(tmp_path)
     assert torch.allclose(*weights, atol=0.05)
 
 
+def test_a_comparison_that_cannot_be_shown_has_failed(tmp_path, monkeypatch):
+    def full(display, what, runs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(CompareDisplay, "start", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_compare(tmp_path, "mbm")
+    assert list_runs(tmp_path)[0].summary()["status"] == "failed"
+
+
 def test_an_interrupted_comparison_goes_on_without_repeating_runs(tmp_path):
     _, whole = run_compare(tmp_path / "whole", "mbm")
     asked = iter([False] * 18 + [True] * 1000)  # 4 steps an epoch, 8 a run: in the third of four runs

@@ -14,7 +14,7 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split
 from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
+from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.member import member_name, members, train_member
 from mbm_cli.experiments.profile import convolution_seconds
@@ -126,7 +126,7 @@ def _compare(
             f"interrupted after {len(finished)} of {len(jobs)} runs; to go on: "
             f"mbm compare exact-vs-mbm --resume {run.folder}"
         ) from None
-    except MbmError:
+    except Exception:
         summarize("failed")
         raise
     finally:
