@@ -176,8 +176,9 @@ class Trainer:
                     keep(self._part(step, start))
                 raise Interrupted("interrupted")
             if step > first and step % check_every == 0:
-                checks.append(self._check(moment, step))
-                moment = self._moment(step)
+                with self.phase("loss"):
+                    checks.append(self._check(moment, step))
+                    moment = self._moment(step)
                 if len(checks) > 1:
                     self._refuse_losses(checks.popleft())
             if keep is not None and keep_every and step > first and step % keep_every == 0:
