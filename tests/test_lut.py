@@ -106,6 +106,8 @@ def test_a_table_with_entries_repeated_is_the_same_multiplier():
         ("t.npy", b"", "cannot be read as .npy"),
         ("t.npy", b"\x93NUMPY\x01\x00", "cannot be read as .npy"),
         ("t.npy", b"PK\x03\x04", "cannot be read as .npy"),
+        ("t.npy", npy_header("(16")[:80], "cannot be read as .npy"),
+        ("t.npy", npy_header("(16"), "cannot be read as .npy"),
         ("t.npy", npy_header("(1152921504606846976,)"), "cannot be read as .npy"),
         ("t.npy", np.zeros(16, np.uint8), "holds uint8"),
         ("t.npy", np.zeros(16, object), "cannot be read as .npy"),
