@@ -5,7 +5,7 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-docs docs-figures test-wheel test-notebook notebook lint types clean
+.PHONY: train test test-docs docs-figures stress test-wheel test-notebook notebook lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
@@ -38,6 +38,14 @@ notebook: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
+
+# What kills, disks, memory and wrong input do to runs: docs/reliability.md tells what comes out.
+stress: $(VENV)/installed
+	$(VENV)/bin/python tests/stress/kills.py
+	$(VENV)/bin/python tests/stress/disk.py
+	$(VENV)/bin/python tests/stress/memory.py
+	$(VENV)/bin/python tests/stress/mutations.py
+	$(VENV)/bin/python tests/stress/convolutions.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
