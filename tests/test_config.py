@@ -175,7 +175,7 @@ RATE = "a finite number above 0"
         ("lr", "1", ["unknown field 'lr'", "did you mean optimizer.lr?"]),
         ("data.batchsize", "1", ["'data.batchsize'", "eval_batch_size", "did you mean data.batch_size?"]),
         ("optimizer.epochs", "1", ["'optimizer.epochs'", "did you mean train.epochs?"]),
-        ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, deterministic, checkpoint_every, cuda_graph"]),
+        ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, deterministic, checkpoint_every"]),
         ('"a\\nb"', "1", [r"unknown field 'a\nb'"]),
         # sections
         ("data", "null", ["data must be a section with the fields dataset,", "not null"]),
