@@ -163,7 +163,15 @@ class Run:
         self.write("checkpoint.pt", buffer.getvalue())
 
     def config_text(self) -> str:
-        return self._read("config.yaml")
+        """The experiment as YAML.
+
+        Raises:
+            RunError: it cannot be read, or does not end with a line's end: what was cut off would get its default.
+        """
+        text = self._read("config.yaml")
+        if not text.endswith("\n"):
+            raise RunError(f"{self.folder / 'config.yaml'} is damaged (its last line has no end)")
+        return text
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds; a run that nobody computes any more is ``stopped`` and not ``running``.

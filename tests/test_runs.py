@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbm_cli.errors import RequestError, RunError
+from mbm_cli.errors import MbmError, RequestError, RunError
 from mbm_cli.runs import Run, list_runs
 
 SUMMARY = {
@@ -151,14 +151,14 @@ def test_a_write_that_fails_leaves_what_was_there(run, monkeypatch, function, fa
     def fail(*args):
         raise failure
 
-    run.write("config.yaml", "old")
+    run.write("config.yaml", "old\n")
     before = sorted(run.folder.iterdir())
     monkeypatch.setattr(os, function, fail)
     expected = RunError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as error:
         run.write("config.yaml", "new")
     assert sorted(run.folder.iterdir()) == before
-    assert run.config_text() == "old"
+    assert run.config_text() == "old\n"
     if expected is RunError:
         assert str(run.folder / "config.yaml") in str(error.value)
         assert "No space left on device" in str(error.value)
@@ -256,10 +256,12 @@ def test_files_that_contradict_one_another_are_damaged(run):
         run.check()
 
 
-def test_a_config_that_is_cut_off_is_damage(run):
+@pytest.mark.parametrize("text", ["name: x\ndata: {root\n", "name: x\ntrain:\n  epochs: 1"])
+def test_a_config_that_is_cut_off_is_damage(run, text):
+    """Also where what is left is a config: the rest would silently be its defaults, 1 might have been 12."""
     write_whole(run)
-    run.write("config.yaml", "name: x\ndata: {root")
-    with pytest.raises(RequestError, match=re.escape(str(run.folder / "config.yaml"))):
+    run.write("config.yaml", text)
+    with pytest.raises(MbmError, match=re.escape(str(run.folder / "config.yaml"))):
         run.check()
 
 

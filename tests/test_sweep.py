@@ -226,7 +226,7 @@ def test_a_worker_that_is_killed_ends_the_sweep(tmp_path):
     with pytest.raises(RunError, match=r"mbm(-t20)?, seed \d: its process was ended by SIGKILL") as error:
         run_sweep(tmp_path, MULTIPLIERS, jobs=2, stopped=kill_one, settings=["train.epochs=100000"])
     (run,) = list_runs(tmp_path)
-    assert f"mbm sweep --resume {run.folder}" in str(error.value)
+    assert f"mbm sweep --resume {run.folder}" in error.value.hint
     assert run.summary()["status"] == "failed"
     assert "SIGKILL" in run.summary()["reason"]
     assert sorted(statuses(run)) == ["failed", "interrupted"]
@@ -238,7 +238,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, undrawn):
     with pytest.raises(RunError, match=r"1 of 2 runs failed, the first one: epoch 1 of 2: the loss of step") as error:
         run_sweep(tmp_path, "optimizer.lr=1e30,0.001", seeds=1, display=display)
     (run,) = list_runs(tmp_path)
-    assert str(error.value).endswith(f"mbm sweep --resume {run.folder}")
+    assert error.value.hint.endswith(f"mbm sweep --resume {run.folder}")
     result = run.read_json("sweep.json")
     assert [row["status"] for row in result["runs"]] == ["failed", "completed"]
     failed, fine = result["combinations"]

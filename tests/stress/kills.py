@@ -335,7 +335,9 @@ def resume_together(at: Server, folder: Path) -> None:
     first = at.start(resume, own)
     while run.summary()["status"] != "running":
         time.sleep(0.002)
+    first.kill(signal.SIGSTOP)  # so that it does not end while the other one is patient
     refused = at.run(*more, folder=own)
+    first.kill(signal.SIGCONT)
     assert (refused.code, refused.out) == (2, ""), refused
     assert "another process" in refused.err
     assert first.wait() == Answer(0, "", "")
