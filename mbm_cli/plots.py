@@ -38,7 +38,7 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
     accuracy.set_ylabel("accuracy (%)")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(_plain(title), fontsize="medium")
@@ -64,7 +64,7 @@ def comparison(result: dict[str, Any]) -> bytes:
     loss.set_ylabel("training loss")
     for axes in (accuracy, loss):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     accuracy.legend(title=f"{result['model']}, {result['seeds']} seed{'s'[: result['seeds'] != 1]}")
     return _png(figure)
@@ -157,7 +157,7 @@ def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], t
     axes.set_xlabel("truncated bits", fontsize=8)
     axes.set_ylabel("test accuracy (%)", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     if marked:
         _write_below(axes, marked, reported)
@@ -297,7 +297,7 @@ def truncation_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("truncated bits")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels(panels)
     legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside upper center", ncols=4, columnspacing=1.0, handlelength=1.8, frameon=False)
