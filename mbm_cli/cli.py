@@ -1,14 +1,10 @@
 """The command line: commands and flags, nothing else."""
 
-import errno
-import io
 import json as json_module
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mbm_cli.errors import MbmError, RequestError
-
-# An interrupt, a polite kill, a terminal that was closed.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
 
 # \b: the lines after it stay as they are.
 START = """Train neural networks on MNIST with approximate multiplications (MBM), bit for bit as the hardware would.
@@ -153,12 +146,12 @@ def train(
     if resume is not None:
         _refuse_with_resume(context, "epochs")
         run = _find_to_resume(resume, output, trust)
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             summary = experiment.resume(run, epochs, _display(json, quiet), stopped)
     else:
         _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits), epochs))
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             run, summary = experiment.train(loaded, output, _display(json, quiet), stopped, threads)
     if json:
         _print_json({**summary, "run": str(run.folder)})
@@ -203,13 +196,13 @@ def compare_exact_vs_mbm(
     if resume is not None:
         _refuse_with_resume(context, "nothing")
         run = _find_to_resume(resume, output, trust)
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             result = experiment.resume(run, display, stopped)
     else:
         _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, None, epochs))
         columns = _with_bits(split_at_commas(multiplier) if multiplier else [], bits)
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             run, result = experiment.compare(
                 loaded, columns or [str(loaded.model.multiplier)], seeds, output, display, stopped, threads
             )
@@ -310,12 +303,12 @@ def sweep(
     if resume is not None:
         _refuse_with_resume(context, "jobs")
         run = _find_to_resume(resume, output, trust)
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             result = experiment.resume(run, jobs, display, stopped)
     else:
         _refuse_trust(trust)
         loaded = configs.load(config, _overrides(set_, device, seed, multiplier, epochs))
-        with _stop_on_signal() as stopped:
+        with stop_on_signal() as stopped:
             run, result = experiment.sweep(loaded, vary or [], seeds, jobs or 1, output, display, stopped, threads)
     if json:
         _print_json({**result, "run": str(run.folder)})
@@ -409,7 +402,7 @@ def profile_epoch(
     from mbm_cli.experiments import profile_epoch as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits)))
-    with tables.console(stderr=True).status("loading") as status, _stop_on_signal() as stopped:
+    with tables.console(stderr=True).status("loading") as status, stop_on_signal() as stopped:
         run, result = experiment.profile_epoch(loaded, output, threads, status.update, stopped)
     if json:
         _print_json({**result, "run": str(run.folder)})
@@ -450,7 +443,7 @@ def characterize(
 
     progress = tables.console(stderr=True)
     progress.quiet = quiet
-    with progress.status("starting") as status, _stop_on_signal() as stopped:
+    with progress.status("starting") as status, stop_on_signal() as stopped:
         run, result = experiment.characterize(
             _with_bits(names, bits),
             output,
@@ -659,80 +652,17 @@ def main() -> None:
     """The entry point: an error becomes a line on standard error and an exit code."""
     arguments = sys.argv[1:]
     # While libraries are being imported, an exception would end up in their hands.
-    signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once())
-    _make_writable("stdout")
-    _make_writable("stderr")
+    signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
+    make_writable("stdout")
+    make_writable("stderr")
     try:
         code = app(arguments, prog_name="mbm", standalone_mode=False)
         sys.stdout.flush()
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code = _report(error)
+        code = report_error(error)
     sys.exit(code)
-
-
-def _make_writable(name: str) -> None:
-    """Whatever a stream's encoding, and even if it was closed, writing to it does not fail for that."""
-    stream = getattr(sys, name)
-    if stream is None:
-        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-    elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-        stream.reconfigure(errors="backslashreplace")
-
-
-def _report(error: Any) -> int:
-    hint = ""
-    if isinstance(error, MbmError):
-        message, hint, code = str(error), error.hint, error.exit_code
-    elif type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message())
-        return 0
-    elif hasattr(error, "format_message"):  # a usage error of click, which newer versions of Typer carry inside
-        command = error.ctx.command_path if error.ctx else "mbm"
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
-        message, code = f"{message}; see {command} --help", 2
-    elif isinstance(error, BrokenPipeError):
-        sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
-        return 1
-    elif isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None:
-        sys.stdout = None  # what is left in its buffer would fail again
-        message, code = f"standard output cannot be written ({error.strerror}): free space", 1
-    else:
-        message, code = f"{type(error).__name__}: {error}", 1
-        hint = "This is unexpected; --debug shows where it happened."
-    print(f"mbm: {_visible(message)}" + (f"\n{_visible(hint)}" if hint else ""), file=sys.stderr)
-    return code
-
-
-def _visible(text: str) -> str:
-    """A line as a terminal can show it: a file's name may hold line breaks, or what clears the screen."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first interrupt asks to stop at the next step, the second stops at once."""
-    asked = []
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once())
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave_at_once() -> None:
-    if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h\n")  # a progress bar hides the cursor
-        sys.stdout.flush()
-    os._exit(130)
 
 
 def _summary_or_damage(run: Any) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""A process and who looks at it: streams, signals, and errors as lines with an exit code."""
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mbm_cli.errors import MbmError
+
+# An interrupt, a polite kill, a terminal that was closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def make_writable(name: str) -> None:
+    """Whatever a stream's encoding, and even if it was closed, writing to it does not fail for that."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+    elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
+def report_error(error: Any) -> int:
+    """Print an error as a line or two on standard error; gives the exit code."""
+    hint = ""
+    if isinstance(error, MbmError):
+        message, hint, code = str(error), error.hint, error.exit_code
+    elif type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return 0
+    elif hasattr(error, "format_message"):  # a usage error of click, which newer versions of Typer carry inside
+        command = error.ctx.command_path if error.ctx else "mbm"
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        message, code = f"{message}; see {command} --help", 2
+    elif isinstance(error, BrokenPipeError):
+        sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
+        return 1
+    elif isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None:
+        sys.stdout = None  # what is left in its buffer would fail again
+        message, code = f"standard output cannot be written ({error.strerror}): free space", 1
+    else:
+        message, code = f"{type(error).__name__}: {error}", 1
+        hint = "This is unexpected; --debug shows where it happened."
+    print(f"mbm: {_visible(message)}" + (f"\n{_visible(hint)}" if hint else ""), file=sys.stderr)
+    return code
+
+
+def _visible(text: str) -> str:
+    """A line as a terminal can show it: a file's name may hold line breaks, or what clears the screen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """The first interrupt asks to stop at the next step, the second stops at once."""
+    asked = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_at_once() -> None:
+    """As an interrupt ends a process, without waiting for anything."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h\n")  # a progress bar hides the cursor
+        sys.stdout.flush()
+    os._exit(130)
