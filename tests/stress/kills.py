@@ -5,6 +5,7 @@ time, and begins another when one is complete; kills one before each of its oper
 SIGTERM to train, compare and sweep; starts runs, resumes and fetches at the same time.
 """
 
+import glob
 import gzip
 import hashlib
 import itertools
@@ -258,7 +259,8 @@ def interrupt(at: Server, folder: Path, number: int, name: str, choose: random.R
         answer = at.run(*COMMANDS[name], folder=whole / name)
         assert answer.code == 0, answer
     process = at.start(COMMANDS[name], own)
-    while not any(own.glob("runs/**/checkpoint.pt")):
+    # Not with pathlib: it trips over the hidden folder that a run is made in, when that is renamed.
+    while not glob.glob("runs/**/checkpoint.pt", root_dir=own, recursive=True):
         time.sleep(0.002)
     time.sleep(choose.uniform(0, 0.05))
     process.kill(number)
