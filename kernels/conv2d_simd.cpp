@@ -70,15 +70,6 @@ class Rounding {
   Rounding(const Rounding&) = delete;
 };
 
-// Keeps a value in a register and the compiler from knowing it.
-#if defined(__x86_64__)
-#define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
-#elif defined(__aarch64__)
-#define MBM_OPAQUE(v) asm volatile("" : "+w"(v))
-#else
-#define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
-#endif
-
 struct Lanes {
   typedef float F __attribute__((vector_size(LANES * sizeof(float))));
   typedef int I __attribute__((vector_size(LANES * sizeof(int))));
@@ -527,6 +518,15 @@ void multiply(const Multiplier& m, const float* a, const float* b, float* out, s
   store(rest[2], product<Lanes>(load<F>(rest[0]), load<F>(rest[1]), m));
   std::memcpy(out + i, rest[2], (count - i) * sizeof(float));
 }
+
+// Keeps a value in a register and the compiler from knowing it.
+#if defined(__x86_64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
+#elif defined(__aarch64__)
+#define MBM_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define MBM_OPAQUE(v) asm volatile("" : "+m"(v))
+#endif
 
 struct Ceiling {
   template <Form FORM, bool MASKED> static std::int64_t of(const Multiplier& shared, std::int64_t rounds) {
