@@ -144,6 +144,11 @@ struct __align__(16) Weight {
   float correction;
 };
 
+MBM_FN bool is_normal(float x) {
+  int exponent = bits<Lane>(x) & INFINITE;
+  return exponent != 0 && exponent != INFINITE;
+}
+
 MBM_FN float decode_whole(float x) {
   if constexpr (M.form == TRUNCATED) return decode_truncated<Lane>(x, M);
   return truncate_finite<Lane>(x, M.operand_keep);
@@ -151,14 +156,14 @@ MBM_FN float decode_whole(float x) {
 
 MBM_FN Pixel decode_pixel(float a) {
   if constexpr (WHOLE) return {decode_whole(a), 0};
-  if constexpr (M.form == CALL) return {a == 0 ? 1.0f : a, a == 0 ? 0 : ~0};
+  if constexpr (M.form == CALL) return {is_normal(a) ? a : 1.0f, is_normal(a) ? ~0 : 0};
   if constexpr (is_lookup(M)) return {decode_power<Lane>(a), table_column(bits<Lane>(a) & FRACTION, M)};
   return {decode_power<Lane>(a), decode_fraction<Lane>(a, M)};
 }
 
 MBM_FN Weight decode_weight(float b) {
   if constexpr (WHOLE) return {bits<Lane>(decode_whole(b)), 0, 0};
-  if constexpr (M.form == CALL) return {b == 0 ? ONE : bits<Lane>(b), b == 0 ? 0 : ~0, 0};
+  if constexpr (M.form == CALL) return {is_normal(b) ? bits<Lane>(b) : ONE, is_normal(b) ? ~0 : 0, 0};
   if constexpr (is_lookup(M)) {
     int power = bits<Lane>(decode_power<Lane>(b));
     return {power, (power & INFINITE) != 0 ? table_row(bits<Lane>(b) & FRACTION, M) : ENTRIES, 0};
