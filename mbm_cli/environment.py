@@ -9,6 +9,8 @@ from importlib.resources import files
 
 import torch
 
+from mbm_cli.device import LIBRARY_VARIABLES
+
 
 def environment(device: torch.device) -> dict[str, object]:
     """A description of this process and machine for ``environment.json``: plain values only."""
@@ -36,6 +38,7 @@ def environment(device: torch.device) -> dict[str, object]:
             "memory_bytes": properties.total_memory,
             "runtime": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "variables": {name: os.environ.get(name) for name in LIBRARY_VARIABLES},
         }
     return found
 

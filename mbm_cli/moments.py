@@ -1,5 +1,6 @@
 """The state of a training at a moment, to return to: tensors on their device, and random numbers."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,26 @@ class Moment:
 
     Attributes:
         step: of the epoch, from 0 on.
-        tensors: those that the training changes, each with its value then.
+        tensors: those that the training changes, by dtype, and with each group their values then, one after the other.
         cpu_random, cuda_random: the generators' states.
     """
 
     step: int
-    tensors: list[tuple[Tensor, Tensor]]
+    tensors: list[tuple[list[Tensor], Tensor]]
     cpu_random: Tensor
     cuda_random: Tensor | None
 
     @classmethod
     def take(cls, step: int, tensors: Sequence[Tensor], device: torch.device) -> "Moment":
         """As it is now; nothing waits for the device."""
+        groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            groups[tensor.dtype].append(tensor)
+        # Detached: a copy's graph would tie the parameters' gradients to this stream, which capture does not allow.
+        # In one piece, which a GPU copies at once; dozens of copies would take it as long as a training step.
+        copied = [(group, torch.cat([tensor.detach().flatten() for tensor in group])) for group in groups.values()]
         cuda_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        # Detached: a clone's graph would tie the parameters' gradients to this stream, which capture does not allow.
-        return cls(step, [(t, t.detach().clone()) for t in tensors], torch.get_rng_state(), cuda_random)
+        return cls(step, copied, torch.get_rng_state(), cuda_random)
 
     def restore(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         """Put it back.
@@ -38,10 +44,11 @@ class Moment:
         torch.set_rng_state(self.cpu_random)
         if self.cuda_random is not None:
             torch.cuda.set_rng_state(self.cuda_random, device)
-        known = {id(tensor) for tensor, _ in self.tensors}
+        known = {id(tensor) for group, _ in self.tensors for tensor in group}
         with torch.no_grad():
-            for tensor, value in self.tensors:
-                tensor.copy_(value)
+            for group, values in self.tensors:
+                for tensor, value in zip(group, values.split([tensor.numel() for tensor in group]), strict=True):
+                    tensor.copy_(value.view_as(tensor))
             for tensor in tensors:
                 if id(tensor) not in known:
                     tensor.zero_()

@@ -61,7 +61,8 @@ def test_gradients_are_the_exact_convolution_s():
     grad = torch.randn_like(exact)
     ours = torch.autograd.grad(output, (x, weight, bias), grad)
     theirs = torch.autograd.grad(exact, (x, weight, bias), grad)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    torch.testing.assert_close(ours[2], theirs[2])  # summed in another order
 
 
 @pytest.mark.parametrize("model", ["lenet", "cnn3"])

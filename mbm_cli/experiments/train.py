@@ -18,7 +18,7 @@ from mbm_cli import plots
 from mbm_cli.config import Config, OptimizerConfig
 from mbm_cli.custom import Product, check_magnitude
 from mbm_cli.data import Split, epoch_order, load_mnist
-from mbm_cli.device import choose_device
+from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments.memory import is_out_of_memory, out_of_memory
@@ -106,9 +106,7 @@ def prepare(config: Config, threads: int | None = None) -> torch.device:
     device = choose_device(config.device)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = not config.train.deterministic
-    torch.backends.cudnn.allow_tf32 = not config.train.deterministic
-    torch.backends.cudnn.deterministic = config.train.deterministic
+    set_arithmetic(config.train.deterministic)
     _check_multipliers(config, device)
     return device
 
