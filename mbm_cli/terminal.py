@@ -13,15 +13,36 @@ from mbm_cli.errors import MbmError
 
 # An interrupt, a polite kill, a terminal that was closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Asked to stop, a process that is told so again leaves at once; a terminal that is closed may tell it twice by itself.
+IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class _Terminal(io.FileIO):
+    """Once it is gone, what is said to it is lost, and that is no error."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return memoryview(data).nbytes
+
+
 def make_writable(name: str) -> None:
-    """Whatever a stream's encoding, and even if it was closed, writing to it does not fail for that."""
+    """Whatever a stream's encoding, and even if it is closed, now or later, writing to it does not fail for that."""
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-    elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        return
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    if stream.isatty():
+        terminal = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        stream = io.TextIOWrapper(terminal, stream.encoding, stream.errors, line_buffering=True)
+        setattr(sys, name, stream)
+    if stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")
 
 
@@ -57,12 +78,13 @@ def _visible(text: str) -> str:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first interrupt asks to stop at the next step, the second stops at once."""
+    """The first of the signals asks to stop at the next step, a second interrupt or polite kill stops at once."""
     asked = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
+        for again in IMPATIENT_SIGNALS:
+            signal.signal(again, lambda number, frame: leave_at_once())
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}

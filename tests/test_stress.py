@@ -5,18 +5,20 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import threading
 from collections.abc import Iterator
 from fcntl import ioctl
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from stress import disk, kills, memory
-from stress.starts import Answer, Server, server
+from stress.starts import MBM, Answer, Server, server
 
 from mbm_cli.cli import main
 from mbm_cli.runs import list_runs
@@ -84,6 +86,24 @@ def test_without_a_home_folder(home, at, tmp_path):
     data = str(disk.data.data_root(None))
     environment = {"HOME": home, "MBM_DATA_DIR": data, "XDG_CACHE_HOME": None, "MPLCONFIGDIR": None}
     assert at.run(*ONE_EPOCH, "--quiet", folder=tmp_path, environment=environment) == Answer(0, "", "")
+
+
+def test_a_terminal_that_is_closed_stops_a_run_in_order(tmp_path):
+    """What it has done is kept, though nobody can be told any more."""
+    leader, follower = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+    take_terminal = partial(ioctl, 0, termios.TIOCSCTTY, 0)
+    command = [MBM, *kills.TRAIN, "--epochs", "1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, **streams, start_new_session=True, preexec_fn=take_terminal)
+    os.close(follower)
+    shown = b""
+    while b"2/1000" not in shown:
+        shown += os.read(leader, 65536)
+    os.close(leader)
+    assert process.wait(60) == 130
+    (run,) = list_runs(tmp_path / "runs")
+    summary, checkpoint = run.summary(), run.checkpoint()
+    assert (summary["status"], summary["epochs"]) == ("interrupted", checkpoint["epoch"])
 
 
 def on_terminal(columns: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
