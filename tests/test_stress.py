@@ -11,7 +11,6 @@ import termios
 import threading
 from collections.abc import Iterator
 from fcntl import ioctl
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -91,14 +90,13 @@ def test_without_a_home_folder(home, at, tmp_path):
 def test_a_terminal_that_is_closed_stops_a_run_in_order(tmp_path):
     """What it has done is kept, though nobody can be told any more."""
     leader, follower = pty.openpty()
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
-    take_terminal = partial(ioctl, 0, termios.TIOCSCTTY, 0)
-    command = [MBM, *kills.TRAIN, "--epochs", "1000"]
-    process = subprocess.Popen(command, cwd=tmp_path, **streams, start_new_session=True, preexec_fn=take_terminal)
-    os.close(follower)
+    terminal = os.ttyname(follower)  # of the first process that opens it in a session of its own
+    command = ["sh", "-c", f'exec "$0" "$@" <{terminal} >{terminal} 2>&1', MBM, *kills.TRAIN, "--epochs", "1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     shown = b""
     while b"2/1000" not in shown:
         shown += os.read(leader, 65536)
+    os.close(follower)
     os.close(leader)
     assert process.wait(60) == 130
     (run,) = list_runs(tmp_path / "runs")
