@@ -118,8 +118,8 @@ def _to_one_multiplier(value: object) -> Multiplier:
     )
 
 
-def _from_multiplier(value: Multiplier | LayerMultipliers) -> str | dict[str, str]:
-    """With whole paths, so that a run can be resumed from another folder."""
+def located(value: Multiplier | LayerMultipliers) -> str | dict[str, str]:
+    """As a config has it, with whole paths, so that a run can be resumed from another folder."""
     if isinstance(value, LayerMultipliers):
         return {layer: _located(one) for layer, one in value.mapping().items()}
     return _located(value)
@@ -129,9 +129,7 @@ def _located(multiplier: Multiplier) -> str:
     return multiplier.source.located if multiplier.source else str(multiplier)
 
 
-MultiplierField = Annotated[
-    Multiplier | LayerMultipliers, PlainValidator(_to_multiplier), PlainSerializer(_from_multiplier)
-]
+MultiplierField = Annotated[Multiplier | LayerMultipliers, PlainValidator(_to_multiplier), PlainSerializer(located)]
 
 
 class DataConfig(_Section):
@@ -263,14 +261,16 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     return parse(text, source, overrides)
 
 
-def multiplier(text: str) -> Multiplier | LayerMultipliers:
-    """A multiplier's name, or ``{layer: name, default: name}``.
+def multiplier(value: str | dict[str, str]) -> Multiplier | LayerMultipliers:
+    """A multiplier's name, or ``{layer: name, default: name}``, as a text or as a mapping.
 
     Raises:
         RequestError: it is neither.
     """
     try:
-        return _to_multiplier(_read_yaml(text, "the multiplier") if text.startswith("{") else text)
+        if isinstance(value, str) and value.startswith("{"):
+            return _to_multiplier(_read_yaml(value, "the multiplier"))
+        return _to_multiplier(value)
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -281,7 +281,11 @@ def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--s
     Raises:
         RequestError: something in the text or in an override is wrong.
     """
-    document = _read_yaml(text, where)
+    return of_document(_read_yaml(text, where), where, overrides, flag)
+
+
+def of_document(document: object, where: str, overrides: Sequence[str] = (), flag: str = "--set") -> Config:
+    """Check an experiment that is already taken apart into mappings and values; otherwise as `parse`."""
     if not isinstance(document, dict):
         found = "is empty" if document is None else f"is {_show(document)}"
         raise RequestError(f"{where} {found}: a config is a mapping with the fields {', '.join(Config.model_fields)}")

@@ -1,5 +1,7 @@
 """Which multiplier each layer of a model gets."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,6 +9,12 @@ from fnmatch import fnmatchcase
 from mbm_cli.multipliers import Multiplier
 
 DEFAULT = "default"
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./~-](?:[A-Za-z0-9_./~*?@-]|:(?! ))*")
+
+
+def _word(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class LayerMultipliers:
         return {**dict(self.layers), DEFAULT: self.default}
 
     def __str__(self) -> str:
-        """As a config can have it: ``{conv1: exact, default: mbm}``."""
-        return "{" + ", ".join(f"{layer}: {multiplier}" for layer, multiplier in self.mapping().items()) + "}"
+        """As a config can have it: ``{conv1: exact, default: mbm}``; quoted where YAML could misread a word."""
+        return "{" + ", ".join(f"{_word(layer)}: {_word(str(m))}" for layer, m in self.mapping().items()) + "}"
 
     @property
     def is_exact(self) -> bool:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,13 +27,16 @@ from mbm_cli.errors import RequestError, RunError
 PATIENCE = 1.0  # seconds for whoever looks at a run, or is just ending, to let go of it
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
     """What a file must have to be worth reading; it may have more."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
 
-class Summary(_Fields):
+Some = TypeVar("Some", bound=Fields)
+
+
+class Summary(Fields):
     """``summary.json``: accuracies are fractions, times seconds."""
 
     status: Literal["running", "completed", "interrupted", "failed"]
@@ -47,7 +50,7 @@ class Summary(_Fields):
     total_seconds: float
 
 
-class EpochMetrics(_Fields):
+class EpochMetrics(Fields):
     """A line of ``metrics.jsonl``."""
 
     epoch: int
@@ -302,14 +305,28 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise RunError(f"{self.folder / name} cannot be read ({reason}): the run is damaged") from error
 
-    def _checked(self, name: str, value: dict[str, Any], fields: type[_Fields]) -> dict[str, Any]:
+    def plan(self, kind: str, fields: type[Some]) -> Some | None:
+        """What ``plan.json`` says that this comparison or sweep is to do; ``None`` where the run is of another kind.
+
+        Raises:
+            RunError: it cannot be read, or a field is missing or wrong.
+        """
+        if not (self.folder / "plan.json").exists():
+            return None
+        plan = self.read_json("plan.json")
+        return self._validated("plan.json", plan, fields) if plan.get("kind") == kind else None
+
+    def _checked(self, name: str, value: dict[str, Any], fields: type[Fields]) -> dict[str, Any]:
+        self._validated(name, value, fields)
+        return value
+
+    def _validated(self, name: str, value: dict[str, Any], fields: type[Some]) -> Some:
         try:
-            fields.model_validate(value)
+            return fields.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise RunError(f"{self.folder / name} is damaged ({where}: {first['msg']})") from None
-        return value
 
     def _parse(self, name: str, text: str) -> dict[str, Any]:
         try:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import exported
 
 from mbm_cli.config import load
-from mbm_cli.errors import Interrupted, RequestError
+from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import compare as experiment
 from mbm_cli.experiments.compare import _interval, _verdict, compare
 from mbm_cli.render import CompareDisplay
@@ -67,7 +68,8 @@ def test_a_comparison_that_cannot_be_shown_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(CompareDisplay, "start", full)
     with pytest.raises(OSError, match="No space left"):
         run_compare(tmp_path, "mbm")
-    assert list_runs(tmp_path)[0].summary()["status"] == "failed"
+    summary = list_runs(tmp_path)[0].summary()
+    assert (summary["status"], summary["reason"]) == ("failed", "OSError: No space left on device")
 
 
 def test_an_interrupted_comparison_goes_on_without_repeating_runs(tmp_path):
@@ -86,6 +88,39 @@ def test_an_interrupted_comparison_goes_on_without_repeating_runs(tmp_path):
         r["metrics"][-1]["train_loss"] for r in whole["runs"]
     ]
     assert {n: (run.folder / n / "checkpoint.pt").stat().st_mtime_ns for n in finished} == finished
+
+
+def test_a_comparison_goes_on_from_another_folder_but_not_with_another_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported("mbm", 7, Path("t.bin"))
+    exported("mitchell", 7, Path("other.bin"))
+    asked = iter([False] * 18 + [True] * 1000)  # 8 steps a run: the first with the table is finished
+    with pytest.raises(Interrupted, match="after 2 of 4 runs"):
+        run_compare(tmp_path / "runs", "lut:t.bin", stopped=lambda: next(asked))
+    (run,) = list_runs(tmp_path / "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("../t.bin").replace("kept.bin")
+    Path("../other.bin").replace("../t.bin")
+    with pytest.raises(RunError, match=r"is not the multiplier that .* was trained with"):
+        experiment.resume(run, CompareDisplay())
+    assert run.summary()["status"] == "interrupted"
+    Path("kept.bin").replace("../t.bin")
+    result = experiment.resume(run, CompareDisplay())
+    assert [r["multiplier"] for r in result["runs"]] == ["exact", "lut:t.bin"] * 2
+
+
+def test_multipliers_by_layer_with_names_that_yaml_would_quote(tmp_path):
+    layers = '{"conv[1]": exact, "*2": mitchell, default: mbm}'
+    _, result = run_compare(tmp_path, layers, seeds=1)
+    assert run_compare(tmp_path, result["multipliers"][1], seeds=1)[1]["multipliers"] == result["multipliers"]
+
+
+def test_seeds_that_there_are_not(tmp_path):
+    config = load("lenet-mbm", [*SMALL, f"seed={2**63 - 1}"])
+    with pytest.raises(RequestError, match="beyond the last one"):
+        compare(config, ["mbm"], 2, tmp_path / "runs", CompareDisplay())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("multipliers", [(), ("exact",), ("mbm", "exact")])

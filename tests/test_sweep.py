@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import exported
 
 from mbm_cli import plots
 from mbm_cli.cli import main
@@ -189,6 +191,33 @@ def test_an_interrupted_sweep_goes_on_without_repeating_runs(whole, tmp_path):
     times = [(one.folder / "checkpoint.pt").stat().st_mtime_ns for one in list_runs(run.folder)]
     assert untimed(resume(run, 2, SweepDisplay())) == untimed(result)
     assert [(one.folder / "checkpoint.pt").stat().st_mtime_ns for one in list_runs(run.folder)] == times
+
+
+def test_a_sweep_goes_on_from_another_folder_but_not_with_another_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported("mbm", 7, Path("t.bin"))
+    asked = iter([False] * 10 + [True] * 1000)  # 8 steps a run: the one with the table is finished
+    with pytest.raises(Interrupted, match="after 1 of 2 runs"):
+        run_sweep(tmp_path / "runs", "model.multiplier=lut:t.bin,mbm", seeds=1, stopped=lambda: next(asked))
+    (run,) = list_runs(tmp_path / "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    kept = Path("../t.bin").read_bytes()
+    exported("mitchell", 7, Path("../t.bin"))
+    with pytest.raises(RunError, match=r"is not the multiplier that .* was trained with"):
+        resume(run, None, SweepDisplay())
+    Path("../t.bin").write_bytes(kept)
+    result = resume(run, None, SweepDisplay())
+    assert [row["values"] for row in result["runs"]] == [{"model.multiplier": m} for m in ("lut:t.bin", "mbm")]
+
+
+def test_a_damaged_plan_is_named(whole, tmp_path):
+    run = Run(shutil.copytree(whole[0].folder, tmp_path / "run"))
+    plan = run.read_json("plan.json")
+    for damaged in ({**plan, "seeds": "three"}, {key: value for key, value in plan.items() if key != "combinations"}):
+        run.write_json("plan.json", damaged)
+        with pytest.raises(RunError, match=r"plan\.json is damaged \((seeds|combinations): "):
+            resume(run, None, SweepDisplay())
 
 
 def test_an_interrupt_of_several_at_once(tmp_path):

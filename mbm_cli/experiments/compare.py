@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy import stats
@@ -14,18 +14,36 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split
 from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, RequestError, RunError
+from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import train as training_run
-from mbm_cli.experiments.member import member_name, members, train_member
+from mbm_cli.experiments.member import member_name, members, seeds_from, train_member
 from mbm_cli.experiments.profile import convolution_seconds
+from mbm_cli.layer_multipliers import LayerMultipliers
+from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.render import CompareDisplay, Display
-from mbm_cli.runs import Run, as_json
+from mbm_cli.runs import Fields, Run, as_json
 from mbm_cli.training import evaluate
 
+KIND: Literal["comparison"] = "comparison"
 EXACT = "exact"
 GOALS = (0.98, 0.99)  # test accuracies; the table tells how many epochs each took
 CONFIDENCE = 0.95
+
+Columns = Mapping[str, Multiplier | LayerMultipliers]  # by the names that they were asked for
+
+
+class _Column(Fields):
+    """As a config has the multiplier, and what tells its products from any others."""
+
+    multiplier: str | dict[str, str]
+    keys: list[str]
+
+
+class _Plan(Fields):
+    kind: Literal["comparison"]
+    columns: dict[str, _Column]
+    seeds: int
 
 
 def compare(
@@ -52,71 +70,94 @@ def compare(
         RequestError: nothing to compare with, or something is no multiplier; nothing is written then.
         RunError, Interrupted: as ``train`` does.
     """
-    columns = [str(configs.multiplier(m)) for m in multipliers]
-    if not columns or EXACT in columns:
+    asked = {str(one): one for one in map(configs.multiplier, multipliers)}
+    if not asked or EXACT in asked:
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
-    for column in columns:
-        device = training_run.prepare(_with(config, config.seed, column), threads)
+    seeds_from(config.seed, seeds)
+    columns = {EXACT: Multiplier(EXACT), **asked}
+    device = _prepare(config, columns, threads)
     data = training_run.load_data(config, device)
-    plan = {"multipliers": list(dict.fromkeys([EXACT, *columns])), "seeds": seeds}
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
-        "plan.json": as_json(plan),
-        "summary.json": as_json(_summary("running", plan, device, [])),
+        "plan.json": as_json({"kind": KIND, "columns": _written(config, columns), "seeds": seeds}),
+        "summary.json": as_json(_summary("running", columns, device, [])),
     }
     run = Run.create(output, f"{config.name}-compare", files)
     with run.hold():
-        return run, _compare(run, config, device, data, display, stopped)
+        return run, _compare(run, config, columns, seeds, device, data, display, stopped)
 
 
 def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Go on with a comparison: what is finished is kept, the run at hand goes on from its last checkpoint."""
-    if not (run.folder / "plan.json").exists() or "multipliers" not in run.read_json("plan.json"):
+    """Go on with a comparison: what is finished is kept, the run at hand goes on from its last checkpoint.
+
+    Errors as `compare`'s.
+    """
+    plan = run.plan(KIND, _Plan)
+    if plan is None:
         raise RequestError(f"{run.folder} is not a comparison: mbm runs list shows those there are")
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
-    device = training_run.prepare(config, run.environment()["threads"])
+    columns = {name: configs.multiplier(column.multiplier) for name, column in plan.columns.items()}
+    for name, column in plan.columns.items():
+        training_run.refuse_other_products(_with(config, config.seed, name, columns), column.keys, run.folder)
+    device = _prepare(config, columns, run.environment().get("threads"))
     data = training_run.load_data(config, device)
     with run.hold():
-        return _compare(run, config, device, data, display, stopped)
+        return _compare(run, config, columns, plan.seeds, device, data, display, stopped)
+
+
+def _prepare(config: Config, columns: Columns, threads: int | None) -> torch.device:
+    device = training_run.prepare(config, threads)
+    for name in columns:
+        training_run.prepare(_with(config, config.seed, name, columns))
+    return device
+
+
+def _written(config: Config, columns: Columns) -> dict[str, Any]:
+    """The columns for ``plan.json``."""
+    written = {}
+    for name, multiplier in columns.items():
+        keys = training_run.multiplier_keys(_with(config, config.seed, name, columns))
+        written[name] = {"multiplier": configs.located(multiplier), "keys": keys}
+    return written
 
 
 def _compare(
     run: Run,
     config: Config,
+    columns: Columns,
+    seeds: int,
     device: torch.device,
     data: tuple[Split, Split],
     display: CompareDisplay,
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
-    plan = run.read_json("plan.json")
-    jobs = [(seed, m) for seed in range(config.seed, config.seed + plan["seeds"]) for m in plan["multipliers"]]
+    jobs = [(seed, name) for seed in seeds_from(config.seed, seeds) for name in columns]
     finished: dict[tuple[int, str], dict[str, Any]] = {}
 
-    def summarize(status: str) -> None:
-        run.write_json("summary.json", _summary(status, plan, device, list(finished.values())))
+    def summarize(status: str, **more: Any) -> None:
+        run.write_json("summary.json", {**_summary(status, columns, device, list(finished.values())), **more})
 
     summarize("running")
     try:
-        display.start(
-            f"{config.name}: {config.model.name}, {', '.join(plan['multipliers'])}, {plan['seeds']} seeds", len(jobs)
-        )
-        for seed, multiplier in jobs:
-            one = _with(config, seed, multiplier)
-            watch = display.run(f"seed {seed}, {multiplier}", config.train.epochs)
-            finished[seed, multiplier] = _train_one(run, one, data, watch, stopped)
+        display.start(f"{config.name}: {config.model.name}, {', '.join(columns)}, {seeds} seeds", len(jobs))
+        for seed, name in jobs:
+            watch = display.run(f"seed {seed}, {name}", config.train.epochs)
+            trained = _train_one(run, _with(config, seed, name, columns), data, watch, stopped)
+            finished[seed, name] = {**trained, "multiplier": name}
             summarize("running")
-            display.run_done(finished[seed, multiplier])
-        result = {
+            display.run_done(finished[seed, name])
+        result: dict[str, Any] = {
             "config": config.name,
             "model": config.model.name,
             "device": device.type,
-            **plan,
+            "multipliers": list(columns),
+            "seeds": seeds,
             "epochs": config.train.epochs,
         }
-        result["columns"] = [_column(config, m, plan, finished, device, data) for m in plan["multipliers"]]
+        result["columns"] = [_column(config, name, columns, seeds, finished, device, data) for name in columns]
         result["runs"] = list(finished.values())
-        result["verdicts"] = [_verdict(column, plan["seeds"]) for column in result["columns"][1:]]
+        result["verdicts"] = [_verdict(column, seeds) for column in result["columns"][1:]]
         run.write_json("compare.json", result)
         run.write("compare.png", plots.comparison(result))
         summarize("completed")
@@ -126,8 +167,8 @@ def _compare(
             f"interrupted after {len(finished)} of {len(jobs)} runs; to go on: "
             f"mbm compare exact-vs-mbm --resume {run.folder}"
         ) from None
-    except Exception:
-        summarize("failed")
+    except Exception as error:
+        summarize("failed", reason=str(error) if isinstance(error, MbmError) else f"{type(error).__name__}: {error}")
         raise
     finally:
         display.close()
@@ -135,9 +176,9 @@ def _compare(
     return result
 
 
-def _with(config: Config, seed: int, multiplier: str) -> Config:
-    model = config.model.model_copy(update={"multiplier": configs.multiplier(multiplier)})
-    name = member_name([config.model.name, multiplier], seed)
+def _with(config: Config, seed: int, column: str, columns: Columns) -> Config:
+    model = config.model.model_copy(update={"multiplier": columns[column]})
+    name = member_name([config.model.name, column], seed)
     return config.model_copy(update={"name": name, "seed": seed, "model": model})
 
 
@@ -158,22 +199,23 @@ def _train_one(
 
 def _column(
     config: Config,
-    multiplier: str,
-    plan: dict[str, Any],
+    name: str,
+    columns: Columns,
+    seeds: int,
     finished: dict[tuple[int, str], dict[str, Any]],
     device: torch.device,
     data: tuple[Split, Split],
 ) -> dict[str, Any]:
     """A multiplier's figures over the seeds, and against exact, seed by seed; fractions and seconds."""
-    seeds = range(config.seed, config.seed + plan["seeds"])
-    runs, exact = [finished[s, multiplier] for s in seeds], [finished[s, EXACT] for s in seeds]
+    all_seeds = seeds_from(config.seed, seeds)
+    runs, exact = [finished[s, name] for s in all_seeds], [finished[s, EXACT] for s in all_seeds]
     accuracies = [r["test_accuracy"] for r in runs]
     seconds = [statistics.median(r["epoch_seconds"]) for r in runs]
     train_seconds = statistics.median(t for r in runs for t in r["train_seconds"])
-    convolutions = convolution_seconds(_with(config, config.seed, multiplier), device)
-    exchanged = [_exchange(config, finished, s, multiplier, device, data[1]) for s in seeds]
+    convolutions = convolution_seconds(_with(config, config.seed, name, columns), device)
+    exchanged = [_exchange(config, finished, s, name, columns, device, data[1]) for s in all_seeds]
     column = {
-        "multiplier": multiplier,
+        "multiplier": name,
         "test_accuracy": accuracies,
         "test_accuracy_mean": statistics.mean(accuracies),
         "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -188,7 +230,7 @@ def _column(
         "trained_exact_evaluated_here": [accuracy for accuracy, _ in exchanged],
         "trained_here_evaluated_exact": [accuracy for _, accuracy in exchanged],
     }
-    if multiplier != EXACT:
+    if name != EXACT:
         exact_accuracies = [r["test_accuracy"] for r in exact]
         exact_seconds = [statistics.median(r["epoch_seconds"]) for r in exact]
         ratios = [mine / theirs for mine, theirs in zip(seconds, exact_seconds, strict=True)]
@@ -201,20 +243,21 @@ def _exchange(
     config: Config,
     finished: dict[tuple[int, str], dict[str, Any]],
     seed: int,
-    multiplier: str,
+    name: str,
+    columns: Columns,
     device: torch.device,
     test: Split,
 ) -> tuple[float, float]:
     """Test accuracies of exact training evaluated with the multiplier, and the other way round."""
     accuracies = []
-    for trained, evaluated in ((EXACT, multiplier), (multiplier, EXACT)):
+    for trained, evaluated in ((EXACT, name), (name, EXACT)):
         run = Run(Path(finished[seed, trained]["folder"]))
-        model = training_run.build_model(_with(config, seed, trained), device)
+        model = training_run.build_model(_with(config, seed, trained, columns), device)
         checkpoint = run.checkpoint()
         if checkpoint is None:
             raise RunError(f"{run.folder} has no checkpoint.pt any more: it cannot be evaluated with {evaluated}")
         model.load_state_dict(checkpoint["model"])
-        accuracies.append(evaluate(convert(model, configs.multiplier(evaluated)), test, config.data.eval_batch_size)[1])
+        accuracies.append(evaluate(convert(model, columns[evaluated]), test, config.data.eval_batch_size)[1])
     return accuracies[0], accuracies[1]
 
 
@@ -248,11 +291,11 @@ def _verdict(column: dict[str, Any], seeds: int) -> str:
     )
 
 
-def _summary(status: str, plan: dict[str, Any], device: torch.device, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(status: str, columns: Columns, device: torch.device, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """In the form of a training run's, so that ``mbm runs list`` shows comparisons, too."""
     return {
         "status": status,
-        "multiplier": ", ".join(plan["multipliers"]),
+        "multiplier": ", ".join(columns),
         "device": device.type,
         "epochs": sum(r["epochs"] for r in runs),
         "test_accuracy": None,

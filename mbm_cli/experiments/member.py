@@ -9,10 +9,12 @@ from typing import Any
 from mbm_cli import config as configs
 from mbm_cli.config import Config
 from mbm_cli.data import Split
+from mbm_cli.errors import RequestError
 from mbm_cli.experiments import train as training_run
 from mbm_cli.render import Display
 from mbm_cli.runs import Run, list_runs
 
+SEEDS = 2**63
 NAME_LENGTH = 34  # of the parts: a config's name has 64 characters, a seed up to 19 of them
 
 
@@ -23,6 +25,17 @@ def member_name(parts: Sequence[str], seed: int) -> str:
     if name != text:
         name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
     return f"{name}-seed{seed}"
+
+
+def seeds_from(first: int, number: int) -> range:
+    """So many seeds.
+
+    Raises:
+        RequestError: the last one would be none.
+    """
+    if first + number > SEEDS:
+        raise RequestError(f"--seeds {number} from {first} on goes beyond the last one, 2^63 - 1: use a smaller --seed")
+    return range(first, first + number)
 
 
 def members(folder: Path) -> dict[str, Run]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ from mbm_cli.data import fetch_mnist
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import train as training_run
-from mbm_cli.experiments.member import member_name, members
+from mbm_cli.experiments.member import member_name, members, seeds_from
 from mbm_cli.experiments.workers import Outcome, Task, work_here, work_in_processes
 from mbm_cli.lists import split_at_commas
 from mbm_cli.multipliers import FAMILIES, Multiplier
 from mbm_cli.render import SweepDisplay
-from mbm_cli.runs import Run, as_json
+from mbm_cli.runs import Fields, Run, as_json
 from mbm_cli.tables import shown
 
+KIND: Literal["sweep"] = "sweep"
 MULTIPLIER = "model.multiplier"
 ELSEWHERE = {"seed": "use --seeds N, and --seed for the first", "name": "runs are named after their values"}
 CSV_FIELDS = (
@@ -49,14 +50,31 @@ class Combination:
     def label(self) -> str:
         return _label(self.values)
 
-    def tasks(self, folder: Path, plan: Mapping[str, Any], begun: Mapping[str, Run]) -> list[Task]:
+    def tasks(self, folder: Path, seeds: int, threads: int, begun: Mapping[str, Run]) -> list[Task]:
         """A run for each seed."""
         tasks = []
-        for seed in range(self.config.seed, self.config.seed + plan["seeds"]):
+        for seed in seeds_from(self.config.seed, seeds):
             name = member_name([str(self.number), *map(shown, self.values.values())], seed)
             config = self.config.model_copy(update={"name": name, "seed": seed})
-            tasks.append(Task(f"{self.label}, seed {seed}", folder, config, begun.get(name), plan["threads"]))
+            tasks.append(Task(f"{self.label}, seed {seed}", folder, config, begun.get(name), threads))
         return tasks
+
+
+class _Combination(Fields):
+    """As a config has it, and what tells its products from any others."""
+
+    values: dict[str, Any]
+    config: dict[str, Any]
+    keys: list[str]
+
+
+class _Plan(Fields):
+    kind: Literal["sweep"]
+    vary: dict[str, list[str]]
+    seeds: int
+    threads: int
+    jobs: int
+    combinations: list[_Combination]
 
 
 def sweep(
@@ -91,13 +109,25 @@ def sweep(
     """
     values = _parse_vary(vary)
     threads = threads or max(1, torch.get_num_threads() // jobs)
-    plan = {"vary": values, "seeds": seeds, "threads": threads, "jobs": jobs}
     combinations = _combinations(config, values)
+    for combination in combinations:
+        seeds_from(combination.config.seed, seeds)
+    plan = _Plan(
+        kind=KIND,
+        vary=values,
+        seeds=seeds,
+        threads=threads,
+        jobs=jobs,
+        combinations=[
+            _Combination(values=c.values, config=c.config.model_dump(), keys=training_run.multiplier_keys(c.config))
+            for c in combinations
+        ],
+    )
     device = _prepare(config, combinations, threads)
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
-        "plan.json": as_json(plan),
+        "plan.json": as_json(plan.model_dump()),
         "summary.json": as_json(_summary("running", combinations, device, [])),
     }
     run = Run.create(output, f"{config.name}-sweep", files)
@@ -112,13 +142,18 @@ def resume(
 
     ``jobs`` replaces the sweep's. Results, arguments and errors as `sweep`'s.
     """
-    if not (run.folder / "plan.json").exists() or "vary" not in (plan := run.read_json("plan.json")):
+    plan = run.plan(KIND, _Plan)
+    if plan is None:
         raise RequestError(f"{run.folder} is not a sweep: mbm runs list shows those there are")
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
-    combinations = _combinations(config, plan["vary"])
-    device = _prepare(config, combinations, plan["threads"])
+    combinations = []
+    for number, one in enumerate(plan.combinations, 1):
+        varied = configs.of_document(one.config, f"{run.folder / 'plan.json'}, combination {number}")
+        training_run.refuse_other_products(varied, one.keys, run.folder)
+        combinations.append(Combination(number, one.values, varied))
+    device = _prepare(config, combinations, plan.threads)
     with run.hold():
-        return _sweep(run, config, plan, combinations, device, jobs or plan["jobs"], display, stopped)
+        return _sweep(run, config, plan, combinations, device, jobs or plan.jobs, display, stopped)
 
 
 def _label(values: Mapping[str, Any]) -> str:
@@ -182,7 +217,7 @@ def _prepare(config: Config, combinations: Sequence[Combination], threads: int) 
 def _sweep(
     run: Run,
     config: Config,
-    plan: dict[str, Any],
+    plan: _Plan,
     combinations: Sequence[Combination],
     device: torch.device,
     jobs: int,
@@ -190,7 +225,8 @@ def _sweep(
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
     begun = members(run.folder)
-    tasks = {task.config.name: (c, task) for c in combinations for task in c.tasks(run.folder, plan, begun)}
+    planned = [(c, task) for c in combinations for task in c.tasks(run.folder, plan.seeds, plan.threads, begun)]
+    tasks = {task.config.name: (combination, task) for combination, task in planned}
     rows: dict[str, dict[str, Any]] = {}
     summaries: list[dict[str, Any]] = []
 
@@ -215,8 +251,8 @@ def _sweep(
 
     summarize("running")
     try:
-        seeds = f"{plan['seeds']} seed{'s'[: plan['seeds'] != 1]}"
-        what = f"{config.name}: {len(combinations)} combinations of {', '.join(plan['vary'])}, {seeds}"
+        seeds = f"{plan.seeds} seed{'s'[: plan.seeds != 1]}"
+        what = f"{config.name}: {len(combinations)} combinations of {', '.join(plan.vary)}, {seeds}"
         display.start(what, len(tasks), len(rows))
         todo = [task for name, (_, task) in tasks.items() if name not in rows]
         if jobs == 1:
@@ -275,7 +311,7 @@ def _row(combination: Combination, task: Task, run: Run | None, reason: str | No
 
 def _result(
     config: Config,
-    plan: dict[str, Any],
+    plan: _Plan,
     combinations: Sequence[Combination],
     device: torch.device,
     rows: Sequence[dict[str, Any]],
@@ -283,10 +319,11 @@ def _result(
     # What is varied has no single value; the rows tell theirs.
     common = {"model": config.model.name, "device": device.type, "epochs": config.train.epochs}
     varied = {"model.name": "model", "device": "device", "train.epochs": "epochs"}
-    for field in plan["vary"]:
+    for field in plan.vary:
         common.pop(varied.get(field, field), None)
     summaries = [_over_seeds(c, [row for row in rows if row["combination"] == c.number]) for c in combinations]
-    return {"config": config.name, **common, **plan, "combinations": summaries, "runs": list(rows)}
+    planned = plan.model_dump(include={"vary", "seeds", "threads", "jobs"})
+    return {"config": config.name, **common, **planned, "combinations": summaries, "runs": list(rows)}
 
 
 def _over_seeds(combination: Combination, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

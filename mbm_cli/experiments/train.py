@@ -266,7 +266,9 @@ class _Record:
 
     def keep(self, metrics: list[dict[str, Any]], part: PartOfEpoch | None = None) -> None:
         seconds = time.perf_counter() - self.started
-        self.run.write_checkpoint(_checkpoint(metrics, part, seconds, _keys(self.config), self.trainer, self.device))
+        self.run.write_checkpoint(
+            _checkpoint(metrics, part, seconds, multiplier_keys(self.config), self.trainer, self.device)
+        )
 
 
 def _summary(
@@ -326,9 +328,22 @@ def _checkpoint(
     }
 
 
-def _keys(config: Config) -> list[str]:
+def multiplier_keys(config: Config) -> list[str]:
     """What tells a run's products from any others, also where a file's content decides them."""
     return [multiplier.key for multiplier in config.model.multiplier.distinct()]
+
+
+def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None:
+    """A run does not go on with a multiplier whose file has changed.
+
+    Raises:
+        RunError: the config's multipliers are not those with these keys.
+    """
+    if multiplier_keys(config) != keys:
+        raise RunError(
+            f"{config.model.multiplier} is not the multiplier that {folder} was trained with so far: "
+            "put the file back as it was, or train anew"
+        )
 
 
 def _restore(
@@ -339,11 +354,7 @@ def _restore(
     Raises:
         RunError: it is not a checkpoint of this run, or a multiplier's file is not what it was.
     """
-    if checkpoint.get("multipliers", _keys(config)) != _keys(config):
-        raise RunError(
-            f"{config.model.multiplier} is not the multiplier that {run.folder} was trained with so far: "
-            "put the file back as it was, or train anew"
-        )
+    refuse_other_products(config, checkpoint.get("multipliers", multiplier_keys(config)), run.folder)
     try:
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["optimizer"])
