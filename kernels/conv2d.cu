@@ -1,4 +1,4 @@
-// The CUDA kernels. NVRTC compiles this text once for each multiplier, named by the macros FAMILY, TRUNCATE and
+// The CUDA kernels. NVRTC compiles this text once for each multiplier, named by the macros FAMILY, BITS and
 // RESULT_BITS: every branch on the multiplier is gone at run time.
 //
 // A product and its addition to the sum cost 4 instructions for mbm (2 for mitchell):
@@ -34,8 +34,8 @@
 // Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
 //
 // With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's text stands before this one (backends/cuda.py). In the
-// fast form operands are in range and normal, which the compiler is told, so that it can leave out what the function does
-// with others; a mask takes zeros' products away.
+// fast form operands are normal, which the compiler is told, so that it can leave out what the function does with
+// others; those are decoded as 1, and a mask takes their products away.
 #include "multiplier.h"
 
 #define MBM_MEMBER __device__ __forceinline__
@@ -131,7 +131,7 @@ MBM_FN float multiply_toward_zero_ftz(float a, float b) {
 }
 
 // The pixel's operand a. Where operands are multiplied as a whole, power is what is left of it, fraction is not used.
-// Of a table, fraction is the column; of a function, power is the operand and fraction a mask, 0 for zero.
+// Of a table, fraction is the column; of a function, power is the operand and fraction a mask, 0 for what is not normal.
 struct Pixel {
   float power;
   int fraction;

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbm_cli.errors import MbmError
 from mbm_cli.lut import Table
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -172,6 +173,8 @@ def call(product: Product, a: Tensor, b: Tensor, name: str) -> Tensor:
     try:
         with torch.no_grad():
             products = product(a.clone(), b.clone())
+    except MbmError:
+        raise
     except Exception as error:
         raise ValueError(f"{name} raises {_first_line(error)}") from None
     if not isinstance(products, Tensor) or products.dtype != torch.float32 or products.shape != a.shape:

@@ -14,7 +14,7 @@ class Moment:
 
     Attributes:
         step: of the epoch, from 0 on.
-        tensors: those that the training changes, by dtype, and with each group their values then, one after the other.
+        tensors: those that the training changes, in groups of one dtype, each with its values then as one flat tensor.
         cpu_random, cuda_random: the generators' states.
     """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,6 @@ from mbm_cli.tables import (
     console,
     epoch_table,
     layer_table,
-    median,
     percent,
     result_lines,
     sweep_table,

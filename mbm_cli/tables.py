@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -216,6 +217,10 @@ def comparison_table(result: dict[str, Any]) -> Table:
     return table(title, ("", *result["multipliers"]), rows)
 
 
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "-" if value is None else form.format(scale * value)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -227,7 +232,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             row["multiplier"],
             f"{100 * row['test_accuracy']:.2f}",
             "trained with it" if i == 0 else f"{row['difference']:+.2f}",
-            f"{row['test_loss']:.4f}",
+            _number(row["test_loss"], "{:.4f}"),
         )
         for i, row in enumerate(result["evaluations"])
     ]
@@ -242,20 +247,16 @@ def shown(value: Any) -> str:
 
 def sweep_table(result: dict[str, Any]) -> Table:
     """The result of `mbm sweep`: a row a combination, means over the seeds whose runs were completed."""
-
-    def number(value: float | None, form: str, scale: float = 1) -> str:
-        return "-" if value is None else form.format(scale * value)
-
     fields = list(result["vary"])
     short = [field.rpartition(".")[2] for field in fields]
     rows = [
         (
             *map(shown, row["values"].values()),
-            number(row["test_accuracy_mean"], "{:.2f}", 100),
-            number(row["test_accuracy_std"], "{:.2f}", 100),
-            number(row["test_accuracy_best"], "{:.2f}", 100),
-            number(row["test_loss_mean"], "{:.4f}"),
-            number(row["epoch_seconds_median"], "{:.2f}"),
+            _number(row["test_accuracy_mean"], "{:.2f}", 100),
+            _number(row["test_accuracy_std"], "{:.2f}", 100),
+            _number(row["test_accuracy_best"], "{:.2f}", 100),
+            _number(row["test_loss_mean"], "{:.4f}"),
+            _number(row["epoch_seconds_median"], "{:.2f}"),
             f"{len(row['test_accuracy'])}/{len(row['runs'])}",
         )
         for row in result["combinations"]
@@ -286,10 +287,6 @@ def run_table(runs: Sequence[dict[str, Any]]) -> Table:
     ]
     columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
     return table(None, columns, rows, left=4)
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def conv_tables(result: dict[str, Any]) -> Group:

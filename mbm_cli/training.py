@@ -192,6 +192,8 @@ class Trainer:
         train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
+        if not math.isfinite(test_loss):  # the last step's weights are seen by no other loss
+            raise RunError(f"after its last step the test loss is {test_loss}: lower optimizer.lr")
         epoch_seconds = time.perf_counter() - start
         return Epoch(
             train_loss,

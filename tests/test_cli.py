@@ -341,6 +341,38 @@ def test_going_further_with_more_epochs(mbm):
     assert same_state(weights(folder), weights(whole))
     assert (folder / "config.yaml").read_text() == (whole / "config.yaml").read_text()
     assert read_json(folder / "summary.json")["epochs"] == 2
+    began, (resumed,) = read_json(folder / "environment.json"), read_json(folder / "environment.json")["resumed"]
+    assert resumed["torch"] == began["torch"]
+    assert "--resume" in resumed["command"]
+    assert "--resume" not in began["command"]
+
+
+def test_no_epochs_are_taken_back(mbm):
+    """Not even the part of one: the weights would be those of another epoch than the summary's."""
+    config = load("lenet-mbm", [*SMALL, "train.epochs=3", "train.checkpoint_every=1"])
+    with pytest.raises(Interrupted):
+        experiment.train(config, Path("runs"), Display(), stop_after(6), threads=1)
+    (folder,) = runs()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    answer = mbm("train", "--resume", folder.name, "--epochs", 1)
+    assert (answer.code, answer.out) == (2, "")
+    assert "has 1 epochs and a part of the next already: --epochs 1 would take some back" in answer.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert mbm("train", "--resume", folder.name, "--epochs", 2, "--quiet") == (0, "", "")
+
+
+def test_a_run_of_another_kind_of_device_is_not_gone_on_with_unasked(mbm):
+    assert mbm(*TRAIN, "--set", "device=auto", "--epochs", 1, "--quiet").code == 0
+    (folder,) = runs()
+    recorded = read_json(folder / "environment.json")
+    before = "cuda" if recorded["device"] == "cpu" else "cpu"
+    (folder / "environment.json").write_text(json.dumps({**recorded, "device": f"{before}:0"}))
+    answer = mbm("train", "--resume", folder.name, "--epochs", 2)
+    assert (answer.code, answer.out) == (2, "")
+    assert f"was begun on {before}, not on" in answer.err
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("device: auto", "device: cpu"))
+    assert mbm("train", "--resume", folder.name, "--epochs", 2, "--quiet") == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -644,6 +676,9 @@ def test_configs_list_copy_and_check(mbm):
     answer = mbm("configs", "check", "mine.yaml", "--set", "optimizer.lr=0.5")
     assert (answer.code, answer.err) == (0, "")
     assert parse(answer.out, "x") == load("mine.yaml", ["optimizer.lr=0.5"])
+    answer = mbm("configs", "check", "mine.yaml", "--set", "model.multiplier={conv9: mbm, default: exact}")
+    assert (answer.code, answer.out) == (2, "")
+    assert "no convolution is called conv9" in answer.err
     Path("mine.yaml").write_text("name: x\nseed: -1\n")
     answer = mbm("configs", "check", "mine.yaml")
     assert (answer.code, answer.out) == (2, "")

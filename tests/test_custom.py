@@ -11,6 +11,7 @@ from exhaustive_cpu import wild
 
 from mbm_cli import cli
 from mbm_cli.custom import tabulate
+from mbm_cli.errors import RunError
 from mbm_cli.multipliers import Multiplier, reference_product
 from mbm_cli.nn import MBMConv2d
 from mbm_cli.ops import conv2d, multiply
@@ -41,6 +42,14 @@ def test_the_example_in_c_is_mbm_bit_for_bit():
         assert same_bits(
             conv2d(input, weight, padding=1, multiplier=IN_C), conv2d(input, weight, padding=1, multiplier="mbm")
         )
+
+
+def test_a_cache_that_cannot_be_used_is_not_the_function_s_fault(tmp_path, monkeypatch):
+    (tmp_path / "f.h").write_text((EXAMPLES / "mbm.h").read_text() + "/* not compiled before */\n")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunError, match=r"file/mbm/functions, where compiled functions are kept, cannot be used"):
+        multiply(torch.ones(1), torch.ones(1), f"c:{tmp_path / 'f.h'}:mbm")
 
 
 def test_padding_contributes_nothing_whatever_a_function_makes_of_it(tmp_path):

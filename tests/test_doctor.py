@@ -20,6 +20,18 @@ def test_all_is_well_here():
     assert {"python", "torch", "cpu", "cpu kernels", "mnist", "products on cpu"} <= set(names)
 
 
+def test_another_nan_is_seen(monkeypatch):
+    """Of a product; which NaN a sum is, the device decides."""
+    right = experiment.multiply
+
+    def negative(*args, **kwargs):
+        products = right(*args, **kwargs)
+        return torch.where(products.isnan(), -products, products)
+
+    monkeypatch.setattr(experiment, "multiply", negative)
+    assert "0xFFC00000, not 0x7FC00000" in experiment.self_check(torch.device("cpu"), 0).found
+
+
 @pytest.mark.parametrize("wrong", ["multiply", "conv2d"])
 def test_one_wrong_bit_is_seen(monkeypatch, wrong):
     right = getattr(experiment, wrong)

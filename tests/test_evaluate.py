@@ -99,6 +99,18 @@ def test_the_confusion_matrices_are_drawn_from_all_answers(trained, tmp_path, mo
         assert matrix.trace() / 150 == row["test_accuracy"]
 
 
+def test_a_loss_that_is_not_finite_is_null(trained, tmp_path):
+    """JSON has no other word for it."""
+    run = copy(trained, tmp_path / "run")
+    checkpoint = run.checkpoint()
+    checkpoint["model"]["fc3.bias"].fill_(torch.nan)
+    run.write_checkpoint(checkpoint)
+    made, result, _ = evaluate(run, ["exact"], tmp_path / "out")
+    assert [row["test_loss"] for row in result["evaluations"]] == [None, None]
+    assert "NaN" not in (made.folder / "eval.json").read_text()
+    console().print(evaluation_table(result))
+
+
 def test_what_a_reader_should_know_is_said(trained, tmp_path):
     """Of an accuracy that is not the recorded one, and of a training that has not ended."""
     run = copy(trained, tmp_path / "run")

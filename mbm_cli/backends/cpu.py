@@ -21,6 +21,7 @@ from torch import Tensor
 # After torch: the extension then shares the OpenMP runtime that PyTorch has loaded.
 from mbm_cli import _cpu
 from mbm_cli.custom import Code
+from mbm_cli.errors import RunError
 from mbm_cli.multipliers import FRACTION_BITS, Multiplier
 from mbm_cli.shapes import conv2d_output_shape
 
@@ -60,36 +61,46 @@ def _compiled(code: Code) -> int:
 
     Raises:
         ValueError: there is no compiler, or it refuses the function; its first words are told.
+        RunError: the cache cannot be used.
     """
     compiler = _compiler()
     flags = [*_OPTIONS.split(), "-march=native"] if platform.machine() in ("x86_64", "AMD64") else _OPTIONS.split()
     sources = {name: (files("mbm_cli") / "kernels" / name).read_text(encoding="utf-8") for name in _SOURCES}
     content = [code.digest, *compiler, *flags, _cpu_flags(), *sources.values()]
     digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:32]
-    cache = platformdirs.user_cache_path("mbm") / "functions"
-    library = cache / f"{digest}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            for name, text in sources.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            Path(folder, "function.h").write_text(code.text, encoding="utf-8")
-            function = code.renamed('#include "function.h"')
-            Path(folder, "kernels.cpp").write_text(f'#include <cstdint>\n{function}#include "conv2d_simd.cpp"\n')
-            macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.NAME}"]
-            command = [*compiler, *flags, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                raise ValueError(f"{code.function} does not compile within {_COMPILE_SECONDS} s") from None
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line]
-                said = (errors or [done.stderr.strip() or "no reason given"])[0].replace(f"{folder}/", "")
-                raise ValueError(f"{code.function} does not compile: {said}")
-            os.replace(f"{folder}/kernels.so", library)
-    loaded = ctypes.CDLL(str(library))
+    library = platformdirs.user_cache_path("mbm") / "functions" / f"{digest}.so"
+    try:
+        if not library.exists():
+            _compile(code, [*compiler, *flags], sources, library)
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise RunError(
+            f"{library.parent}, where compiled functions are kept, cannot be used ({error}): name another cache folder "
+            "in XDG_CACHE_HOME"
+        ) from error
     loaded.mbm_kernels.restype = ctypes.c_void_p
     return loaded.mbm_kernels()
+
+
+def _compile(code: Code, compiler: list[str], sources: dict[str, str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        for name, text in sources.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        Path(folder, "function.h").write_text(code.text, encoding="utf-8")
+        function = code.renamed('#include "function.h"')
+        Path(folder, "kernels.cpp").write_text(f'#include <cstdint>\n{function}#include "conv2d_simd.cpp"\n')
+        macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{code.NAME}"]
+        command = [*compiler, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{code.function} does not compile within {_COMPILE_SECONDS} s") from None
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            said = (errors or [done.stderr.strip() or "no reason given"])[0].replace(f"{folder}/", "")
+            raise ValueError(f"{code.function} does not compile: {said}")
+        os.replace(f"{folder}/kernels.so", library)
 
 
 def _compiler() -> list[str]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mbm_cli import plots
-from mbm_cli.custom import check_magnitude
 from mbm_cli.device import choose_device
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError
+from mbm_cli.experiments import train as training_run
 from mbm_cli.integer import IntegerMultiplier, decompose
 from mbm_cli.multipliers import BIAS, FAMILIES, FRACTION_BITS, Multiplier
 from mbm_cli.ops import multiply
@@ -116,15 +116,10 @@ def parse(name: str) -> AnyMultiplier:
 
 
 def _check_code(multipliers: Sequence[AnyMultiplier], device: torch.device) -> None:
-    """Functions in C compile, and multiply; the others were checked when they were read."""
     for multiplier in multipliers:
-        if isinstance(multiplier, Multiplier) and multiplier.code is not None:
-
-            def product(a: Tensor, b: Tensor, multiplier: Multiplier = multiplier) -> Tensor:
-                return multiply(a.to(device), b.to(device), multiplier).cpu()
-
+        if isinstance(multiplier, Multiplier):
             try:
-                check_magnitude(product, str(multiplier))
+                training_run.check_code(multiplier, device)
             except ValueError as error:
                 raise RequestError(str(error)) from None
 

@@ -75,7 +75,8 @@ def compare(
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
     seeds_from(config.seed, seeds)
     columns = {EXACT: Multiplier(EXACT), **asked}
-    device = _prepare(config, columns, threads)
+    device = training_run.prepare(config, threads)
+    _check(config, columns)
     data = training_run.load_data(config, device)
     files = {
         "config.yaml": configs.dump(config),
@@ -100,17 +101,16 @@ def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lamb
     columns = {name: configs.multiplier(column.multiplier) for name, column in plan.columns.items()}
     for name, column in plan.columns.items():
         training_run.refuse_other_products(_with(config, config.seed, name, columns), column.keys, run.folder)
-    device = _prepare(config, columns, run.environment().get("threads"))
+    device = training_run.prepare_to_resume(config, run)
+    _check(config, columns)
     data = training_run.load_data(config, device)
     with run.hold():
         return _compare(run, config, columns, plan.seeds, device, data, display, stopped)
 
 
-def _prepare(config: Config, columns: Columns, threads: int | None) -> torch.device:
-    device = training_run.prepare(config, threads)
+def _check(config: Config, columns: Columns) -> None:
     for name in columns:
         training_run.prepare(_with(config, config.seed, name, columns))
-    return device
 
 
 def _written(config: Config, columns: Columns) -> dict[str, Any]:

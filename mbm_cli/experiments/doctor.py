@@ -99,7 +99,9 @@ def self_check(device: torch.device, seed: int) -> Check:
     name, products = f"products on {device.type}", 0
     for short_form, pairs in product(CHECKED, (_seven_bit_pairs(device), _random_pairs(device, seed))):
         for what, found, wanted in _answers(short_form, *pairs):
-            differs = (_bits(found) != _bits(wanted)) & ~(found.isnan() & wanted.isnan())
+            differs = _bits(found) != _bits(wanted)
+            if what == "conv2d":
+                differs &= ~(found.isnan() & wanted.isnan())  # which NaN a sum is, its device decides
             if differs.any():
                 i = int(differs.nonzero()[0])
                 a, b, was, should = (_hex(x[i]) for x in (*pairs, found, wanted))

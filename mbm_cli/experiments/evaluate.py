@@ -1,5 +1,6 @@
 """`mbm eval`: a trained network's test accuracy and loss under other multipliers than the one it was trained with."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def evaluate(
             convert(model, others[name])
         logits = predict(model, test, config.data.eval_batch_size)
         loss, accuracy = score(logits, test.labels)
+        finite = loss if math.isfinite(loss) else None  # JSON knows no others
         difference = 100 * (accuracy - (rows[0]["test_accuracy"] if rows else accuracy))
-        rows.append({"multiplier": name, "test_accuracy": accuracy, "test_loss": loss, "difference": difference})
+        rows.append({"multiplier": name, "test_accuracy": accuracy, "test_loss": finite, "difference": difference})
         pairs = test.labels * CLASSES + logits.argmax(1)
         confusions[name] = torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES).cpu().numpy()
     made = Run.create(output, f"{config.name}-eval")

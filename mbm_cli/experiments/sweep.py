@@ -151,6 +151,7 @@ def resume(
         varied = configs.of_document(one.config, f"{run.folder / 'plan.json'}, combination {number}")
         training_run.refuse_other_products(varied, one.keys, run.folder)
         combinations.append(Combination(number, one.values, varied))
+    training_run.prepare_to_resume(config, run)
     device = _prepare(config, combinations, plan.threads)
     with run.hold():
         return _sweep(run, config, plan, combinations, device, jobs or plan.jobs, display, stopped)

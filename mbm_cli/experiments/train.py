@@ -16,7 +16,7 @@ from torch import nn
 from mbm_cli import config as configs
 from mbm_cli import plots
 from mbm_cli.config import Config, OptimizerConfig
-from mbm_cli.custom import Product, check_magnitude
+from mbm_cli.custom import check_magnitude
 from mbm_cli.data import Split, epoch_order, load_mnist
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.environment import environment
@@ -84,17 +84,14 @@ def resume(
         if epochs is not None:
             config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
         summary = run.summary()
-        if epochs is not None and epochs < summary["epochs"]:
-            had = f"the run has {summary['epochs']} epochs already"
-            raise RequestError(f"{had}: --epochs {epochs} would take some back")
+        if epochs is not None:
+            _refuse_fewer(epochs, run)
         if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
             display.finish(summary, run.folder)
             return summary
-        # The number of threads decides how sums are split, hence the last bits.
-        device = prepare(config, run.environment().get("threads"))
+        device = prepare_to_resume(config, run)
         data = data or load_data(config, device)
-        run.write("config.yaml", configs.dump(config))
-        return _train(run, config, device, data, display, stopped, started)
+        return _train(run, config, device, data, display, stopped, started, resumed=True)
 
 
 def prepare(config: Config, threads: int | None = None) -> torch.device:
@@ -111,18 +108,61 @@ def prepare(config: Config, threads: int | None = None) -> torch.device:
     return device
 
 
-def _check_multipliers(config: Config, device: torch.device) -> None:
+def prepare_to_resume(config: Config, run: Run) -> torch.device:
+    """The device that the run was begun on; otherwise as `prepare`.
+
+    Raises:
+        RequestError: as `prepare`, or it was another kind of device, which would give other bits.
+    """
+    recorded = run.environment()
+    # The number of threads decides how sums are split, hence the last bits.
+    device = prepare(config, recorded.get("threads"))
+    before = str(recorded.get("device", device)).partition(":")[0]
+    if config.device == "auto" and before != device.type:
+        raise RequestError(
+            f"{run.folder} was begun on {before}, not on {device.type}: resume it where that is, or write "
+            f"device: {device.type} into its config.yaml, and it goes on with other last bits"
+        )
+    return device
+
+
+def _refuse_fewer(epochs: int, run: Run) -> None:
+    checkpoint = run.checkpoint()
+    done = len(checkpoint["metrics"]) if checkpoint else 0
+    part = " and a part of the next" if checkpoint and checkpoint.get("part") else ""
+    if epochs < done + bool(part):
+        raise RequestError(f"the run has {done} epochs{part} already: --epochs {epochs} would take some back")
+
+
+def check_layers(config: Config) -> None:
+    """Whether the model has the layers that its multipliers name.
+
+    Raises:
+        RequestError: it has not.
+    """
     try:
-        MODELS[config.model.name](config.model.multiplier)  # whether it has the layers that are named
-        for multiplier in config.model.multiplier.distinct():
-            if multiplier.code is not None:
-                check_magnitude(_product_on(device, multiplier), str(multiplier))
+        MODELS[config.model.name](config.model.multiplier)
     except ValueError as error:
         raise RequestError(f"model.multiplier: {error}") from None
 
 
-def _product_on(device: torch.device, multiplier: Multiplier) -> Product:
-    return lambda a, b: multiply(a.to(device), b.to(device), multiplier).cpu()
+def check_code(multiplier: Multiplier, device: torch.device) -> None:
+    """A function in C compiles, and multiplies; other functions were checked when they were read.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if multiplier.code is not None:
+        check_magnitude(lambda a, b: multiply(a.to(device), b.to(device), multiplier).cpu(), str(multiplier))
+
+
+def _check_multipliers(config: Config, device: torch.device) -> None:
+    check_layers(config)
+    try:
+        for multiplier in config.model.multiplier.distinct():
+            check_code(multiplier, device)
+    except ValueError as error:
+        raise RequestError(f"model.multiplier: {error}") from None
 
 
 def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
@@ -170,6 +210,7 @@ def _train(
     display: Display,
     stopped: Callable[[], bool],
     started: float,
+    resumed: bool = False,
 ) -> dict[str, Any]:
     if device.type == "cuda":
         gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
@@ -177,6 +218,11 @@ def _train(
     trainer = build_trainer(config, device, data)
     checkpoint = run.checkpoint()
     part = _restore(run, config, checkpoint, trainer, device) if checkpoint else None
+    if resumed:
+        recorded = run.environment()
+        again = [*recorded.get("resumed", []), environment(device)]
+        run.write_json("environment.json", {**recorded, "resumed": again})
+        run.write("config.yaml", configs.dump(config))
     metrics = checkpoint["metrics"] if checkpoint else []
     record = _Record(run, config, device, trainer, metrics, started)
     if checkpoint:
