@@ -16,6 +16,10 @@ __all__ = ["MBMConv2d", "Multiplier", "convert", "multiply"]
 _HOMES = {"MBMConv2d": "nn", "Multiplier": "multipliers", "convert": "nn", "multiply": "ops"}
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     # Resolved at first use: importing PyTorch takes seconds, which `mbm --help` need not wait for.
     if name not in _HOMES:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mbm_cli.errors import MbmError, RequestError
+from mbm_cli.errors import MbmError, RequestError, RunError
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
 
 # \b: the lines after it stay as they are.
@@ -337,8 +337,8 @@ def profile_conv(
     from mbm_cli.experiments import profile as experiment
 
     loaded = configs.load(config, _overrides(set_, device, seed, _one_with_bits(multiplier, bits)))
-    with tables.console(stderr=True).status("timing") as status:
-        run, result = experiment.profile_conv(loaded, output, threads, status.update)
+    with tables.console(stderr=True).status("timing") as status, stop_on_signal() as stopped:
+        run, result = experiment.profile_conv(loaded, output, threads, status.update, stopped)
     if json:
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:
@@ -348,7 +348,7 @@ def profile_conv(
 
 @app.command()
 def doctor(
-    seed: SeedOption = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides the random products, for example 7.")] = 0,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -361,7 +361,6 @@ def doctor(
     import torch
 
     from mbm_cli import tables
-    from mbm_cli.errors import RunError
     from mbm_cli.experiments import doctor as experiment
 
     if threads is not None:
@@ -372,7 +371,7 @@ def doctor(
         if not (json or quiet):
             tables.print_check(screen, check)
 
-    result = experiment.doctor(seed or 0, report)
+    result = experiment.doctor(seed, report)
     if json:
         _print_json(result)
     if not result["passed"]:
@@ -459,6 +458,8 @@ def characterize(
         _print_json({**result, "run": str(run.folder)})
     elif not quiet:
         tables.console().print(tables.error_table(result))
+        if sweep_truncate:
+            typer.echo(f"errors against truncated bits: {run.folder / 'sweep-truncate.png'}")
         typer.echo(f"run: {run.folder}")
 
 
@@ -522,11 +523,26 @@ def runs_show(
     screen.print(tables.run_table([{"run": str(found.folder), **summary}]))
     if "reason" in summary:
         screen.print(f"{summary['status']}: {summary['reason']}\n", soft_wrap=True)
+    _print_result(screen, found)
     if metrics:
         # Its multiplier may be code of somebody else's, which showing it does not run.
         shown = configs.parse(found.config_text(), str(found.folder / "config.yaml"), ["model.multiplier=exact"])
         screen.print(tables.epoch_table(metrics, shown.train.epochs, screen.width))
     screen.print("\n" + found.config_text(), soft_wrap=True)
+
+
+def _print_result(screen: Any, run: Any) -> None:
+    """The table of a comparison or a sweep that was completed."""
+    from mbm_cli import tables
+
+    prints = {"compare.json": tables.print_comparison, "sweep.json": tables.print_sweep}
+    for name, print_one in prints.items():
+        if (run.folder / name).exists():
+            result = run.read_json(name)
+            try:
+                print_one(screen, result)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise RunError(f"{run.folder / name} is damaged ({type(error).__name__}: {error})") from None
 
 
 @multipliers_app.command("list")
@@ -686,7 +702,8 @@ def _overrides(
         try:
             configs.multiplier(multiplier)
         except RequestError as error:
-            raise RequestError(f"--multiplier: {error}") from None
+            several = " (several at once are for mbm compare, eval and sweep)" if "," in multiplier else ""
+            raise RequestError(f"--multiplier: {error}{several}") from None
         if not multiplier.startswith("{"):
             multiplier = json_module.dumps(multiplier)  # a file's name may have characters that mean something in YAML
     flags = {"device": device, "seed": seed, "model.multiplier": multiplier, "train.epochs": epochs}

@@ -107,6 +107,8 @@ class Multiplier:
             located = f"{kind}:{Path(os.path.expanduser(name)).absolute()}{rest and ':' + rest}"
             return cls(kind, source=Source(text, _read(kind, reference), located))
         match = _SHORT_FORM.fullmatch(text)
+        if match is None and re.fullmatch(r"\w+-int\d+(-t\d+)?", text):
+            raise ValueError(f"{text!r} multiplies integers, which mbm characterize measures; convolutions take floats")
         if match is None:
             raise ValueError(
                 f"{text!r} is not a multiplier: write family[-tT][-rR] with a family of "

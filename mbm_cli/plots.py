@@ -1,6 +1,7 @@
 """Figures, as PNG bytes, readable at the width of a paper's column and in greyscale."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
@@ -23,6 +24,7 @@ TRAIN = {"color": "#0072B2", "linestyle": "--", "marker": "o", "markersize": 4}
 TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 # Errors below zero are blue, above it orange; it gets lighter all the way, so that signs survive in greyscale.
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
+LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
 MAP_ROWS = 6  # multipliers below one another
 
 
@@ -47,26 +49,41 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
 
 def comparison(result: dict[str, Any]) -> bytes:
     """Test accuracy and training loss over epochs: the mean over seeds, with a band from the lowest to the highest."""
-    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    multipliers = result["multipliers"]
+    one_epoch = result["epochs"] == 1  # no band has a width then: multipliers stand side by side, with bars
+    has_room = not one_epoch and max(map(len, multipliers)) <= LEGEND_INSIDE
+    figure = Figure(figsize=(6.4, 3.0 if has_room else 3.3 + 0.2 * len(multipliers)), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
-    for i, multiplier in enumerate(result["multipliers"]):
+    for i, multiplier in enumerate(multipliers):
         runs = [run["metrics"] for run in result["runs"] if run["multiplier"] == multiplier]
-        epochs = [m["epoch"] for m in runs[0]]
+        epochs = [i] if one_epoch else [m["epoch"] for m in runs[0]]
         color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        label = _plain(multiplier)
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": _plain(multiplier)}
         for axes, field, scale in ((accuracy, "test_accuracy", 100), (loss, "train_loss", 1)):
             values = np.array([[scale * m[field] for m in metrics] for metrics in runs])
-            axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
-            axes.plot(
-                epochs, values.mean(axis=0), color=color, linestyle=line, marker=marker, markersize=4, label=label
-            )
+            if one_epoch:
+                axes.vlines(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.4, linewidth=3)
+            else:
+                axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+            axes.plot(epochs, values.mean(axis=0), **style)
     accuracy.set_ylabel("test accuracy (%)")
     loss.set_ylabel("training loss")
     for axes in (accuracy, loss):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    accuracy.legend(title=f"{result['model']}, {result['seeds']} seed{'s'[: result['seeds'] != 1]}")
+        if one_epoch:
+            axes.set_xlabel("after one epoch")
+            axes.set_xticks([])
+            axes.set_xlim(-0.7, len(multipliers) - 0.3)
+        else:
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    title = f"{result['model']}, {result['seeds']} seed{'s'[: result['seeds'] != 1]}"
+    if has_room:
+        accuracy.legend(title=title)
+    else:
+        legend = accuracy.get_legend_handles_labels()
+        columns = 2 if one_epoch and max(map(len, multipliers)) <= LEGEND_INSIDE else 1
+        figure.legend(*legend, title=title, loc="outside lower center", fontsize="small", ncols=columns)
     return _png(figure)
 
 
@@ -106,7 +123,7 @@ def confusions(counts: dict[str, np.ndarray]) -> bytes:
         axes.set_yticks(classes)
         axes.tick_params(length=0, labelsize=7)
         axes.set_ylabel("digit", fontsize=7)
-        axes.set_title(f"{_plain(_clip(multiplier, 32))}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
+        axes.set_title(f"{_wrapped(multiplier, 42)}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
     axes.set_xlabel("answer of the network", fontsize=7)
     return _png(figure)
 
@@ -162,8 +179,9 @@ def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], t
     if marked:
         _write_below(axes, marked, reported)
         note = (
-            "Area and power: improvement on an IEEE single-precision\n"
-            "multiplier, as the paper reports (for AFMB and AFMA)."
+            "Area and power, against an IEEE single-precision\n"
+            "multiplier, as the paper reports (mbm is AFMB there,\n"
+            "mitchell AFMA)."
         )
         axes.text(0, -0.2, note, transform=axes.transAxes, fontsize=6.5, va="top")
     figure.legend(loc="outside upper center", ncols=2 if len(lines) > 1 else 1, fontsize=7)
@@ -183,7 +201,8 @@ def _write_below(
     for t, families in marked.items():
         axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
         text = "\n".join(
-            f"{family}: {reported[family, t][0]:g}× area,\n{reported[family, t][1]:g}× power" for family in families
+            f"{family}: area ÷ {reported[family, t][0]:g},\npower ÷ {reported[family, t][1]:g}"
+            for family in families
         )
         side = "left" if t < middle else "right"
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -197,13 +216,15 @@ def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str
     """
     best = sorted(combinations, key=lambda one: -np.mean(one[1]))[:MOST_RANGES]
     drawn = [one for one in combinations if one in best]
-    figure = Figure(figsize=(COLUMN, 0.8 + 0.19 * len(drawn)), layout="constrained")
+    labels = [_wrapped(name, 28) for name, _ in drawn]
+    lines = 1 + max(label.count("\n") for label in labels)
+    figure = Figure(figsize=(COLUMN, 0.8 + (0.07 + 0.12 * lines) * len(drawn)), layout="constrained")
     axes = figure.subplots()
     positions = range(len(drawn))[::-1]
     seeds = [100 * np.array(accuracies) for _, accuracies in drawn]
     axes.hlines(positions, [s.min() for s in seeds], [s.max() for s in seeds], color="#0072B2", linewidth=2, alpha=0.6)
     axes.plot([s.mean() for s in seeds], positions, "o", color="#000000", markersize=4)
-    axes.set_yticks(positions, [_plain(_clip(name, 28)) for name, _ in drawn], fontsize=7)
+    axes.set_yticks(positions, labels, fontsize=7)
     axes.set_ylim(-0.6, len(drawn) - 0.4)
     axes.tick_params(axis="x", labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -219,9 +240,12 @@ def _plain(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def _clip(text: str, length: int) -> str:
-    """With its middle left out where it is too long."""
-    return text if len(text) <= length else f"{text[: length // 2 - 2]}...{text[1 - length // 2 :]}"
+def _wrapped(name: str, width: int) -> str:
+    """A multiplier's or a combination's name in lines of so many characters; of a file without its folder."""
+    if re.match(r"(lut|python|c):", name):
+        kind, _, reference = name.partition(":")
+        name = f"{kind}:{reference.rpartition('/')[2]}"
+    return fill(_plain(name), width, max_lines=3, placeholder=" ...")
 
 
 def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
@@ -249,7 +273,8 @@ def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndar
         )
         where.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         where.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-        where.set_title(_plain(_shortened(name)), fontsize="medium")
+        title = _wrapped(name, 22)
+        where.set_title(title, fontsize="medium" if len(title) <= 16 else "small")
         bar = figure.colorbar(image, ax=where, fraction=0.05)
         bar.locator = MaxNLocator(4, steps=[1, 2, 5, 10])
         bar.update_ticks()
@@ -273,13 +298,6 @@ def _error_map(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> np.ndarray:
     total, _, _ = np.histogram2d(x[known], y[known], edges, weights=error[known])
     count, _, _ = np.histogram2d(x[known], y[known], edges)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _shortened(name: str) -> str:
-    """Files by their last part, and no more of a name than has room above a map."""
-    kind, colon, reference = name.partition(":")
-    short = f"{kind}{colon}{reference.rpartition('/')[2]}"
-    return short if len(short) <= 26 else f"{short[:25]}…"
 
 
 def truncation_sweep(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -11,13 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mbm_cli.models import Layer
 from mbm_cli.tables import (
-    comparison_table,
     console,
     epoch_table,
     layer_table,
     percent,
+    print_comparison,
+    print_sweep,
     result_lines,
-    sweep_table,
 )
 from mbm_cli.training import Progress as StepProgress
 
@@ -157,9 +157,7 @@ class PlainCompareDisplay(CompareDisplay):
         )
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
-        self.console.print(comparison_table(result))
-        for verdict in result["verdicts"]:
-            self.console.print(verdict, soft_wrap=True)
+        print_comparison(self.console, result)
         self.console.print(f"run: {folder}", soft_wrap=True)
 
 
@@ -239,7 +237,7 @@ class PlainSweepDisplay(SweepDisplay):
         self.console.print(f"run {self.done}/{self.runs}: {run}: {became}", soft_wrap=True)
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:
-        self.console.print(sweep_table(result))
+        print_sweep(self.console, result)
         self.console.print(f"run: {folder}", soft_wrap=True)
 
 

@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mbm_cli import config as configs
-from mbm_cli.errors import RequestError, RunError
+from mbm_cli.errors import Interrupted, RequestError, RunError
 
+RESULTS = ("profile.json", "characterize.json", "eval.json")  # what commands leave that train nothing
 PATIENCE = 1.0  # seconds for whoever looks at a run, or is just ending, to let go of it
 
 
@@ -101,15 +102,28 @@ class Run:
 
     @classmethod
     def find(cls, name: str, output: Path) -> "Run":
-        """The run at a path, or of that name below ``output``.
+        """The run at a path, or of that name or short id below ``output``.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none, or there are several of that id.
         """
         for folder in (Path(name), output / name):
             if os.path.isfile(folder / "summary.json"):  # also where nobody may look: there is none, then
                 return cls(folder.resolve() if folder.name == "" else folder)
-        near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
+            result = next((file for file in RESULTS if os.path.isfile(folder / file)), None)
+            if result is not None:
+                raise RequestError(
+                    f"{folder} is no training, there is nothing to go on with: its result is in {result}"
+                )
+        runs = list_runs(output)
+        of_id = [run for run in runs if run.name.endswith(f"-{name}")]
+        if len(of_id) > 1:
+            raise RequestError(
+                f"{len(of_id)} runs in {output} end with {name!r}, for example {of_id[0].name}: name one"
+            )
+        if of_id:
+            return of_id[0]
+        near = difflib.get_close_matches(name, [run.name for run in runs], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
         raise RequestError(f"no run {name!r}, neither as a path nor in {output}{hint}")
 
@@ -127,9 +141,16 @@ class Run:
             example = next((f", for example {run.folder}" for run in list_runs(self.folder)), "")
             raise RequestError(f"{self.folder} holds several runs: name one of them{example}")
 
-    def discard(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    @contextmanager
+    def kept_if_complete(self) -> Iterator[None]:
+        """What is interrupted or fails before its end leaves no folder."""
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, Interrupted):
+                raise Interrupted("interrupted; nothing was kept of it") from None
+            raise
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file whole or not at all: under a temporary name first, then renamed.

@@ -172,6 +172,7 @@ def epoch_profile_tables(result: dict[str, Any]) -> Group:
             ("name", "calls", "s", "share"),
             costliest,
         ),
+        "is it the backward pass, the forward pass, or the hardware?",
         *(f"{number}. {answer}" for number, answer in enumerate(result["answers"], 1)),
     )
 
@@ -213,8 +214,16 @@ def comparison_table(result: dict[str, Any]) -> Table:
         ("peak memory, MiB", lambda c: f"{c['peak_memory_bytes'] / 2**20:,.0f}"),
     ]
     rows = [(name, *(measure(column) for column in result["columns"])) for name, measure in measures]
-    title = f"{result['model']} on {result['device']}, {result['epochs']} epochs, {result['seeds']} seeds"
+    epochs, seeds = (f"{result[what]} {what[: -1 if result[what] == 1 else None]}" for what in ("epochs", "seeds"))
+    title = f"{result['model']} on {result['device']}, {epochs}, {seeds}"
     return table(title, ("", *result["multipliers"]), rows)
+
+
+def print_comparison(screen: Console, result: dict[str, Any]) -> None:
+    """The result of `mbm compare exact-vs-mbm`."""
+    screen.print(comparison_table(result))
+    for verdict in result["verdicts"]:
+        screen.print(verdict, soft_wrap=True)
 
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:
@@ -271,6 +280,11 @@ def sweep_table(result: dict[str, Any]) -> Table:
     return table(title, (*names, *columns), rows, left=len(fields))
 
 
+def print_sweep(screen: Console, result: dict[str, Any]) -> None:
+    """The result of `mbm sweep`."""
+    screen.print(sweep_table(result))
+
+
 def run_table(runs: Sequence[dict[str, Any]]) -> Table:
     """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that."""
     rows = [
@@ -286,7 +300,9 @@ def run_table(runs: Sequence[dict[str, Any]]) -> Table:
         for run in runs
     ]
     columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-    return table(None, columns, rows, left=4)
+    made = table(None, columns, rows, left=4)
+    made.columns[0].no_wrap = True  # names are there to be copied: multipliers give way
+    return made
 
 
 def conv_tables(result: dict[str, Any]) -> Group:

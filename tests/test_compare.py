@@ -7,10 +7,11 @@ import pytest
 import torch
 from tables import exported
 
+from mbm_cli import plots
 from mbm_cli.config import load
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import compare as experiment
-from mbm_cli.experiments.compare import _interval, _verdict, compare
+from mbm_cli.experiments.compare import _interval, _ratio_interval, _verdict, compare
 from mbm_cli.render import CompareDisplay
 from mbm_cli.runs import Run, list_runs
 from mbm_cli.tables import comparison_table, console
@@ -138,6 +139,37 @@ def test_the_interval_is_student_s():
     assert 2 - interval["low"] == pytest.approx(4.302653 / 3**0.5)
     assert _interval([0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert _interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
+
+
+def test_the_interval_of_a_ratio_is_above_zero():
+    """Of 1/2 and 2: their geometric mean is 1, and the interval lies around it as its logarithms do around 0."""
+    interval = _ratio_interval([0.5, 2.0])
+    assert interval["mean"] == pytest.approx(1)
+    assert interval["low"] == pytest.approx(1 / interval["high"])
+    assert interval["low"] > 0
+    assert _ratio_interval([2.0]) == {"mean": 2.0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("multiplier", ["mbm", "{conv1: mbm-t20, default: exact}"])
+def test_the_legend_lies_on_nothing_that_is_drawn(epochs, multiplier, monkeypatch):
+    """Neither inside, where there is no room for it, nor on the axes' labels."""
+    figures = []
+    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
+    names = ["exact", multiplier]
+    metrics = [{"epoch": e + 1, "test_accuracy": 0.9 + e / 20, "train_loss": 0.3 - e / 5} for e in range(epochs)]
+    runs = [{"multiplier": name, "metrics": metrics} for name in names for _ in range(2)]
+    plots.comparison({"multipliers": names, "epochs": epochs, "seeds": 2, "model": "lenet", "runs": runs})
+    (figure,) = figures
+    figure.draw_without_rendering()
+    if epochs == 1 or multiplier != "mbm":
+        legend = figure.legends[0].get_window_extent()
+        assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+        assert figure.bbox.containsx(legend.x0)
+        assert figure.bbox.containsx(legend.x1)
+    else:
+        (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
+        assert legend.get_window_extent().width < figure.axes[0].bbox.width
 
 
 @pytest.mark.parametrize(

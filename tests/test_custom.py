@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from exhaustive_cpu import wild
 
 from mbm_cli import cli
-from mbm_cli.custom import tabulate
+from mbm_cli.custom import check_magnitude, tabulate
 from mbm_cli.errors import RunError
 from mbm_cli.multipliers import Multiplier, reference_product
 from mbm_cli.nn import MBMConv2d
@@ -50,6 +51,18 @@ def test_a_cache_that_cannot_be_used_is_not_the_function_s_fault(tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunError, match=r"file/mbm/functions, where compiled functions are kept, cannot be used"):
         multiply(torch.ones(1), torch.ones(1), f"c:{tmp_path / 'f.h'}:mbm")
+
+
+@pytest.mark.parametrize(("factor", "is_one"), [("0.97f", True), ("1.03f", True), ("5.0f", False), ("-1.0f", False)])
+def test_a_product_may_be_wrong_by_a_factor_of_up_to_4(tmp_path, factor, is_one):
+    body = f"union {{ uint32_t u; float f; }} x = {{a}}, y = {{b}}, p; p.f = x.f * y.f * {factor}; return p.u;"
+    (tmp_path / "f.h").write_text(f"#include <stdint.h>\nstatic uint32_t f(uint32_t a, uint32_t b) {{ {body} }}\n")
+    product = partial(multiply, multiplier=f"c:{tmp_path / 'f.h'}:f")
+    if is_one:
+        check_magnitude(product, "f")
+    else:
+        with pytest.raises(ValueError, match="whose sign or size is not a product's"):
+            check_magnitude(product, "f")
 
 
 def test_padding_contributes_nothing_whatever_a_function_makes_of_it(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import exported
 
 from mbm_cli import plots
 from mbm_cli.cli import main
@@ -14,6 +15,7 @@ from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments.evaluate import evaluate
 from mbm_cli.experiments.train import load_data, train
 from mbm_cli.models import lenet
+from mbm_cli.multipliers import Multiplier
 from mbm_cli.render import Display
 from mbm_cli.runs import Run, list_runs
 from mbm_cli.tables import console, evaluation_table
@@ -97,6 +99,18 @@ def test_the_confusion_matrices_are_drawn_from_all_answers(trained, tmp_path, mo
         matrix = seen[row["multiplier"]]
         assert matrix.sum(axis=1).tolist() == torch.bincount(test.labels, minlength=10).tolist()
         assert matrix.trace() / 150 == row["test_accuracy"]
+
+
+def test_a_network_is_not_evaluated_with_another_table_than_it_was_trained_with(trained, tmp_path):
+    table = tmp_path / "own.bin"
+    exported("mbm", 7, table)
+    run = copy(trained, tmp_path / "run")
+    run.write("config.yaml", run.config_text().replace("mbm-t16-r7", f"lut:{table}"))
+    run.write_checkpoint({**run.checkpoint(), "multipliers": [Multiplier.parse(f"lut:{table}").key]})
+    assert evaluate(run, ["exact"], tmp_path / "out")[1]["trained_with"] == f"lut:{table}"
+    exported("mitchell", 7, table)
+    with pytest.raises(RunError, match=r"is not the multiplier that .* was trained with"):
+        evaluate(run, ["exact"], tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_is_null(trained, tmp_path):

@@ -9,6 +9,8 @@ import torch
 
 from mbm_cli import timing
 from mbm_cli.cli import main
+from mbm_cli.config import load
+from mbm_cli.errors import Interrupted
 from mbm_cli.experiments import profile
 from mbm_cli.experiments.profile import ConvShape
 
@@ -89,6 +91,14 @@ def test_the_table_fits_100_columns(monkeypatch, capsys, tmp_path):
 
 def test_quiet_prints_nothing(monkeypatch, capsys):
     assert run_command(monkeypatch, capsys, *ARGUMENTS, "--quiet") == (0, "", "")
+
+
+def test_an_interrupt_leaves_no_folder(tmp_path):
+    asked = iter([False, True])
+    config = load("lenet-mbm", ["device=cpu", "data.batch_size=8"])
+    with pytest.raises(Interrupted, match="nothing was kept"):
+        profile.profile_conv(config, tmp_path, 1, stopped=lambda: next(asked))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_exact_multiplier_has_nothing_to_profile(monkeypatch, capsys, tmp_path):

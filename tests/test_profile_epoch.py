@@ -44,6 +44,9 @@ def test_the_operators_that_cost_most(profiled):
     _, result = profiled
     names = [row["name"] for row in result["costliest"]]
     assert "aten::convolution_backward" in names
+    ours = next(row for row in result["costliest"] if row["name"] == "mbm::conv2d")
+    forward = sum(layer["forward_seconds"] for layer in result["layers"])  # of 10 steps as all of them are profiled
+    assert ours["seconds"] > 0.5 * forward
     seconds = [row["seconds"] for row in result["costliest"]]
     assert seconds == sorted(seconds, reverse=True)
     assert all("::" in name for name in names)  # operators, not ranges

@@ -193,6 +193,21 @@ def test_a_run_is_found_by_its_name_and_by_its_path(run, tmp_path, monkeypatch):
     assert Run.find(run.name, tmp_path / "elsewhere").folder.resolve() == run.folder
 
 
+def test_a_run_is_found_by_its_short_id(run):
+    output = run.folder.parent
+    short = run.name.rpartition("-")[2]
+    assert Run.find(short, output) == run
+    Run.create(output, f"other-{short}", {"summary.json": "{}"}).folder.rename(output / f"other-{short}")
+    with pytest.raises(RequestError, match=f"2 runs .* end with '{short}'"):
+        Run.find(short, output)
+
+
+def test_what_is_no_run_but_a_result_is_said_to_be_one(tmp_path):
+    made = Run.create(tmp_path, "lenet-mbm-profile-conv", {"profile.json": "{}"})
+    with pytest.raises(RequestError, match=r"nothing to go on with: its result is in profile\.json"):
+        Run.find(made.name, tmp_path)
+
+
 def test_a_run_that_is_not_there(run):
     output = run.folder.parent
     with pytest.raises(RequestError, match=f"did you mean {run.name}"):

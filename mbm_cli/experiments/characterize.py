@@ -74,7 +74,7 @@ def characterize(
         torch.set_num_threads(threads)
     _check_code(multipliers, place)
     run = Run.create(output, "characterize")
-    try:
+    with run.kept_if_complete():
         run.write_json("environment.json", environment(place))
         measured = [_measure(m, samples, seed, place, report, stopped) for m in multipliers]
         result: dict[str, Any] = {
@@ -94,11 +94,6 @@ def characterize(
         errors = [(name, *pictured) for name, (_, pictured) in zip(names, measured, strict=True)]
         run.write("characterize.png", plots.characterization(errors))
         run.write_json("characterize.json", result)
-    except BaseException as error:
-        run.discard()
-        if isinstance(error, Interrupted):
-            raise Interrupted("interrupted; nothing was kept of this characterisation") from None
-        raise
     return run, result
 
 

@@ -235,7 +235,7 @@ def _column(
         exact_seconds = [statistics.median(r["epoch_seconds"]) for r in exact]
         ratios = [mine / theirs for mine, theirs in zip(seconds, exact_seconds, strict=True)]
         column["accuracy_difference"] = _interval([a - b for a, b in zip(accuracies, exact_accuracies, strict=True)])
-        column["epoch_seconds_ratio"] = _interval(ratios)
+        column["epoch_seconds_ratio"] = _ratio_interval(ratios)
     return column
 
 
@@ -275,6 +275,12 @@ def _interval(values: Sequence[float]) -> dict[str, float | None]:
         return {"mean": mean, "low": mean, "high": mean}
     low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=scale)
     return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def _ratio_interval(ratios: Sequence[float]) -> dict[str, float | None]:
+    """The same of ratios: the geometric mean and its interval, by way of logarithms, so that it stays above zero."""
+    of_logarithms = _interval([math.log(ratio) for ratio in ratios])
+    return {name: None if value is None else math.exp(value) for name, value in of_logarithms.items()}
 
 
 def _verdict(column: dict[str, Any], seeds: int) -> str:

@@ -57,6 +57,8 @@ def evaluate(
     checkpoint = run.checkpoint()
     if checkpoint is None:
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm train --resume {run.folder}")
+    keys = checkpoint.get("multipliers", training_run.multiplier_keys(config))
+    training_run.refuse_other_products(config, keys, run.folder)
     recorded = run.environment()
     if device is not None:
         config = config.model_copy(update={"device": device})
@@ -129,6 +131,6 @@ def _notes(
     elif accuracy != metrics[-1]["test_accuracy"]:
         notes.append(
             f"training ended with {100 * metrics[-1]['test_accuracy']:.2f} % on {recorded.get('device')}; on {device} "
-            "sums differ in the last bits, or the multiplier's file has changed"
+            "sums differ in the last bits"
         )
     return notes

@@ -1,6 +1,6 @@
 """Where the time goes: `mbm profile conv` times single convolutions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from mbm_cli import config as configs
 from mbm_cli.backends import cpu, cuda
 from mbm_cli.config import Config
 from mbm_cli.environment import environment
-from mbm_cli.errors import RequestError
+from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments.train import build_model, prepare
 from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.models import describe_layers
@@ -71,6 +71,7 @@ def profile_conv(
     output: Path,
     threads: int | None = None,
     report: Callable[[str], None] = lambda doing: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Run, dict[str, Any]]:
     """Time the convolutions of the config's model, then the reference shapes that the device can bear.
 
@@ -82,9 +83,11 @@ def profile_conv(
         output: where the run folder with ``profile.json`` is made.
         threads: CPU threads.
         report: told, in words, what is being timed.
+        stopped: asked before each shape.
 
     Raises:
         RequestError: the multiplier is the exact one, or the device is not there.
+        Interrupted: ``stopped`` said so; nothing is kept then.
     """
     multiplier = config.model.multiplier
     if multiplier.is_exact:
@@ -94,8 +97,22 @@ def profile_conv(
     device = prepare(config, threads)
     shapes = dict.fromkeys((*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES))
     run = Run.create(output, f"{config.name}-profile-conv")
-    run.write("config.yaml", configs.dump(config))
-    run.write_json("environment.json", environment(device))
+    with run.kept_if_complete():
+        run.write("config.yaml", configs.dump(config))
+        run.write_json("environment.json", environment(device))
+        result = _measure(config, multiplier, shapes, device, report, stopped)
+        run.write_json("profile.json", result)
+    return run, result
+
+
+def _measure(
+    config: Config,
+    multiplier: Multiplier,
+    shapes: Iterable[ConvShape],
+    device: torch.device,
+    report: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "multiplier": str(multiplier),
         "device": device.type,
@@ -106,13 +123,14 @@ def profile_conv(
     }
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
+        if stopped():
+            raise Interrupted("interrupted")
         if shape.multiplications <= LIMITS[device.type]:
             report(f"timing {shape.describe()}, batch {shape.batch}")
             timed = _time_shape(shape, multiplier, generator, device)
             timed["share_of_ceiling"] = timed["macs_per_second"] / result["ceiling_macs_per_second"]
             result["convolutions"].append(timed)
-    run.write_json("profile.json", result)
-    return run, result
+    return result
 
 
 def convolution_seconds(config: Config, device: torch.device) -> float:

@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split, epoch_order
 from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted
 from mbm_cli.experiments import train as training_run
 from mbm_cli.experiments.profile import backward_paths, measure_ceiling
 from mbm_cli.models import describe_layers
@@ -56,18 +56,13 @@ def profile_epoch(
     device = training_run.prepare(config, threads)
     data = training_run.load_data(config, device)
     run = Run.create(output, f"{config.name}-profile-epoch")
-    try:
+    with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
         run.write_json("environment.json", environment(device))
         result, trace = _measure(config, device, data, report, stopped)
         run.write_json("profile.json", result)
         run.write("profile.png", plots.epoch_profile(result))
         run.write("trace.json", trace)
-    except BaseException as error:
-        run.discard()
-        if isinstance(error, Interrupted):
-            raise Interrupted("interrupted; nothing was kept of this profile") from None
-        raise
     return run, result
 
 
@@ -263,7 +258,8 @@ def _layers(
 def _costliest(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
     """The operators (on a GPU the kernels) that took the most time themselves."""
     on_host = {event.key for event in events if event.device_type == DeviceType.CPU}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    inside: dict[str, float] = defaultdict(float)
     for event in events:
         if on_gpu:
             # A range is told twice: on the host, and on the GPU as if it were a kernel.
@@ -271,11 +267,17 @@ def _costliest(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
                 continue
             seconds = event.self_device_time_total / 1e6
         else:
+            # Where an operator has gradients, its kernels run in an event of this name, called by the operator's own.
+            if event.key.startswith("GeneratedBackwardFor_mbm_"):
+                inside[f"mbm::{event.key.split('_')[2]}"] += event.self_cpu_time_total / 1e6
+                continue
             # Ranges are no operators, and autograd's own events count operators within the layers' ranges once more.
             if "::" not in event.key or event.key.startswith("autograd::"):
                 continue
             seconds = event.self_cpu_time_total / 1e6
         rows.append({"name": event.key, "calls": event.count, "seconds": seconds})
+    for row in rows:
+        row["seconds"] += inside[row["name"]]
     everything = sum(row["seconds"] for row in rows)
     rows.sort(key=lambda row: -row["seconds"])
     return [{**row, "share": row["seconds"] / everything} for row in rows[:COSTLIEST]]
