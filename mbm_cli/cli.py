@@ -494,7 +494,8 @@ def runs_list(output: OutputOption = Path("runs"), json: JsonOption = False, deb
     if json:
         _print_json({"runs": runs})
     elif runs:
-        tables.console().print(tables.run_table(runs))
+        screen = tables.console()
+        screen.print(tables.run_table(runs, screen.width))
     else:
         typer.echo(f"no runs in {output}: mbm train makes one")
 
@@ -520,7 +521,7 @@ def runs_show(
         _print_json({"run": str(found.folder), **summary, "metrics": metrics})
         return
     screen = tables.console()
-    screen.print(tables.run_table([{"run": str(found.folder), **summary}]))
+    screen.print(tables.run_table([{"run": str(found.folder), **summary}], screen.width))
     if "reason" in summary:
         screen.print(f"{summary['status']}: {summary['reason']}\n", soft_wrap=True)
     _print_result(screen, found)

@@ -201,8 +201,7 @@ def _write_below(
     for t, families in marked.items():
         axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
         text = "\n".join(
-            f"{family}: area ÷ {reported[family, t][0]:g},\npower ÷ {reported[family, t][1]:g}"
-            for family in families
+            f"{family}: area ÷ {reported[family, t][0]:g},\npower ÷ {reported[family, t][1]:g}" for family in families
         )
         side = "left" if t < middle else "right"
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}

@@ -54,8 +54,10 @@ def console(stderr: bool = False) -> Console:
 class _Table(Table):
     """Where its columns would become unreadable, a line for each cell, and an empty one between rows."""
 
+    narrow = NARROW
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if options.max_width >= NARROW:
+        if options.max_width >= self.narrow:
             yield from super().__rich_console__(console, options)
             return
         if self.title:
@@ -67,7 +69,7 @@ class _Table(Table):
             yield ""
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> _Table:
     """A table of ready text; the first ``left`` columns are words, the others numbers."""
     made = _Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
@@ -285,8 +287,11 @@ def print_sweep(screen: Console, result: dict[str, Any]) -> None:
     screen.print(sweep_table(result))
 
 
-def run_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that."""
+def run_table(runs: Sequence[dict[str, Any]], width: int) -> Table:
+    """Summaries of runs, each with its folder under ``run``; a damaged run has little more than that.
+
+    Names are there to be copied: where there is no room for everything, the other columns go.
+    """
     rows = [
         (
             Path(run["run"]).name,
@@ -300,8 +305,10 @@ def run_table(runs: Sequence[dict[str, Any]]) -> Table:
         for run in runs
     ]
     columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-    made = table(None, columns, rows, left=4)
-    made.columns[0].no_wrap = True  # names are there to be copied: multipliers give way
+    shown, left = ((0, 1, 5), 2) if width < 95 else (range(len(columns)), 4)
+    made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], left)
+    made.columns[0].no_wrap = True
+    made.narrow = 70
     return made
 
 

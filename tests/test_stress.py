@@ -139,6 +139,17 @@ def own_folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("columns", "multiplier"), [(100, True), (80, False), (60, False)])
+def test_names_of_runs_are_whole_on_a_terminal(columns, multiplier, own_folder, monkeypatch):
+    """They are there to be copied."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    on_terminal(100, [*ONE_EPOCH, "--quiet"], monkeypatch)
+    (run,) = list_runs(Path("runs"))
+    listed = on_terminal(columns, ["runs", "list"], monkeypatch)
+    assert run.name in listed
+    assert ("multiplier" in listed) == multiplier
+
+
 def test_twenty_columns(own_folder, monkeypatch):
     """Every word and number is there, in lines of its own; a name that is longer goes on in the next line."""
     monkeypatch.setenv("TERM", "xterm")
