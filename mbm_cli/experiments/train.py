@@ -388,7 +388,7 @@ def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None
     if multiplier_keys(config) != keys:
         raise RunError(
             f"{config.model.multiplier} is not the multiplier that {folder} was trained with so far: "
-            "put the file back as it was, or train anew"
+            "put its file, or config.yaml, back as it was, or train anew"
         )
 
 
