@@ -472,8 +472,10 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   Exponents e = decode_planes(p, power, fraction);
   auto is_fast = [&](std::int64_t b) {
     const Exponents& w = p.weight_exponents[job.group * p.blocks + b];
-    // Every product is right by itself then, except that padding must not meet an infinite weight.
-    if (c.multiplier.form == IEEE || c.multiplier.form == CALL) return !w.special();
+    // Every product is right by itself then, except that padding must not meet an infinite weight, and that infinity
+    // times zero is another NaN on this processor than in the definition.
+    if (c.multiplier.form == IEEE) return !e.special() && !w.special();
+    if (c.multiplier.form == CALL) return !w.special();
     return in_range(e, w);
   };
 
