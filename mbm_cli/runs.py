@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mbm_cli import config as configs
 from mbm_cli.errors import Interrupted, RequestError, RunError
@@ -35,6 +35,7 @@ class Fields(BaseModel):
 
 
 Some = TypeVar("Some", bound=Fields)
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class Summary(Fields):
@@ -49,6 +50,12 @@ class Summary(Fields):
     epoch_seconds: list[float]
     train_seconds: list[float]
     total_seconds: float
+
+
+class Environment(Fields):
+    """``environment.json``: what going on with a run depends on."""
+
+    threads: Count | None = None
 
 
 class EpochMetrics(Fields):
@@ -112,18 +119,15 @@ class Run:
                 return cls(folder.resolve() if folder.name == "" else folder)
             result = next((file for file in RESULTS if os.path.isfile(folder / file)), None)
             if result is not None:
-                raise RequestError(
-                    f"{folder} is no training, there is nothing to go on with: its result is in {result}"
-                )
-        runs = list_runs(output)
-        of_id = [run for run in runs if run.name.endswith(f"-{name}")]
+                raise RequestError(f"{folder} is no training run: its result is in {result}")
+        of_id = [folder for folder in _folders(output) if folder.name.endswith(f"-{name}")]
         if len(of_id) > 1:
             raise RequestError(
                 f"{len(of_id)} runs in {output} end with {name!r}, for example {of_id[0].name}: name one"
             )
         if of_id:
-            return of_id[0]
-        near = difflib.get_close_matches(name, [run.name for run in runs], n=1, cutoff=0.4)
+            return cls.find(of_id[0].name, output)
+        near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
         raise RequestError(f"no run {name!r}, neither as a path nor in {output}{hint}")
 
@@ -131,13 +135,18 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def has_several(self) -> bool:
+        """Whether it is a comparison or a sweep."""
+        return (self.folder / "plan.json").exists()
+
     def refuse_several(self) -> None:
         """Where one training run is needed, a comparison's or a sweep's folder is not one.
 
         Raises:
             RequestError: this is such a folder.
         """
-        if (self.folder / "plan.json").exists():
+        if self.has_several:
             example = next((f", for example {run.folder}" for run in list_runs(self.folder)), "")
             raise RequestError(f"{self.folder} holds several runs: name one of them{example}")
 
@@ -278,7 +287,7 @@ class Run:
                 yield path, Run(path.parent)._read(path.name)
 
     def environment(self) -> dict[str, Any]:
-        return self.read_json("environment.json")
+        return self._checked("environment.json", self.read_json("environment.json"), Environment)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What a JSON file of the run holds.
@@ -332,7 +341,7 @@ class Run:
         Raises:
             RunError: it cannot be read, or a field is missing or wrong.
         """
-        if not (self.folder / "plan.json").exists():
+        if not self.has_several:
             return None
         plan = self.read_json("plan.json")
         return self._validated("plan.json", plan, fields) if plan.get("kind") == kind else None
@@ -370,10 +379,13 @@ def list_runs(output: Path) -> list[Run]:
     Raises:
         RunError: the folder cannot be read.
     """
+    return [Run(folder) for folder in _folders(output) if os.path.isfile(folder / "summary.json")]
+
+
+def _folders(output: Path) -> list[Path]:
     try:
-        folders = sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
+        return sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # there can be none
             return []
         raise RunError(f"{output} cannot be read ({error.strerror}): name another folder with --output") from None
-    return [Run(folder) for folder in folders if os.path.isfile(folder / "summary.json")]

@@ -305,10 +305,15 @@ def run_table(runs: Sequence[dict[str, Any]], width: int) -> Table:
         for run in runs
     ]
     columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-    shown, left = ((0, 1, 5), 2) if width < 95 else (range(len(columns)), 4)
-    made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], left)
-    made.columns[0].no_wrap = True
-    made.narrow = 70
+    widths = [2 + max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    widths[2] = min(widths[2], 12)  # multipliers can be broken
+    everything, most = range(len(columns)), (0, 1, 5)
+    fits = next((shown for shown in (everything, most) if 1 + sum(widths[i] for i in shown) <= width), None)
+    shown = fits or most
+    made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], min(4, len(shown) - 1))
+    for column in made.columns:
+        column.no_wrap = column.header != columns[2]
+    made.narrow = 0 if fits else width + 1
     return made
 
 

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mbm_cli.errors import MbmError
 
 # An interrupt, a polite kill, a terminal that was closed.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Asked to stop, a process that is told so again leaves at once; a terminal that is closed may tell it twice by itself.
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,16 +78,20 @@ def _visible(text: str) -> str:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first of the signals asks to stop at the next step, a second interrupt or polite kill stops at once."""
+    """The first of the signals asks to stop at the next step, a second interrupt or polite kill stops at once.
+
+    A closed terminal does not, where it was to be ignored (``nohup``).
+    """
     asked = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
         for again in IMPATIENT_SIGNALS:
             signal.signal(again, lambda number, frame: leave_at_once())
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        _write_at_once(2, "\nstopping after this step; once more stops at once\n")
 
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS if number not in ignored}
     try:
         yield lambda: bool(asked)
     finally:
@@ -97,7 +101,12 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 def leave_at_once() -> None:
     """As an interrupt ends a process, without waiting for anything."""
-    if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h\n")  # a progress bar hides the cursor
-        sys.stdout.flush()
+    if os.isatty(1):
+        _write_at_once(1, "\x1b[?25h\n")  # a progress bar hides the cursor
     os._exit(130)
+
+
+def _write_at_once(descriptor: int, text: str) -> None:
+    """Without a stream, whose lock the very code may hold that a signal has interrupted."""
+    with suppress(OSError):
+        os.write(descriptor, text.encode())

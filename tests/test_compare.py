@@ -111,6 +111,19 @@ def test_a_comparison_goes_on_from_another_folder_but_not_with_another_table(tmp
     assert [r["multiplier"] for r in result["runs"]] == ["exact", "lut:t.bin"] * 2
 
 
+@pytest.mark.parametrize(("field", "value"), [("seeds", 0), ("columns", {}), ("columns", "without exact")])
+def test_a_damaged_plan_is_named(tmp_path, field, value):
+    with pytest.raises(Interrupted):
+        run_compare(tmp_path, "mbm", "mbm-t8", stopped=lambda: True)
+    (run,) = list_runs(tmp_path)
+    plan = run.read_json("plan.json")
+    if value == "without exact":
+        value = {name: column for name, column in plan["columns"].items() if name != "exact"}
+    run.write_json("plan.json", {**plan, field: value})
+    with pytest.raises(RunError, match=rf"plan\.json is damaged \({field}: "):
+        experiment.resume(run, CompareDisplay())
+
+
 def test_multipliers_by_layer_with_names_that_yaml_would_quote(tmp_path):
     layers = '{"conv[1]": exact, "*2": mitchell, default: mbm}'
     _, result = run_compare(tmp_path, layers, seeds=1)

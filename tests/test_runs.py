@@ -204,8 +204,9 @@ def test_a_run_is_found_by_its_short_id(run):
 
 def test_what_is_no_run_but_a_result_is_said_to_be_one(tmp_path):
     made = Run.create(tmp_path, "lenet-mbm-profile-conv", {"profile.json": "{}"})
-    with pytest.raises(RequestError, match=r"nothing to go on with: its result is in profile\.json"):
-        Run.find(made.name, tmp_path)
+    for name in (made.name, made.name.rpartition("-")[2], str(made.folder)):
+        with pytest.raises(RequestError, match=r"is no training run: its result is in profile\.json"):
+            Run.find(name, tmp_path)
 
 
 def test_a_run_that_is_not_there(run):

@@ -90,8 +90,13 @@ def test_without_a_home_folder(home, at, tmp_path):
 def test_a_terminal_that_is_closed_stops_a_run_in_order(tmp_path):
     """What it has done is kept, though nobody can be told any more."""
     leader, follower = pty.openpty()
-    terminal = os.ttyname(follower)  # of the first process that opens it in a session of its own
-    command = ["sh", "-c", f'exec "$0" "$@" <{terminal} >{terminal} 2>&1', MBM, *kills.TRAIN, "--epochs", "1000"]
+    # A terminal belongs to the first process that opens it in a session of its own.
+    begin = (
+        "import os, signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "terminal = os.open(sys.argv[1], os.O_RDWR)\nfor stream in range(3): os.dup2(terminal, stream)\n"
+        "os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", begin, os.ttyname(follower), MBM, *kills.TRAIN, "--epochs", "1000"]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     shown = b""
     while b"2/1000" not in shown:
@@ -139,15 +144,23 @@ def own_folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("columns", "multiplier"), [(100, True), (80, False), (60, False)])
-def test_names_of_runs_are_whole_on_a_terminal(columns, multiplier, own_folder, monkeypatch):
-    """They are there to be copied."""
+@pytest.mark.parametrize("name", ["lenet-mbm", "a-name-of-64-characters-" + 40 * "x"])
+@pytest.mark.parametrize("columns", [100, 80, 60])
+def test_names_of_runs_are_whole_on_a_terminal(columns, name, own_folder, monkeypatch):
+    """They are there to be copied, and words to be looked for."""
     monkeypatch.setenv("NO_COLOR", "1")
-    on_terminal(100, [*ONE_EPOCH, "--quiet"], monkeypatch)
+    on_terminal(100, [*ONE_EPOCH, "--quiet", "--set", f"name={name}"], monkeypatch)
     (run,) = list_runs(Path("runs"))
+    summary = {
+        **run.summary(),
+        "status": "interrupted",
+        "multiplier": "exact, mbm-t16-r7, {conv1: exact, default: mbm}",
+    }
+    run.write_json("summary.json", summary)
     listed = on_terminal(columns, ["runs", "list"], monkeypatch)
-    assert run.name in listed
-    assert ("multiplier" in listed) == multiplier
+    assert run.name in listed if columns > len(run.name) + 5 else run.name in listed.replace("\r\n", "")
+    assert "interrupted" in listed
+    assert f"{100 * summary['test_accuracy']:.2f} %" in listed
 
 
 def test_twenty_columns(own_folder, monkeypatch):

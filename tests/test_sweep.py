@@ -214,10 +214,30 @@ def test_a_sweep_goes_on_from_another_folder_but_not_with_another_table(tmp_path
 def test_a_damaged_plan_is_named(whole, tmp_path):
     run = Run(shutil.copytree(whole[0].folder, tmp_path / "run"))
     plan = run.read_json("plan.json")
-    for damaged in ({**plan, "seeds": "three"}, {key: value for key, value in plan.items() if key != "combinations"}):
-        run.write_json("plan.json", damaged)
-        with pytest.raises(RunError, match=r"plan\.json is damaged \((seeds|combinations): "):
+    for field, value in (
+        ("seeds", "3"),
+        ("seeds", 0),
+        ("jobs", -1),
+        ("threads", 0),
+        ("combinations", []),
+        ("vary", None),
+    ):
+        run.write_json("plan.json", {**plan, field: value})
+        with pytest.raises(RunError, match=rf"plan\.json is damaged \({field}: "):
             resume(run, None, SweepDisplay())
+
+
+def test_a_sweep_of_another_kind_of_device_is_not_gone_on_with(whole, tmp_path):
+    """Whatever its config.yaml says: what is varied has configs of its own."""
+    run = Run(shutil.copytree(whole[0].folder, tmp_path / "run"))
+    plan = run.read_json("plan.json")
+    for one in plan["combinations"]:
+        one["config"]["device"] = "auto"
+    run.write_json("plan.json", plan)
+    before = "cpu" if torch.cuda.is_available() else "cuda"
+    run.write_json("environment.json", {**run.environment(), "device": before})
+    with pytest.raises(RequestError, match=rf"was begun on {before}, not on .* or start it anew"):
+        resume(run, None, SweepDisplay())
 
 
 def test_an_interrupt_of_several_at_once(tmp_path):

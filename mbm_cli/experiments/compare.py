@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from scipy import stats
 
 from mbm_cli import config as configs
@@ -22,7 +23,7 @@ from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.render import CompareDisplay, Display
-from mbm_cli.runs import Fields, Run, as_json
+from mbm_cli.runs import Count, Fields, Run, as_json
 from mbm_cli.training import evaluate
 
 KIND: Literal["comparison"] = "comparison"
@@ -42,8 +43,15 @@ class _Column(Fields):
 
 class _Plan(Fields):
     kind: Literal["comparison"]
-    columns: dict[str, _Column]
-    seeds: int
+    columns: Annotated[dict[str, _Column], Field(min_length=2)]
+    seeds: Count
+
+    @field_validator("columns")
+    @classmethod
+    def _has_exact(cls, columns: dict[str, _Column]) -> dict[str, _Column]:
+        if EXACT not in columns:
+            raise ValueError(f"{EXACT} is missing")
+        return columns
 
 
 def compare(

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from mbm_cli import config as configs
 from mbm_cli import plots
@@ -23,7 +24,7 @@ from mbm_cli.experiments.workers import Outcome, Task, work_here, work_in_proces
 from mbm_cli.lists import split_at_commas
 from mbm_cli.multipliers import FAMILIES, Multiplier
 from mbm_cli.render import SweepDisplay
-from mbm_cli.runs import Fields, Run, as_json
+from mbm_cli.runs import Count, Fields, Run, as_json
 from mbm_cli.tables import shown
 
 KIND: Literal["sweep"] = "sweep"
@@ -71,10 +72,10 @@ class _Combination(Fields):
 class _Plan(Fields):
     kind: Literal["sweep"]
     vary: dict[str, list[str]]
-    seeds: int
-    threads: int
-    jobs: int
-    combinations: list[_Combination]
+    seeds: Count
+    threads: Count
+    jobs: Count
+    combinations: Annotated[list[_Combination], Field(min_length=1)]
 
 
 def sweep(
@@ -150,6 +151,7 @@ def resume(
     for number, one in enumerate(plan.combinations, 1):
         varied = configs.of_document(one.config, f"{run.folder / 'plan.json'}, combination {number}")
         training_run.refuse_other_products(varied, one.keys, run.folder)
+        training_run.refuse_other_device(varied, run)
         combinations.append(Combination(number, one.values, varied))
     training_run.prepare_to_resume(config, run)
     device = _prepare(config, combinations, plan.threads)

@@ -114,16 +114,26 @@ def prepare_to_resume(config: Config, run: Run) -> torch.device:
     Raises:
         RequestError: as `prepare`, or it was another kind of device, which would give other bits.
     """
-    recorded = run.environment()
     # The number of threads decides how sums are split, hence the last bits.
-    device = prepare(config, recorded.get("threads"))
-    before = str(recorded.get("device", device)).partition(":")[0]
-    if config.device == "auto" and before != device.type:
-        raise RequestError(
-            f"{run.folder} was begun on {before}, not on {device.type}: resume it where that is, or write "
-            f"device: {device.type} into its config.yaml, and it goes on with other last bits"
-        )
+    device = prepare(config, run.environment().get("threads"))
+    refuse_other_device(config, run)
     return device
+
+
+def refuse_other_device(config: Config, run: Run) -> None:
+    """What was begun on a GPU does not go on on the CPU unasked, or the other way round.
+
+    Raises:
+        RequestError: it would.
+    """
+    device = choose_device(config.device).type
+    before = str(run.environment().get("device", device)).partition(":")[0]
+    if config.device == "auto" and before != device:
+        or_else = f"write device: {device} into its config.yaml, and it goes on with other last bits"
+        raise RequestError(
+            f"{run.folder} was begun on {before}, not on {device}: resume it where that is, or "
+            + ("start it anew" if run.has_several else or_else)
+        )
 
 
 def _refuse_fewer(epochs: int, run: Run) -> None:
