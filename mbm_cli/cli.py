@@ -647,7 +647,7 @@ def configs_check(
     For example: mbm configs check mine.yaml --set optimizer.lr=0.002
     """
     from mbm_cli import config as configs
-    from mbm_cli.experiments.train import check_layers
+    from mbm_cli.experiments.setup import check_layers
 
     loaded = configs.load(file, set_ or [])
     check_layers(loaded)

@@ -51,7 +51,8 @@ def comparison(result: dict[str, Any]) -> bytes:
     """Test accuracy and training loss over epochs: the mean over seeds, with a band from the lowest to the highest."""
     multipliers = result["multipliers"]
     one_epoch = result["epochs"] == 1  # no band has a width then: multipliers stand side by side, with bars
-    has_room = not one_epoch and max(map(len, multipliers)) <= LEGEND_INSIDE
+    are_short = max(map(len, multipliers)) <= LEGEND_INSIDE
+    has_room = are_short and not one_epoch
     figure = Figure(figsize=(6.4, 3.0 if has_room else 3.3 + 0.2 * len(multipliers)), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for i, multiplier in enumerate(multipliers):
@@ -82,7 +83,7 @@ def comparison(result: dict[str, Any]) -> bytes:
         accuracy.legend(title=title)
     else:
         legend = accuracy.get_legend_handles_labels()
-        columns = 2 if one_epoch and max(map(len, multipliers)) <= LEGEND_INSIDE else 1
+        columns = 2 if are_short else 1
         figure.legend(*legend, title=title, loc="outside lower center", fontsize="small", ncols=columns)
     return _png(figure)
 

@@ -319,7 +319,8 @@ class Run:
             if damaged is not None:
                 raise ValueError(f"{damaged} in it does not have its checksum")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("metrics"), list):
+            lists = ("metrics", "multipliers")
+            if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), list) for part in lists):
                 raise ValueError("it is not one of mbm's")
             return checkpoint
         except Exception as error:  # what a damaged or foreign archive raises is not one kind

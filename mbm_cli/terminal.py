@@ -11,9 +11,8 @@ from typing import Any
 
 from mbm_cli.errors import MbmError
 
-# An interrupt, a polite kill, a terminal that was closed.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Asked to stop, a process that is told so again leaves at once; a terminal that is closed may tell it twice by itself.
+# An interrupt, a polite kill: a process that hears one again leaves at once. A closed terminal, SIGHUP, asks it to
+# stop, too, but may do so twice by itself.
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -90,8 +89,9 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(again, lambda number, frame: leave_at_once())
         _write_at_once(2, "\nstopping after this step; once more stops at once\n")
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS if number not in ignored}
+    without_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = IMPATIENT_SIGNALS if without_terminal else (*IMPATIENT_SIGNALS, signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:

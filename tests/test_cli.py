@@ -1,21 +1,16 @@
 """The commands as a person runs them, on real MNIST (a small part of it)."""
 
 import json
-import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import threading
-from fcntl import ioctl
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pseudo_terminal import on_terminal
 
 from mbm_cli import __version__, plots, training
 from mbm_cli import runs as run_module
@@ -218,32 +213,13 @@ def test_in_a_log_there_is_one_line_an_epoch(mbm):
 def test_on_a_terminal_there_is_a_bar_and_a_table(columns, monkeypatch, capfd):
     """The bar is redrawn below a table that grows by a row an epoch."""
     monkeypatch.setattr(training, "REPORT_INTERVAL", 0)
-    for name, value in (("TERM", "xterm"), ("COLUMNS", str(columns)), ("LINES", "50")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("LINES", "50")
     monkeypatch.delenv("NO_COLOR", raising=False)
     # Longer than a redrawing of the bar, which happens ten times a second.
-    monkeypatch.setattr(sys, "argv", ["mbm", *TRAIN, "--set", "data.train_limit=1500", "--epochs", "3"])
-    leader, follower = pty.openpty()
-    ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
-    shown = bytearray()
-
-    def read() -> None:
-        while True:
-            try:
-                shown.extend(os.read(leader, 65536))
-            except OSError:  # how Linux says that the other end is closed
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        with pytest.raises(SystemExit) as end:
-            main()
-    reader.join()
-    os.close(leader)
-    assert (end.value.code or 0, capfd.readouterr().err) == (0, "")
-    text = shown.decode()
+    arguments = [*TRAIN, "--set", "data.train_limit=1500", "--epochs", "3"]
+    text = on_terminal(columns, arguments, monkeypatch)
+    assert capfd.readouterr().err == ""
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor is given back
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r", "\n")).splitlines()
     assert any(re.match(r"epoch 2/3 .* %.* loss \d\.\d{4}", line) for line in lines)

@@ -13,7 +13,8 @@ from mbm_cli.cli import main
 from mbm_cli.config import load
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments.evaluate import evaluate
-from mbm_cli.experiments.train import load_data, train
+from mbm_cli.experiments.setup import load_data
+from mbm_cli.experiments.train import train
 from mbm_cli.models import lenet
 from mbm_cli.multipliers import Multiplier
 from mbm_cli.render import Display

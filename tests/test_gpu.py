@@ -12,7 +12,7 @@ from mbm_cli.config import OptimizerConfig, load
 from mbm_cli.data import Split, epoch_order
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.experiments import train as experiment
-from mbm_cli.experiments.train import build_optimizer
+from mbm_cli.experiments.setup import build_optimizer
 from mbm_cli.models import MODELS
 from mbm_cli.ops import conv2d
 from mbm_cli.render import Display

@@ -297,6 +297,7 @@ def test_a_missing_file_is_named(run):
 
 CHECKPOINT = {
     "epoch": 1,
+    "multipliers": ["mbm"],
     "metrics": [metrics(1)],
     "model": {"weight": torch.arange(4.0)},
     "random": {"cpu": torch.get_rng_state()},

@@ -4,22 +4,18 @@ import os
 import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import threading
 from collections.abc import Iterator
-from fcntl import ioctl
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from pseudo_terminal import on_terminal
 from stress import disk, kills, memory
 from stress.starts import MBM, Answer, Server, server
 
-from mbm_cli.cli import main
 from mbm_cli.runs import list_runs
 
 ONE_EPOCH = [*kills.TRAIN, "--epochs", "1"]
@@ -107,33 +103,6 @@ def test_a_terminal_that_is_closed_stops_a_run_in_order(tmp_path):
     (run,) = list_runs(tmp_path / "runs")
     summary, checkpoint = run.summary(), run.checkpoint()
     assert (summary["status"], summary["epochs"]) == ("interrupted", checkpoint["epoch"])
-
-
-def on_terminal(columns: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a command that is started in this process shows on a terminal of that width."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(sys, "argv", ["mbm", *arguments])
-    leader, follower = pty.openpty()
-    ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
-    shown = bytearray()
-
-    def read() -> None:
-        while True:
-            try:
-                shown.extend(os.read(leader, 65536))
-            except OSError:  # how Linux says that the other end is closed
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        with pytest.raises(SystemExit) as end:
-            main()
-    reader.join()
-    os.close(leader)
-    assert (end.value.code or 0) == 0
-    return shown.decode()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mbm_cli import training
 from mbm_cli.config import OptimizerConfig
 from mbm_cli.data import Split
 from mbm_cli.errors import Interrupted, RunError
-from mbm_cli.experiments.train import build_optimizer
+from mbm_cli.experiments.setup import build_optimizer
 from mbm_cli.models import MODELS
 from mbm_cli.training import Trainer, learning_rates
 

@@ -12,7 +12,7 @@ from mbm_cli import plots
 from mbm_cli.device import choose_device
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.integer import IntegerMultiplier, decompose
 from mbm_cli.multipliers import BIAS, FAMILIES, FRACTION_BITS, Multiplier
 from mbm_cli.ops import multiply
@@ -114,7 +114,7 @@ def _check_code(multipliers: Sequence[AnyMultiplier], device: torch.device) -> N
     for multiplier in multipliers:
         if isinstance(multiplier, Multiplier):
             try:
-                training_run.check_code(multiplier, device)
+                setup.check_code(multiplier, device)
             except ValueError as error:
                 raise RequestError(str(error)) from None
 

@@ -16,7 +16,7 @@ from mbm_cli.config import Config
 from mbm_cli.data import Split
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.experiments.member import member_name, members, seeds_from, train_member
 from mbm_cli.experiments.profile import convolution_seconds
 from mbm_cli.layer_multipliers import LayerMultipliers
@@ -83,9 +83,9 @@ def compare(
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
     seeds_from(config.seed, seeds)
     columns = {EXACT: Multiplier(EXACT), **asked}
-    device = training_run.prepare(config, threads)
+    device = setup.prepare(config, threads)
     _check(config, columns)
-    data = training_run.load_data(config, device)
+    data = setup.load_data(config, device)
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
@@ -108,24 +108,24 @@ def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lamb
     config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
     columns = {name: configs.multiplier(column.multiplier) for name, column in plan.columns.items()}
     for name, column in plan.columns.items():
-        training_run.refuse_other_products(_with(config, config.seed, name, columns), column.keys, run.folder)
-    device = training_run.prepare_to_resume(config, run)
+        setup.refuse_other_products(_with(config, config.seed, name, columns), column.keys, run.folder)
+    device = setup.prepare_to_resume(config, run)
     _check(config, columns)
-    data = training_run.load_data(config, device)
+    data = setup.load_data(config, device)
     with run.hold():
         return _compare(run, config, columns, plan.seeds, device, data, display, stopped)
 
 
 def _check(config: Config, columns: Columns) -> None:
     for name in columns:
-        training_run.prepare(_with(config, config.seed, name, columns))
+        setup.prepare(_with(config, config.seed, name, columns))
 
 
 def _written(config: Config, columns: Columns) -> dict[str, Any]:
     """The columns for ``plan.json``."""
     written = {}
     for name, multiplier in columns.items():
-        keys = training_run.multiplier_keys(_with(config, config.seed, name, columns))
+        keys = setup.multiplier_keys(_with(config, config.seed, name, columns))
         written[name] = {"multiplier": configs.located(multiplier), "keys": keys}
     return written
 
@@ -260,7 +260,7 @@ def _exchange(
     accuracies = []
     for trained, evaluated in ((EXACT, name), (name, EXACT)):
         run = Run(Path(finished[seed, trained]["folder"]))
-        model = training_run.build_model(_with(config, seed, trained, columns), device)
+        model = setup.build_model(_with(config, seed, trained, columns), device)
         checkpoint = run.checkpoint()
         if checkpoint is None:
             raise RunError(f"{run.folder} has no checkpoint.pt any more: it cannot be evaluated with {evaluated}")

@@ -14,7 +14,7 @@ from mbm_cli.config import Config
 from mbm_cli.data import CLASSES
 from mbm_cli.environment import environment
 from mbm_cli.errors import RequestError, RunError
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.multipliers import Multiplier
 from mbm_cli.nn import convert
@@ -57,16 +57,15 @@ def evaluate(
     checkpoint = run.checkpoint()
     if checkpoint is None:
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm train --resume {run.folder}")
-    keys = checkpoint.get("multipliers", training_run.multiplier_keys(config))
-    training_run.refuse_other_products(config, keys, run.folder)
+    setup.refuse_other_products(config, checkpoint["multipliers"], run.folder)
     recorded = run.environment()
     if device is not None:
         config = config.model_copy(update={"device": device})
     # The number of threads decides how sums are split, hence the last bits.
-    where = training_run.prepare(config, threads or recorded.get("threads"))
+    where = setup.prepare(config, threads or recorded.get("threads"))
     wanted = [_checked(name, config) for name in multipliers]
     report("loading the test set")
-    _, test = training_run.load_data(config, where)
+    _, test = setup.load_data(config, where)
     model = _restored(run, config, checkpoint, where)
     trained = str(config.model.multiplier)
     others = {str(multiplier): multiplier for multiplier in wanted if str(multiplier) != trained}
@@ -98,14 +97,14 @@ def _checked(name: str, config: Config) -> Multiplier | LayerMultipliers:
     try:
         multiplier = configs.multiplier(name)
         model = config.model.model_copy(update={"multiplier": multiplier})
-        training_run.prepare(config.model_copy(update={"model": model}))
+        setup.prepare(config.model_copy(update={"model": model}))
     except RequestError as error:
         raise RequestError(f"--multiplier {name!r}: {str(error).removeprefix('model.multiplier: ')}") from None
     return multiplier
 
 
 def _restored(run: Run, config: Config, checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
-    model = training_run.build_model(config, device)
+    model = setup.build_model(config, device)
     try:
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from mbm_cli.backends import cpu, cuda
 from mbm_cli.config import Config
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError
-from mbm_cli.experiments.train import build_model, prepare
+from mbm_cli.experiments.setup import build_model, prepare
 from mbm_cli.layer_multipliers import LayerMultipliers
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers import Multiplier

@@ -20,7 +20,7 @@ from mbm_cli import plots
 from mbm_cli.config import Config
 from mbm_cli.data import Split, epoch_order
 from mbm_cli.environment import environment
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.experiments.profile import backward_paths, measure_ceiling
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers import Multiplier
@@ -53,8 +53,8 @@ def profile_epoch(
         RequestError, RunError: as ``train`` does.
         Interrupted: ``stopped`` said so; nothing is kept then.
     """
-    device = training_run.prepare(config, threads)
-    data = training_run.load_data(config, device)
+    device = setup.prepare(config, threads)
+    data = setup.load_data(config, device)
     run = Run.create(output, f"{config.name}-profile-epoch")
     with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
@@ -78,7 +78,7 @@ def _measure(
     order, rates = epoch_order(len(data[0]), config.seed, 1), _rates(config, len(data[0]))
 
     report("an epoch as training runs it")
-    trainer = training_run.build_trainer(config, device, data)
+    trainer = setup.build_trainer(config, device, data)
     if trainer.cuda_graph:
         trainer.epoch(order, rates, stopped=stopped)  # its first one is slower: graphs are uploaded
     else:
@@ -89,7 +89,7 @@ def _measure(
     if trainer.cuda_graph:
         report("the same epoch, step by step")
         off = config.train.model_copy(update={"cuda_graph": "off"})
-        trainer = training_run.build_trainer(config.model_copy(update={"train": off}), device, data)
+        trainer = setup.build_trainer(config.model_copy(update={"train": off}), device, data)
         _some_steps(trainer, config, WARMUP_STEPS)
         plain = trainer.epoch(order, rates, stopped=stopped)
 

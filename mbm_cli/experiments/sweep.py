@@ -18,7 +18,7 @@ from mbm_cli.config import Config
 from mbm_cli.data import fetch_mnist
 from mbm_cli.environment import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.experiments.member import member_name, members, seeds_from
 from mbm_cli.experiments.workers import Outcome, Task, work_here, work_in_processes
 from mbm_cli.lists import split_at_commas
@@ -120,7 +120,7 @@ def sweep(
         threads=threads,
         jobs=jobs,
         combinations=[
-            _Combination(values=c.values, config=c.config.model_dump(), keys=training_run.multiplier_keys(c.config))
+            _Combination(values=c.values, config=c.config.model_dump(), keys=setup.multiplier_keys(c.config))
             for c in combinations
         ],
     )
@@ -150,10 +150,9 @@ def resume(
     combinations = []
     for number, one in enumerate(plan.combinations, 1):
         varied = configs.of_document(one.config, f"{run.folder / 'plan.json'}, combination {number}")
-        training_run.refuse_other_products(varied, one.keys, run.folder)
-        training_run.refuse_other_device(varied, run)
+        setup.refuse_other_products(varied, one.keys, run.folder)
+        setup.refuse_other_device(varied, run)
         combinations.append(Combination(number, one.values, varied))
-    training_run.prepare_to_resume(config, run)
     device = _prepare(config, combinations, plan.threads)
     with run.hold():
         return _sweep(run, config, plan, combinations, device, jobs or plan.jobs, display, stopped)
@@ -206,10 +205,10 @@ def _value(config: Config, field: str) -> Any:
 
 def _prepare(config: Config, combinations: Sequence[Combination], threads: int) -> torch.device:
     """Check what can be checked before the first run, and have the data fetched once; gives the config's device."""
-    device = training_run.prepare(config, threads)
+    device = setup.prepare(config, threads)
     for combination in combinations:
         try:
-            training_run.prepare(combination.config)
+            setup.prepare(combination.config)
         except RequestError as error:
             raise RequestError(f"--vary: with {combination.label}: {error}") from None
     for root in {combination.config.data.root for combination in combinations}:

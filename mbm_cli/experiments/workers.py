@@ -20,7 +20,7 @@ import torch
 from mbm_cli.config import Config
 from mbm_cli.data import Split, load_mnist
 from mbm_cli.errors import Interrupted, MbmError, RunError
-from mbm_cli.experiments import train as training_run
+from mbm_cli.experiments import setup
 from mbm_cli.experiments.member import members, train_member
 from mbm_cli.render import Display
 from mbm_cli.runs import Run
@@ -276,7 +276,7 @@ def _loader() -> Load:
     def load_for(config: Config) -> tuple[Split, Split]:
         data = config.data
         root = Path(data.root) if data.root else None
-        return load(training_run.prepare(config), root, data.train_limit, data.test_limit)
+        return load(setup.prepare(config), root, data.train_limit, data.test_limit)
 
     return load_for
 

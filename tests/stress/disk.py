@@ -9,18 +9,16 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stress.kills import EPOCHS, TRAIN, in_words, made, state, undisturbed
-from stress.starts import Answer, Server, server
+from stress.kills import EPOCHS, TRAIN, made, state, survive, undisturbed
+from stress.starts import Answer, Server
 
 from mbm_cli import data
-from mbm_cli.errors import MbmError
 from mbm_cli.runs import Run, list_runs
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1", "PATH": "/nonexistent"}
@@ -277,7 +275,7 @@ def damage_tables(at: Server, folder: Path, damages: int) -> Counter[str]:
 # All of it
 
 
-def stages(damages: int) -> Iterator[tuple[str, Callable[[Server, Path], object]]]:
+def stages(damages: int = 40) -> Iterator[tuple[str, Callable[[Server, Path], object]]]:
     sizes = max(3, damages // 2)
     yield "files that become too large", lambda at, folder: limit_file_sizes(at, folder, sizes)
     yield "a disk of one MiB", fill_a_disk
@@ -287,19 +285,5 @@ def stages(damages: int) -> Iterator[tuple[str, Callable[[Server, Path], object]
     yield "tables damaged", lambda at, folder: damage_tables(at, folder, damages)
 
 
-def main(damages: int = 40) -> int:
-    failures, began = 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary, server(Path(temporary, "logs")) as at:
-        for number, (what, stage) in enumerate(stages(damages)):
-            try:
-                found = stage(at, made(Path(temporary, str(number))))
-                print(f"{what}: survived{in_words(found)}", flush=True)
-            except (AssertionError, MbmError, TimeoutError) as error:
-                failures += 1
-                print(f"{what}: FAILED: {error}", flush=True)
-    print(f"disk.py: {failures} failures, {time.monotonic() - began:.0f} s")
-    return int(failures > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(survive("disk.py", stages(*map(int, sys.argv[1:]))))

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -249,15 +249,20 @@ def ends(folder: Path) -> list[Any]:
     return sorted((str(state(run)) for run in found), key=hash)
 
 
+def ends_undisturbed(at: Server, folder: Path, name: str) -> list[Any]:
+    """What a command comes to when nothing happens to it; run once in a folder."""
+    own = folder / "undisturbed" / name
+    if not own.exists():
+        own.mkdir(parents=True)
+        answer = at.run(*COMMANDS[name], folder=own)
+        assert answer.code == 0, answer
+    return ends(own)
+
+
 def interrupt(at: Server, folder: Path, number: int, name: str, choose: random.Random) -> None:
     """A signal in the middle ends a command with 130, marks it, says how to go on; that ends as it would have."""
-    whole, own = folder / "undisturbed", folder / f"{name}-{number}"
-    whole.mkdir(exist_ok=True)
+    whole, own = ends_undisturbed(at, folder, name), folder / f"{name}-{number}"
     own.mkdir()
-    if not (whole / name).exists():
-        (whole / name).mkdir()
-        answer = at.run(*COMMANDS[name], folder=whole / name)
-        assert answer.code == 0, answer
     process = at.start(COMMANDS[name], own)
     # Not with pathlib: it trips over the hidden folder that a run is made in, when that is renamed.
     while not glob.glob("runs/**/checkpoint.pt", root_dir=own, recursive=True):
@@ -277,19 +282,14 @@ def interrupt(at: Server, folder: Path, number: int, name: str, choose: random.R
     command = re.search(r"to go on: mbm (.*)", answer.err).group(1).split()
     answer = at.run(*command, folder=own)
     assert answer.code == 0, answer
-    assert ends(own) == ends(whole / name), f"{name} ended otherwise than undisturbed"
+    assert ends(own) == whole, f"{name} ended otherwise than undisturbed"
     assert run.summary()["status"] == "completed"
 
 
 def kill_many(at: Server, folder: Path, name: str, kills: int, choose: random.Random) -> None:
     """Kills of a command that makes several runs, which is gone on with at once each time."""
-    whole, own = folder / "undisturbed", folder / f"{name}-killed"
-    whole.mkdir(exist_ok=True)
+    whole, own = ends_undisturbed(at, folder, name), folder / f"{name}-killed"
     own.mkdir()
-    if not (whole / name).exists():
-        (whole / name).mkdir()
-        answer = at.run(*COMMANDS[name], folder=whole / name)
-        assert answer.code == 0, answer
     command = COMMANDS[name]
     for _ in range(kills):
         process = at.start(command, own)
@@ -306,7 +306,7 @@ def kill_many(at: Server, folder: Path, name: str, kills: int, choose: random.Ra
     assert answer.code == 0, answer
     (run,) = list_runs(own / "runs")
     assert run.summary()["status"] == "completed"
-    assert ends(own) == ends(whole / name), f"{name} ended otherwise than undisturbed"
+    assert ends(own) == whole, f"{name} ended otherwise than undisturbed"
 
 
 # Two at a time
@@ -416,7 +416,7 @@ def fetch_together(at: Server, folder: Path, fetches: int = 2) -> None:
 # All of it
 
 
-def stages(kills: int) -> Iterator[tuple[str, Callable[[Server, Path], object]]]:
+def stages(kills: int = 100) -> Iterator[tuple[str, Callable[[Server, Path], object]]]:
     choose = random.Random(1)
     yield f"{kills} kills at random instants", lambda at, folder: kill_at_random(at, folder, kills)
     every = max(1, 200 // kills)
@@ -444,19 +444,18 @@ def stages(kills: int) -> Iterator[tuple[str, Callable[[Server, Path], object]]]
     )
 
 
-def main(kills: int = 100) -> int:
-    failures = 0
-    began = time.monotonic()
+def survive(script: str, stages: Iterable[tuple[str, Callable[[Server, Path], object]]]) -> int:
+    """Run each stage in a folder of its own, and tell what came of it; the exit code of the script."""
+    failures, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, server(Path(temporary, "logs")) as at:
-        for number, (what, stage) in enumerate(stages(kills)):
-            folder = made(Path(temporary, str(number)))
+        for number, (what, stage) in enumerate(stages):
             try:
-                found = stage(at, folder)
+                found = stage(at, made(Path(temporary, str(number))))
                 print(f"{what}: survived{in_words(found)}", flush=True)
             except (AssertionError, MbmError, TimeoutError) as error:
                 failures += 1
                 print(f"{what}: FAILED: {error}", flush=True)
-    print(f"kills.py: {failures} failures, {time.monotonic() - began:.0f} s")
+    print(f"{script}: {failures} failures, {time.monotonic() - began:.0f} s")
     return int(failures > 0)
 
 
@@ -468,4 +467,4 @@ def in_words(found: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(survive("kills.py", stages(*map(int, sys.argv[1:]))))

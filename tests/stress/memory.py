@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mbm_cli.config import load
+from mbm_cli.experiments import setup
 from mbm_cli.experiments import train as experiment
 from mbm_cli.render import Display
 
@@ -68,7 +69,7 @@ def of_epochs(epochs: int, device: str, folder: Path) -> dict[str, int]:
 
 def of_runs(runs: int, device: str, folder: Path) -> dict[str, int]:
     config = _config(device, 2)
-    data = experiment.load_data(config, torch.device(device))
+    data = setup.load_data(config, torch.device(device))
     seen = []
     for _ in range(runs):
         experiment.train(config, folder / "runs", Display(), threads=1, data=data)

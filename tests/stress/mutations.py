@@ -51,7 +51,7 @@ import yaml
 from mbm_cli import cli, lut
 from mbm_cli import config as configs
 from mbm_cli.backends import cpu
-from mbm_cli.experiments import doctor, evaluate, sweep, train
+from mbm_cli.experiments import doctor, evaluate, setup, sweep, train
 from mbm_cli.multipliers import Multiplier, export
 from mbm_cli.runs import Run
 
@@ -554,10 +554,11 @@ def make_given(folder: Path) -> None:
         lut.write(export(Multiplier.parse("mbm-t19-r4"), 4), folder / name)
     (folder / "damaged-output").write_text("a file in the place of a folder")
     config = configs.load("lenet-mbm")
-    model = train.build_model(config, torch.device("cpu"))
+    model = setup.build_model(config, torch.device("cpu"))
     checkpoint = {
         "epoch": 0,
         "metrics": [],
+        "multipliers": setup.multiplier_keys(config),
         "part": None,
         "model": model.state_dict(),
         "optimizer": {},
@@ -625,7 +626,7 @@ def cut_off() -> Iterator[None]:
     """What the module's docstring says."""
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
-            (train, "load_mnist", _accept),
+            (setup, "load_mnist", _accept),
             (sweep, "fetch_mnist", _accept),
             (sys.modules["mbm_cli.data"], "fetch_mnist", _accept),
             (doctor, "doctor", _accept),
