@@ -1,6 +1,6 @@
-"""Makes the pictures of the documents, docs/figures/*.png: `make docs-figures`.
+"""Draw the pictures of the documents, docs/figures/*.png: `make docs-figures`.
 
-All but one are pictures that the project's own commands draw, copied. Those that show a GPU are made again only where
+All but one are copies of pictures that the project's own commands draw. Those that show a GPU are drawn only where
 there is one.
 """
 
@@ -18,7 +18,7 @@ import mbm_cli
 FIGURES = Path(__file__).parent / "figures"
 LARGEST = 150_000  # bytes
 
-# What is made on any machine, and what on one with a GPU: the command, the picture that it draws, where that goes.
+# The command, the picture that it draws, and that picture's name in docs/figures.
 ANYWHERE = (
     ("mbm characterize mitchell mbm", "characterize.png", "errors.png"),
     ("mbm characterize mitchell mbm drum-k6 --samples 1000000 --sweep-truncate", "sweep-truncate.png", "truncated.png"),
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run(command: str, picture: str, name: str) -> None:
-    """Run a command of the project in a folder of its own and keep the picture that it leaves in its run."""
+    """Run an mbm command in a temporary folder and keep the picture from its run."""
     print(f"{name}: {command}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*command.split()[1:], "--output", folder, "--quiet"]
@@ -53,13 +53,14 @@ def run(command: str, picture: str, name: str) -> None:
 
 
 def keep(name: str, png: bytes) -> None:
+    """Write a picture to docs/figures, or exit when it is too large for the repository."""
     if len(png) > LARGEST:
         raise SystemExit(f"{name} has {len(png):,} bytes, more than {LARGEST:,}")
     (FIGURES / name).write_bytes(png)
 
 
 def significands() -> bytes:
-    """What the products of two significands are, exact and approximate, against the sum of their fractions."""
+    """Plot products of two significands, exact and approximate, against the sum of their fractions."""
     s = torch.linspace(0, 1.998, 1000)
     half = s / 2
     lowest = torch.where(s < 1, 1 + s, 2 * s)
@@ -69,7 +70,7 @@ def significands() -> bytes:
     for axes, shown in ((whole, lambda w: w), (error, lambda w: 100 * (w / lowest - 1))):
         axes.fill_between(s, shown(lowest), shown(highest), color="0.8", label="exact, all pairs")
         for name, color, line in (("mitchell", "#0072B2", "--"), ("mbm", "#D55E00", "-")):
-            w = mbm_cli.multiply(1 + half, 1 + half, name)  # these families see nothing but the sum
+            w = mbm_cli.multiply(1 + half, 1 + half, name)  # the products of these families depend on the sum alone
             axes.plot(s, shown(w), color=color, linestyle=line, label=name)
         axes.set_xlabel("sum of the fractions, x + y")
         axes.grid(alpha=0.3)

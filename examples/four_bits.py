@@ -1,17 +1,17 @@
-"""A multiplier in Python, python:examples/four_bits.py:product: operands cut to 4 fraction bits, multiplied exactly."""
+"""A multiplier in Python, python:examples/four_bits.py:product: operands of 4 fraction bits, exact products."""
 
 import torch
 from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The products of two float32 tensors, element by element.
+    """Return the elementwise products of two float32 tensors.
 
-    Only the fractions of what it gives are used, as a table; signs and exponents must be those of a multiplication.
+    mbm tabulates their fractions. Signs and exponents must be those of a multiplication.
     """
-    return cut(a) * cut(b)
+    return truncate(a) * truncate(b)
 
 
-def cut(x: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(x)  # the mantissa is in [0.5, 1): its first bit is not of the fraction
+def truncate(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)  # the mantissa is in [0.5, 1): its leading bit is not part of the fraction
     return torch.ldexp(torch.trunc(mantissa * 32) / 32, exponent)

@@ -1,7 +1,7 @@
-/* The minimally biased multiplier in C, on the bit patterns of float32 numbers. `c:examples/mbm.h:mbm`.
+/* The minimally biased multiplier in C, on the bit patterns of float32 numbers: `c:examples/mbm.h:mbm`.
  *
- * It is compiled for the CPU and for CUDA, so it keeps to integers and calls no library. All special values are its own
- * affair: here they are those of the built-in mbm, which it equals bit for bit. */
+ * It is compiled for the CPU and for CUDA, so it uses integers only and calls no library. A C function handles all special
+ * values itself. This one equals the built-in mbm bit for bit. */
 #include <stdint.h>
 
 static inline uint32_t mbm(uint32_t a, uint32_t b) {
@@ -13,7 +13,7 @@ static inline uint32_t mbm(uint32_t a, uint32_t b) {
   if (ea == 0 || eb == 0) return sign;
 
   const uint32_t sum = x + y, carry = sum >> 23, fraction = sum & 0x7FFFFFu;
-  uint32_t corrected = fraction + (655360u >> carry); /* (2^-4 + 2^-6) * 2^23, half of it after a carry */
+  uint32_t corrected = fraction + (655360u >> carry); /* (2^-4 + 2^-6) * 2^23, halved after a carry */
   if (carry && corrected >= 0x800000u) corrected = fraction;
   int32_t e = ea + eb - 127 + (int32_t)carry;
   if (corrected >= 0x800000u) {

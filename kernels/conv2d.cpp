@@ -1,4 +1,4 @@
-// The Python module mbm_cli._cpu: chooses the instruction set at run time, spreads jobs over threads.
+// The Python module mbm_cli._cpu, which chooses the instruction set at run time and distributes jobs over threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -26,7 +26,7 @@ namespace avx2 { extern const Kernels kernels; }
 #endif
 namespace portable { extern const Kernels kernels; }
 
-// What this CPU can run, the widest first.
+// Return the kernels that this CPU can run, the widest instruction set first.
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -57,7 +57,7 @@ void use_instruction_set(const std::string& name) {
   throw std::invalid_argument("this CPU does not run the instruction set " + name);
 }
 
-// A multiplier, and the kernels that have it: null for the chosen ones, or those of a user's function.
+// A multiplier and its kernels: `own` are those compiled for a user's function; null stands for the chosen ones.
 struct NativeMultiplier {
   Multiplier multiplier;
   const Kernels* own;
@@ -74,14 +74,14 @@ NativeMultiplier make(const std::string& family, int bits, int result_bits, std:
   throw std::invalid_argument("the kernels know no family " + family);
 }
 
-// Below this many products (about 30 us of work), one thread is faster than waking the others.
+// Below this many products (about 30 us of work), waking other threads costs more than it saves.
 constexpr std::int64_t PARALLEL_FROM = 200'000;
 
 using Pair = std::array<std::int64_t, 2>;
 
 void copy(const Pair& from, std::int64_t (&to)[2]) { to[0] = from[0], to[1] = from[1]; }
 
-// Pointers are addresses of float32 memory that the caller has checked and keeps alive.
+// Compute a convolution. The pointers are addresses of float32 memory that the caller has checked and keeps alive.
 void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t output,
             std::array<std::int64_t, 4> input_shape, std::array<std::int64_t, 4> input_stride,
             std::array<std::int64_t, 4> weight_shape, Pair out_size, Pair stride, Pair padding, Pair dilation,
@@ -108,7 +108,8 @@ void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, st
   const Kernels& kernels = native.kernels();
   std::unique_ptr<void, void (*)(void*)> plan(kernels.make_plan(c), kernels.free_plan);
   std::int64_t jobs = kernels.jobs(plan.get());
-  std::int64_t products = c.batch * weight_shape[0] * out_size[0] * out_size[1] * c.channels * c.kernel[0] * c.kernel[1];
+  std::int64_t products =
+      c.batch * weight_shape[0] * out_size[0] * out_size[1] * c.channels * c.kernel[0] * c.kernel[1];
   if (products < PARALLEL_FROM) threads = 1;
   if (threads > jobs) threads = static_cast<int>(jobs);
 
@@ -129,8 +130,8 @@ void multiply(std::uintptr_t a, std::uintptr_t b, std::uintptr_t out, std::int64
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= PARALLEL_FROM && threads > 1)
   for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
     std::int64_t from = chunk * CHUNK, size = count - from < CHUNK ? count - from : CHUNK;
-    kernels.multiply(native.multiplier, reinterpret_cast<const float*>(a) + from, reinterpret_cast<const float*>(b) + from,
-                     reinterpret_cast<float*>(out) + from, size);
+    kernels.multiply(native.multiplier, reinterpret_cast<const float*>(a) + from,
+                     reinterpret_cast<const float*>(b) + from, reinterpret_cast<float*>(out) + from, size);
   }
 }
 
@@ -146,7 +147,7 @@ std::int64_t ceiling(const NativeMultiplier& native, std::int64_t rounds, int th
 
 NB_MODULE(_cpu, module) {
   using namespace mbm;
-  nb::set_leak_warnings(false);  // cpu.py keeps multipliers in a cache until the end
+  nb::set_leak_warnings(false);  // backends/cpu.py caches Multiplier objects until the process ends
   using nogil = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<NativeMultiplier>(module, "Multiplier")
       .def("__init__", [](NativeMultiplier* to, const std::string& family, int bits, int result_bits,
@@ -155,7 +156,9 @@ NB_MODULE(_cpu, module) {
       }, nb::arg("family"), nb::arg("bits"), nb::arg("result_bits"), nb::arg("table") = 0, nb::arg("kernels") = 0);
   module.def("conv2d", &conv2d, nogil());
   module.def("multiply", &mbm::multiply, nogil());
-  module.def("ceiling", &ceiling, nogil(), "Multiply-accumulates done by `rounds` rounds of register-only arithmetic on each thread.");
-  module.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU runs, the one chosen by default first.");
+  module.def("ceiling", &ceiling, nogil(),
+             "Multiply-accumulates done by `rounds` rounds of register-only arithmetic on each thread.");
+  module.def("instruction_sets", &instruction_sets,
+             "The instruction sets that this CPU runs, the one chosen by default first.");
   module.def("use_instruction_set", &use_instruction_set);
 }

@@ -1,41 +1,45 @@
-// The CUDA kernels. NVRTC compiles this text once for each multiplier, named by the macros FAMILY, BITS and
-// RESULT_BITS: every branch on the multiplier is gone at run time.
+// The CUDA kernels. NVRTC compiles this file once per multiplier, named by the macros FAMILY, BITS and RESULT_BITS. No
+// branch on the multiplier is left at run time.
 //
-// A product and its addition to the sum cost 4 instructions for mbm (2 for mitchell):
+// For mbm, a product and its addition to the sum cost 4 instructions (2 for mitchell):
 //   w = fraction of a + bits of b       integer addition: Mitchell's product of a's significand and b
-//   p = w below a threshold of b        whether the correction is not skipped
-//   if p: w = w + correction of b       float addition toward zero: c times b's power of two
-//   sum = power of a * w + sum          fused multiply-add: the multiplication by a signed power of two is exact
-// What depends on one operand alone (a: fraction, power; b: bits, threshold, correction) is decoded once for each tile.
-// drum takes one instruction (its few bits multiply exactly), or three where a product has to be cut.
-// A table of up to 7 bits lies in shared memory, a byte an entry: a row, for one weight, is 128 bytes, one word in each
-// bank, so that a warp whose threads share their weights looks up without conflicts. Address, load, shift and add,
-// multiply-add: four instructions a product, of which the load issues at one a cycle and multiprocessor.
-// Zeros need no case of their own: a zero a has power 0; a zero b leaves w subnormal, which the float instructions take
-// for zero (.ftz). For that to be harmless no sum may be subnormal, so where the operands' exponents do not rule out
-// products below 2^-103 or above the largest float, a tile is computed again, each product from the definition (several
-// times slower, and rare).
+//   p = w below a threshold of b        true unless the correction is skipped
+//   if p: w = w + correction of b       float addition, rounded toward zero: c times b's power of two
+//   sum = power of a * w + sum          fused multiply-add: multiplying by a signed power of two is exact
+// What depends on one operand alone (a: fraction, power; b: bits, threshold, correction) is decoded once per tile.
+// drum costs one instruction, because operands with few bits multiply exactly, or three where a product must be cut.
 //
-// conv2d_tiled, implicit GEMM: rows are the output channels of a group, columns are pixels (all output positions of the
-// batch), and the steps of a sum run over channels, kernel rows and kernel columns.
-//   Mapping: a team of BN threads computes a tile of BM channels by BN pixels, TM by TN a thread. The 128 threads of a
-//     block are one team, or several that divide a sum's steps among them and add their partial sums in a fixed order
-//     (for few pixels).
-//   Tile: each thread fetches its own pixel and some weights for the next 8 steps while the current 8 are multiplied,
-//     then decodes them into the other half of the team's shared memory. One barrier for 8 steps.
-//   Limit: instructions. In the 64 x 128 tile 84 % of them are the products', 3 % load from shared memory, the others
-//     fetch and decode. On Hopper they issue at 3.2 a cycle, of 4, as they do in the ceiling kernel: what is left goes
-//     to conflicts of the register banks, which only the compiler could avoid. 64 sums a thread leave room for 12 warps
-//     a multiprocessor.
-// conv2d_direct, for up to 8 output channels a group (first layers, depthwise): a thread computes all channels of 1 to
-//   4 pixels, whose operands stay in registers; the weights are decoded into shared memory. Limit: instructions, half
-//   of which fetch and decode; for one pixel a thread, also reading the weights.
+// A table of up to 7 bits lies in shared memory, one byte per entry. The row for one weight is 128 bytes, one word in
+// each bank, so a warp whose threads share their weights looks up without bank conflicts. A product costs four
+// instructions: address, load, shift and add, multiply-add. A multiprocessor issues only one such load per cycle.
 //
-// Sums round to nearest and start at 0.0; no atomics, so the same inputs give the same bits.
+// Zeros need no special case. A zero a has power 0. A zero b leaves w subnormal, and the float instructions take it for
+// zero (.ftz). They would flush a subnormal sum, too, so no sum may be subnormal. Where the operands' exponents do not
+// rule out products below 2^-103 or above the largest float, the tile is computed again, each product by definition.
+// This is several times slower, and rare.
 //
-// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's text stands before this one (backends/cuda.py). In the
-// fast form operands are normal, which the compiler is told, so that it can leave out what the function does with
-// others; those are decoded as 1, and a mask takes their products away.
+// conv2d_tiled is an implicit GEMM. Rows are the output channels of a group, columns are pixels (all output positions
+// of the batch), and the steps of a sum run over channels, kernel rows and kernel columns.
+//   Mapping: a team of BN threads computes a tile of BM channels by BN pixels, TM by TN per thread. The 128 threads of
+//     a block form one team or, for few pixels, several teams. Several teams divide the steps of a sum among themselves
+//     and add their partial sums in a fixed order.
+//   Tile: while the current 8 steps are multiplied, each thread fetches its own pixel and some weights for the next 8.
+//     It then decodes them into the other half of the team's shared memory. There is one barrier per 8 steps.
+//   Limit: instructions. In the 64 x 128 tile, 84 % of them compute products, 3 % load from shared memory, and the
+//     others fetch and decode. On Hopper they issue at 3.2 per cycle out of 4, as in the ceiling kernel. The rest is
+//     lost to register bank conflicts, which only the compiler could avoid. With 64 sums per thread, 12 warps fit on a
+//     multiprocessor.
+//
+// conv2d_direct serves up to 8 output channels per group (first layers, depthwise).
+//   Mapping: a thread computes all channels of 1 to 4 pixels. The pixels' operands stay in registers; the weights are
+//     decoded into shared memory.
+//   Limit: instructions, half of which fetch and decode. With one pixel per thread, reading the weights limits it, too.
+//
+// Sums start at 0.0 and round to nearest. There are no atomics, so the same inputs give the same bits.
+//
+// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's source text precedes this one (backends/cuda.py). In the
+// fast form the compiler is told that operands are normal, so it can drop the function's code for other operands. Those
+// are decoded as 1, and a mask clears their products.
 #include "multiplier.h"
 
 #define MBM_MEMBER __device__ __forceinline__
@@ -50,29 +54,29 @@ struct Lane {
 __device__ constexpr Multiplier M = make_multiplier(FAMILY, BITS, RESULT_BITS);
 constexpr bool MASKED = result_is_masked(M);
 constexpr bool CORRECTED = M.form == ONE_LEVEL || M.form == TWO_LEVELS;
-constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED;  // operands are multiplied as a whole
+constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED;  // operands are multiplied as whole floats
 constexpr bool SHARED_TABLE = M.form == LOOKUP;
-constexpr int THREADS = 128;      // of a block
+constexpr int THREADS = 128;      // per block
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
-constexpr int OUTSIDE = 1 << 29;  // a row outside of any image, whatever is added to it or to its negative
+constexpr int OUTSIDE = 1 << 29;  // a row outside any image, even after adding an image row or -2 * OUTSIDE
 constexpr float UNIT = 1.0f / CARRY;
 
-// What the host tells of a convolution; cuda.py mirrors it.
+// The kernels' argument. backends/cuda.py mirrors its layout.
 struct Conv2d {
   const float *input, *weight, *bias;
   float* output;
   const TableEntry* table;
   long long image_stride;  // elements
   int channel_stride, row_stride, column_stride;
-  int channels, out_channels, groups;  // channels of one group
+  int channels, out_channels, groups;  // channels are counted per group
   int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];
-  int slice[3];     // SLICE steps as channels, kernel rows and kernel columns
+  int slice[3];     // SLICE steps, expressed as channels, kernel rows and kernel columns
   unsigned pixels;  // batch * out_size[0] * out_size[1]
 };
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
-// Behind the entries is a row of zeros, for weights that are zero.
+// A row of zeros follows the entries, for weights that are zero.
 constexpr int ENTRIES = is_lookup(M) ? 1 << 2 * M.table_bits : 1;
 constexpr int COLUMNS = is_lookup(M) ? 1 << M.table_bits : 1;
 
@@ -82,7 +86,7 @@ MBM_FN Multiplier with_table(const TableEntry* table) {
   return m;
 }
 
-// The table where a block reads it: with up to 7 bits a copy of its own, as bytes.
+// A block's view of the table. With up to 7 bits, the block copies the table to shared memory as bytes.
 struct BlockTable {
   const TableEntry* entries;
   const unsigned char* shared;
@@ -106,7 +110,7 @@ struct BlockTable {
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
-// PTX says what happens to subnormals; the C operators would follow the compiler's options, and CuPy sets -ftz=true.
+// These are in PTX to fix the treatment of subnormals. C operators would follow CuPy's option -ftz=true.
 MBM_FN float add(float a, float b) {
   float sum;
   asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
@@ -117,7 +121,7 @@ MBM_FN float multiply_add_ftz(float a, float b, float c) {
   asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
   return sum;
 }
-// A predicated addition, which the compiler would make an addition and a selection.
+// Add c to w if sum < threshold, by one predicated addition. The compiler would emit an addition and a select.
 MBM_FN void add_below_ftz(float& w, int sum, int threshold, float c) {
   asm("{\n\t.reg .pred below;\n\tsetp.lt.u32 below, %1, %2;\n\t@below add.rz.ftz.f32 %0, %0, %3;\n\t}"
       : "+f"(w)
@@ -130,14 +134,19 @@ MBM_FN float multiply_toward_zero_ftz(float a, float b) {
   return product;
 }
 
-// The pixel's operand a. Where operands are multiplied as a whole, power is what is left of it, fraction is not used.
-// Of a table, fraction is the column; of a function, power is the operand and fraction a mask, 0 for what is not normal.
+// A decoded pixel, operand a.
+// - WHOLE: power is the truncated operand, fraction is unused.
+// - Table: fraction is the table column.
+// - Function: power is the operand, fraction a mask, 0 unless the operand is normal.
 struct Pixel {
   float power;
   int fraction;
 };
-// The weight's operand b. Where operands are multiplied as a whole, bits are those of what is left of it; without a
-// correction only bits are used. Of a table, threshold is where the row begins; of a function, it is the mask.
+// A decoded weight, operand b.
+// - WHOLE: bits are those of the truncated operand.
+// - Sum of fractions: bits are those of the truncated operand, 0 for a zero; without a correction only they are used.
+// - Table: bits are those of the power of two, threshold is the start of the table row.
+// - Function: bits are those of the operand, threshold is the mask.
 struct __align__(16) Weight {
   int bits;
   int threshold;
@@ -193,13 +202,13 @@ MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const BlockT
   if constexpr (M.form == TRUNCATED) return multiply_add_ftz(a.power, from_bits<Lane>(b.bits), sum);
   if constexpr (is_lookup(M)) {
     int entry = table[b.threshold + a.fraction];
-    float w = from_bits<Lane>(b.bits + (entry << (FRACTION_BITS - M.table_bits)));  // of b's power of two
+    float w = from_bits<Lane>(b.bits + (entry << (FRACTION_BITS - M.table_bits)));  // scaled by b's power of two
     return multiply_add_ftz(a.power, w, sum);
   }
-  int significand = a.fraction + b.bits;  // with b's sign and exponent
+  int significand = a.fraction + b.bits;  // includes b's sign and exponent
   float w = from_bits<Lane>(significand);
-  // The comparison takes the sum and not a's fraction, though it has to wait for it: the sum can lie in any register,
-  // and two operands of one instruction from the same of the two register banks cost a cycle.
+  // The comparison reads the sum, not a's fraction, although it must then wait for the sum. The sum can lie in any
+  // register, whereas an instruction loses a cycle if two of its operands come from the same of the two register banks.
   if constexpr (M.form == ONE_LEVEL) add_below_ftz(w, significand, b.threshold, b.correction);
   if constexpr (M.form == TWO_LEVELS) {
     constexpr float REST = float(M.correction - 2 * M.correction_carry) / (2 * M.correction_carry);
@@ -210,14 +219,14 @@ MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const BlockT
   return multiply_add_ftz(a.power, w, sum);
 }
 
-// The exponents of the normal operands of a set.
+// The range of exponents of the normal operands in a set.
 struct Exponents {
-  unsigned above_subnormal = ~0u;  // the smallest magnitude's bits less CARRY: for zeros and subnormals it wraps around
+  unsigned above_subnormal = ~0u;  // smallest magnitude's bits minus CARRY; zeros and subnormals wrap around
   int highest = 0;
 
   MBM_MEMBER void add(float x) {
     int magnitude = bits<Lane>(x) & ~SIGN;
-    // A function may do with subnormals what it likes.
+    // A user's function may treat subnormals in any way, so they rule out the fast form.
     if (M.form == CALL && unsigned(magnitude - 1) < CARRY - 1) magnitude = INFINITE;
     above_subnormal = min(above_subnormal, unsigned(magnitude) - CARRY);
     highest = max(highest, magnitude);
@@ -231,14 +240,14 @@ struct Exponents {
   MBM_MEMBER int highest_exponent() const { return highest >> FRACTION_BITS; }
 };
 
-// Whether the fast form is right for all products of two sets.
+// Return whether the fast form is correct for all products of two sets.
 MBM_FN bool in_range(const Exponents& pixels, const Exponents& weights) {
-  // Every product is right by itself then, except that padding must not meet an infinite weight: 0 * inf is NaN.
+  // The IEEE form is correct for all operands, but padding must not meet an infinite weight: 0 * inf is NaN.
   if constexpr (M.form == IEEE) return weights.highest < INFINITE;
-  // w is up to twice b's power of two, a correction down to 2^-6 of it; both must be normal and finite.
+  // w's exponent is at most one above b's; a correction's is at most 6 below b's. Both must be normal and finite.
   if (pixels.highest >= INFINITE || weights.highest_exponent() > 253) return false;
   if (pixels.empty() || weights.empty()) return true;
-  // Products of exponent 24 and above are multiples of 2^-126, and so is every sum of them: none is subnormal.
+  // Products with exponent field 24 or more are multiples of 2^-126. So are their sums, so none is subnormal.
   return weights.lowest_exponent() > 6 && pixels.lowest_exponent() + weights.lowest_exponent() - BIAS > FRACTION_BITS &&
          pixels.highest_exponent() + weights.highest_exponent() - BIAS < 254;
 }
@@ -252,7 +261,7 @@ MBM_FN unsigned warp_max(unsigned x) {
 #endif
 }
 
-// The exponents of the whole block's operands, for several sets at once. All threads take part, once in a kernel.
+// Combine several sets of exponents over the whole block. All threads must call this, once per kernel.
 template <int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
   __shared__ Exponents of_warp[THREADS / 32][SETS];
 #pragma unroll
@@ -269,11 +278,11 @@ template <int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
 
 // ---- Positions -----------------------------------------------------------------------------------------------------
 
-// An output position: where its input elements and its outputs lie.
+// The addresses of one output position's input elements and outputs.
 struct Position {
-  const float* origin;  // the input element under the kernel's first one, in the padding perhaps
-  int row, column;      // of that element
-  long long output;     // the group's first channel there
+  const float* origin;  // the input element under the kernel's first element, possibly in the padding
+  int row, column;      // of that input element
+  long long output;     // offset of the output in the group's first channel
 
   Position() = default;
   MBM_MEMBER Position(const Conv2d& c, int group, unsigned pixel) {
@@ -285,7 +294,7 @@ struct Position {
     origin = c.input + image * c.image_stride + (long long)group * c.channels * c.channel_stride +
              (long long)row * c.row_stride + (long long)column * c.column_stride;
     output = ((long long)image * c.groups + group) * c.out_channels * plane + rest;
-    if (pixel >= c.pixels) row = -2 * OUTSIDE;  // behind the last
+    if (pixel >= c.pixels) row = -2 * OUTSIDE;  // past the last pixel
   }
 };
 
@@ -295,8 +304,8 @@ MBM_FN float bias_of(const Conv2d& c, int group, int channel) {
   return c.bias ? c.bias[group * c.out_channels + channel] : 0.0f;
 }
 
-// The float `offset` bytes behind `base` if x < limit_x and y < limit_y, else zero. A predicated load, which the
-// compiler would not make of several: it would collect their predicates first.
+// Return the float at `base` plus `offset` bytes if x < limit_x and y < limit_y, else zero. This is PTX because the
+// compiler would not emit predicated loads for a series of these; it would evaluate all their predicates first.
 MBM_FN float load_if_below(const float* base, long long offset, unsigned x, unsigned limit_x, unsigned y,
                            unsigned limit_y) {
   float value;
@@ -309,28 +318,28 @@ MBM_FN float load_if_below(const float* base, long long offset, unsigned x, unsi
   return value;
 }
 
-// A structure of 16 bytes, by one instruction.
+// Load a structure of 16 bytes with one instruction.
 template <class T> MBM_FN T load16(const T& from) {
   static_assert(sizeof(T) == 16);
   int4 words = reinterpret_cast<const int4&>(from);
   return reinterpret_cast<const T&>(words);
 }
 
-// A step of a sum: where its input element lies from a position's first one.
+// A step of a sum: the displacement of its input element from a position's origin.
 struct __align__(16) Step {
-  long long offset;  // bytes
+  long long offset;  // in bytes
   int down, right;
 
   MBM_MEMBER bool inside(const Conv2d& c, const Position& at) const {
     return unsigned(at.row + down) < unsigned(c.size[0]) && unsigned(at.column + right) < unsigned(c.size[1]);
   }
-  // The element, or zero in the padding.
+  // Return the element, or zero in the padding.
   MBM_MEMBER float load(const Conv2d& c, const Position& at) const {
     return load_if_below(at.origin, offset, at.row + down, c.size[0], at.column + right, c.size[1]);
   }
 };
 
-// A step as a channel and an element of the kernel; steps follow one another as the weights do.
+// A step as a channel and a kernel element. The order of steps is that of the weights in memory.
 struct Walk {
   int channel, row, column;
 
@@ -360,7 +369,7 @@ struct Walk {
   }
 };
 
-// An output without the fast form: any operands, any exponents.
+// Compute an output's sum without the fast form, for operands with any exponents.
 MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, int channel) {
   const float* weight = c.weight + (long long)(group * c.out_channels + channel) * sum_length(c);
   float sum = 0;
@@ -379,8 +388,8 @@ MBM_FN void write_by_definition(const Conv2d& c, const Position& at, int group, 
 
 // ---- Tiles ---------------------------------------------------------------------------------------------------------
 
-// The decoded operands of one step of a tile's sums. With 4 words more than a multiple of 16, threads store a column of
-// 4 weights by 8 steps without bank conflicts.
+// The decoded operands of one step of a tile's sums. The size is 4 words more than a multiple of 16, so that threads
+// store a column of 4 weights by 8 steps without bank conflicts.
 template <int BM, int BN> struct Planes {
   float power[BN];
   int fraction[BN];
@@ -394,9 +403,9 @@ template <class T> MBM_FN void load4(T* to, const T* from) {
   *reinterpret_cast<Four*>(to) = *reinterpret_cast<const Four*>(from);
 }
 
-// Where the outputs of 4 pixels in a row lie, the first pixel a multiple of 4.
+// The addresses of the outputs of 4 consecutive pixels. The first pixel's index is a multiple of 4.
 struct Outputs4 {
-  long long offset[4];  // of the group's first channel
+  long long offset[4];  // of the pixels' outputs in the group's first channel
   int count, plane;
   bool in_line;
 
@@ -433,16 +442,16 @@ struct Outputs4 {
   }
 };
 
-// Fetches a team's operands into registers, a slice at a time, and stores them decoded.
+// Fetches a team's operands into registers, one slice at a time, and stores them decoded in shared memory.
 template <int BM, int BN> struct Fetch {
-  static constexpr int ROWS = BN / SLICE;       // of weights that the team fetches at a time
-  static constexpr int WEIGHTS = BM / ROWS;     // of a slice, each thread
+  static constexpr int ROWS = BN / SLICE;       // rows of weights that the team fetches at a time
+  static constexpr int WEIGHTS = BM / ROWS;     // weights per thread and slice
   const Conv2d& c;
   Position at;          // this thread's pixel
-  int row, k;           // this thread's first weight in the tile and its step in the slice
-  int rows_left;        // from there
-  Walk walk;            // that step
-  const float* weight;  // that weight
+  int row, k;           // this thread's first weight: its row in the tile, its step in the slice
+  int rows_left;        // output channels from that row on
+  Walk walk;            // that weight's step in the sum
+  const float* weight;  // that weight's address
   float pixel_next[SLICE], weight_next[WEIGHTS];
 
   MBM_MEMBER Fetch(const Conv2d& c, int group, int first_row, unsigned first_pixel, int first, int thread)
@@ -450,7 +459,7 @@ template <int BM, int BN> struct Fetch {
         rows_left(max(c.out_channels - first_row - row, 0)), walk(c, first + k),
         weight(c.weight + (long long)(group * c.out_channels + first_row + row) * sum_length(c) + first + k) {}
 
-  // Tell the team the steps of the next slice.
+  // Publish the steps of the next slice to the team.
   MBM_MEMBER void announce(Step (&steps)[SLICE]) const {
     if (row == 0) steps[k] = walk.step(c);
   }
@@ -493,7 +502,7 @@ template <int TEAM> MBM_FN void team_barrier() {
     __syncthreads();
 }
 
-// A thread's operands of one step: TM weights, TN pixels, in blocks of 4 spread over the tile.
+// A thread's operands of one step: TM weights and TN pixels, in blocks of 4 spread over the tile.
 template <int TM, int TN> struct Operands {
   __align__(16) float power[TN], correction[TM];
   __align__(16) int fraction[TN], bits[TM], threshold[TM];
@@ -528,7 +537,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   BlockTable table(c.table);
   static_assert(TEAMS == 1 || sizeof(slices) >= TEAMS * BM * BN * sizeof(float), "the partial sums need the room");
 
-  // Blocks that share pixels follow one another.
+  // Consecutive blocks share pixels.
   unsigned row_tiles = (c.out_channels + BM - 1) / BM, column_tile = blockIdx.x / row_tiles;
   int first_row = blockIdx.x % row_tiles * BM;
   int group = column_tile % unsigned(c.groups);
@@ -539,7 +548,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   int first = team * slice_count / TEAMS, last = (team + 1) * slice_count / TEAMS;
   Fetch<BM, BN> next(c, group, first_row, first_pixel, first * SLICE, thread);
 
-  // A warp is 4 rows by 8 columns of threads; looking up from shared memory, one row where the tile is wide enough.
+  // A warp is 4 rows by 8 columns of threads. With a table in shared memory it is one row, if the tile is wide enough.
   constexpr int WARP_WIDTH = SHARED_TABLE && BN / TN >= 32 ? 32 : 8, WARP_COLUMNS = BN / TN / WARP_WIDTH;
   int warp = thread / 32, lane = thread % 32;
   int row = 4 * (warp / WARP_COLUMNS * (32 / WARP_WIDTH) + lane / WARP_WIDTH);
@@ -556,7 +565,8 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     next.announce(steps[team][(s + 1) % 2]);
     team_barrier<TEAM>();
     if (s + 1 < last) next.fetch(steps[team][(s + 1) % 2]);
-#pragma unroll(M.form == LOOKUP_WIDE || M.form == CALL ? 1 : TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)  // more would spill
+    // Unrolling further would spill registers.
+#pragma unroll(M.form == LOOKUP_WIDE || M.form == CALL ? 1 : TM * TN > 32 ? 2 : TM * TN > 16 ? 8 : 4)
     for (int k = 0; k < SLICE; k++) {
       Operands<TM, TN> operands;
       operands.load(slices[team][s % 2][k], row, column);
@@ -585,7 +595,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
     }
   } else {
     float(&partial)[TEAMS][BM][BN] = reinterpret_cast<float(&)[TEAMS][BM][BN]>(slices);
-    __syncthreads();  // the slices have been read
+    __syncthreads();  // all slices have been read, so their memory can be reused
 #pragma unroll
     for (int m = 0; m < TM; m++)
 #pragma unroll
@@ -610,7 +620,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
 // ---- Few output channels -------------------------------------------------------------------------------------------
 
 template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
-  constexpr int STEPS = CHANNELS == 1 ? 512 : 1024 / CHANNELS;  // of a sum that are in shared memory at a time
+  constexpr int STEPS = CHANNELS == 1 ? 512 : 1024 / CHANNELS;  // steps of a sum held in shared memory at a time
   __shared__ Weight decoded[STEPS][CHANNELS];
   __shared__ Step steps[STEPS];
   BlockTable table(c.table);
@@ -626,7 +636,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   Exponents pixels[PIXELS], weights[1];
   for (int first = 0; first < length; first += STEPS) {
     int count = min(STEPS, length - first);
-    __syncthreads();  // the last steps have been read
+    __syncthreads();  // the previous steps have been read
     for (int k = threadIdx.x; k < count; k += THREADS) steps[k] = Walk(c, first + k).step(c);
     for (int i = threadIdx.x; i < count * CHANNELS; i += THREADS) {
       int k = i / CHANNELS, m = i % CHANNELS;
@@ -671,7 +681,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   }
 }
 
-// Outputs of a thread in the largest tile; with a table, a warp is then one row of threads.
+// Outputs per thread in the largest tile. With a table in shared memory, TM = 16 makes a warp one row of threads.
 constexpr int TM = SHARED_TABLE ? 16 : 8, TN = 64 / TM;
 
 }  // namespace mbm
@@ -700,9 +710,8 @@ extern "C" __global__ void multiply(const float* a, const float* b, float* outpu
     output[i] = mbm::product<mbm::Lane>(a[i], b[i], m);
 }
 
-// The products of a 64 x 128 tile's threads with nothing around them: the ceiling that the kernels are measured
-// against. The operands are loaded again in some rounds only, but the compiler cannot know in which, and find the
-// others alike.
+// Compute the products of a 64 x 128 tile's threads and nothing else. This is the ceiling that the kernels are measured
+// against. Only some rounds reload the operands. The compiler cannot know which ones, so it cannot merge the others.
 extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
     ceiling(const float* numbers, float* output, const mbm::TableEntry* table, int rounds, int mask) {
   using namespace mbm;
@@ -720,7 +729,7 @@ extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
   BlockTable block_table(table);
   __syncthreads();
   constexpr int WIDTH = 128 / TN;
-  int slice_of_thread = SHARED_TABLE ? 0 : threadIdx.x % SLICE;  // a warp shares its weights then, as in the tile
+  int slice_of_thread = SHARED_TABLE ? 0 : threadIdx.x % SLICE;  // with a table, a warp shares weights as in the tile
   float sums[TM][TN] = {};
   Operands<TM, TN> operands;
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// What the module (conv2d.cpp) and the SIMD variants of the kernels (conv2d_simd.cpp) agree on.
+// The interface between the Python module (conv2d.cpp) and the SIMD variants of the kernels (conv2d_simd.cpp).
 #pragma once
 
 #include <cstddef>
@@ -8,28 +8,28 @@
 
 namespace mbm {
 
-// One forward convolution. Channels are those of one group; pairs are (height, width).
+// One forward convolution. Channels are counted per group; pairs are (height, width).
 struct Conv2d {
-  const float *input, *weight, *bias;  // weight contiguous; bias may be null
+  const float *input, *weight, *bias;  // weight is contiguous, bias may be null
   float* output;                       // contiguous (batch, groups * out_channels, out_size)
   std::int64_t batch, groups, channels, out_channels;
   std::int64_t size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];
-  std::int64_t input_stride[4];  // of the memory, in elements: any
+  std::int64_t input_stride[4];  // memory strides in elements, of any memory format
   Multiplier multiplier;
   int threads;
 };
 
-// One compilation of conv2d_simd.cpp, for one instruction set.
+// The kernels of conv2d_simd.cpp, compiled for one instruction set.
 struct Kernels {
   const char* name;
-  // A plan is how a convolution is cut into jobs, which are independent of one another, with its weights packed.
+  // A plan divides a convolution into independent jobs and holds its packed weights.
   void* (*make_plan)(const Conv2d&);
   void (*free_plan)(void*);
   std::int64_t (*jobs)(const void* plan);
-  std::size_t (*scratch_bytes)(const void* plan);  // that one job needs, aligned to 64 bytes
+  std::size_t (*scratch_bytes)(const void* plan);  // per job; run_job expects it aligned to 64 bytes
   void (*run_job)(const void* plan, std::int64_t job, void* scratch);
   void (*multiply)(const Multiplier&, const float* a, const float* b, float* out, std::int64_t count);
-  // `rounds` times the arithmetic of the inner loop on registers alone; returns the multiply-accumulates done.
+  // Run the inner loop's arithmetic `rounds` times on registers alone, and return the multiply-accumulates done.
   std::int64_t (*ceiling)(const Multiplier&, std::int64_t rounds);
 };
 

@@ -1,21 +1,22 @@
-// The CPU kernels. CMake compiles this file once for each instruction set, into a namespace of its own (MBM_ISA).
+// The CPU kernels. CMake compiles this file once for each instruction set, each time into its own namespace (MBM_ISA).
 //
-// Mapping: a job is one image, one group and a range of output rows; one thread does it.
-//   1. The input rows that it needs are decoded once, padding included, into planes of powers of two and of fractions.
-//      With a stride, rows and columns of equal phase lie side by side, so that neighbouring outputs read neighbouring
-//      elements whatever the stride; narrow images get a plane for each kernel column.
-//   2. Lanes are consecutive positions of a plane. A tile is VECTORS of them by up to BLOCK output channels, whose
-//      accumulators stay in registers while the loop walks the kernel's elements: two loads a vector and step, two
-//      broadcasts a channel and step. Positions behind the last output column of a row are computed and dropped.
-//   3. Where the operands' exponents do not rule out a product outside the normal range, the job's tiles take each
-//      product from the definition instead (several times slower, and rare).
+// Mapping: a job is one image, one group and a range of output rows. One thread computes it.
+//   1. The thread decodes the input rows that it needs once, padding included, into planes of powers of two and planes
+//      of fractions. With a stride, rows and columns of equal phase lie side by side, so that neighbouring outputs read
+//      neighbouring elements whatever the stride. Narrow images get one plane per kernel column.
+//   2. Lanes are consecutive positions of a plane. A tile is VECTORS vectors by up to BLOCK output channels. Its
+//      accumulators stay in registers while the loop walks the kernel's elements. Each step costs two loads per vector
+//      and two broadcasts per channel. Positions past the last output column of a row are computed and dropped.
+//   3. Where the operands' exponents do not rule out a product outside the normal range, the job's tiles compute each
+//      product by definition instead. This is several times slower, and rare.
 //
-// Cost of a product, mbm: integer add, compare, and, float add, multiply, fused multiply-add (6 instructions) on AVX2;
-// 5 with AVX-512, where the correction is one masked addition; mitchell 3. Vector arithmetic is the limit, not memory.
-// A product from a table costs 4 permutations and 3 blends on AVX-512 if a row fits its registers (LOOKUP), else a load,
-// and these are then the limit; planes of fractions hold the table's columns, weights its rows.
+// Cost of a product and its addition: for mbm 6 instructions on AVX2 (integer add, compare, and, float add, multiply,
+// fused multiply-add), and 5 on AVX-512, where the correction is one masked addition. For mitchell it is 3. The limit
+// is vector arithmetic, not memory.
+// A table lookup costs 4 permutations and 3 blends on AVX-512 if a row fits its registers (LOOKUP), else a load. These
+// are then the limit. With a table, the planes of fractions hold table columns and the weights hold table rows.
 //
-// With MBM_FUNCTION defined, the file holds the kernels of that function of a user alone (backends/cpu.py compiles it).
+// With MBM_FUNCTION defined, this file holds only the kernels of that user's function (compiled by backends/cpu.py).
 #if defined(__SSE2__)
 #include <immintrin.h>
 #else
@@ -38,17 +39,17 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-// Vectors and output channels of a tile: eight accumulators and what a product needs fill the 16 registers of AVX2.
-// With one vector by eight channels, the broadcasts take a sixth of the speed.
+// Vectors and output channels of a tile. Eight accumulators and what a product needs fill the 16 registers of AVX2.
+// With one vector by eight channels, the broadcasts would cost a sixth of the speed.
 constexpr int VECTORS = 2, BLOCK = 4;
-constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes: they are to stay in the L2 cache
+constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes, so that they stay in the L2 cache
 constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thread waits long for another
 
 enum RoundingMode { TO_NEAREST, TOWARD_ZERO };
 
-// This rounding mode, subnormals kept, no traps; the caller's environment comes back at the end.
+// Sets this rounding mode, keeps subnormals and masks traps. The destructor restores the caller's environment.
 class Rounding {
-#if defined(__SSE2__)  // what <cfenv> does costs a few hundred cycles more: it sets the x87 unit, too
+#if defined(__SSE2__)  // <cfenv> costs a few hundred cycles more, because it also sets the x87 unit
   unsigned saved_ = _mm_getcsr();
 
  public:
@@ -74,7 +75,7 @@ struct Lanes {
   typedef float F __attribute__((vector_size(LANES * sizeof(float))));
   typedef int I __attribute__((vector_size(LANES * sizeof(int))));
 
-  // A user's function.
+  // Call the user's function for each lane.
   MBM_FN I call(I a, I b) {
     int x[LANES], y[LANES];
     std::memcpy(x, &a, sizeof a);
@@ -85,7 +86,7 @@ struct Lanes {
     std::memcpy(&a, x, sizeof a);
     return a;
   }
-  // From a row of 128.
+  // Look up in a row of 128 entries.
   MBM_FN F look_up_row(const float* row, I index) {
 #if defined(__AVX512F__)
     __m512i i = (__m512i)index;
@@ -104,7 +105,7 @@ struct Lanes {
 #if defined(__AVX512F__)
     return (F)_mm512_i32gather_ps((__m512i)index, from, sizeof(float));
 #elif defined(__AVX2__)
-    // Loads one by one are faster than the gather instruction of processors without AVX-512.
+    // On processors without AVX-512, single loads are faster than the gather instruction.
     alignas(sizeof index) int i[LANES];
     std::memcpy(i, &index, sizeof index);
     return F{from[i[0]], from[i[1]], from[i[2]], from[i[3]], from[i[4]], from[i[5]], from[i[6]], from[i[7]]};
@@ -125,10 +126,10 @@ template <class V, class T> MBM_FN V load(const T* p) {
 }
 template <class V, class T> MBM_FN void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// Products of drum with many bits are truncated to a float's; sums are then rounded the same way.
+// Products of drum with many bits are truncated to a float. Sums then use the same rounding mode.
 RoundingMode rounding_of_products(const Multiplier& m) { return is_rounded(m) ? TOWARD_ZERO : TO_NEAREST; }
 
-// std::vector would leave code for this instruction set in templates that others share.
+// std::vector is not used: the linker could share its instances, compiled for this instruction set, with other code.
 template <class T> struct Buffer {
   T* data;
   explicit Buffer(std::int64_t count) : data(static_cast<T*>(std::malloc(sizeof(T) * (count > 0 ? count : 1)))) {
@@ -139,7 +140,8 @@ template <class T> struct Buffer {
   T& operator[](std::int64_t i) const { return data[i]; }
 };
 
-// The exponents of the normal operands of a set, as bits in their place; an empty set has highest < CARRY.
+// The range of exponents of the normal operands in a set, as the bits of the smallest and the largest magnitude. If
+// there are no normal operands, highest < CARRY.
 struct Exponents {
   int lowest = INFINITE, highest = 0;
 
@@ -153,7 +155,7 @@ struct Exponents {
   bool empty() const { return highest < CARRY; }
 };
 
-// Whether no product of the two sets, nor A * B on the way to it, can leave the normal range.
+// Return whether all products of the two sets and the intermediate A * B stay in the normal range.
 bool in_range(const Exponents& a, const Exponents& b) {
   if (a.special() || b.special()) return false;
   if (a.empty() || b.empty()) return true;
@@ -162,13 +164,14 @@ bool in_range(const Exponents& a, const Exponents& b) {
   return lowest >= 1 && highest <= 254;
 }
 
-// Forms that multiply operands as a whole (IEEE, TRUNCATED, CALL) have them in the place of the power of two.
+// A decoded weight. The forms that multiply whole operands (IEEE, TRUNCATED, CALL) store the operand as its power.
 struct Weight {
   float power;
-  int one_plus_fraction;  // of a table: the row
+  int one_plus_fraction;  // with a table, the start of its row
 };
 
-template <Form FORM, bool MASKED> MBM_FN F accumulate(F sum, F power, I fraction, const Weight& w, const Multiplier& m) {
+template <Form FORM, bool MASKED>
+MBM_FN F accumulate(F sum, F power, I fraction, const Weight& w, const Multiplier& m) {
   if constexpr (FORM == CALL) {
     return sum + from_bits<Lanes>(call<Lanes>(bits<Lanes>(power), bits<Lanes>(F{} + w.power)));
   } else if constexpr (FORM == IEEE || (FORM == TRUNCATED && MASKED)) {
@@ -184,14 +187,14 @@ template <Form FORM, bool MASKED> MBM_FN F accumulate(F sum, F power, I fraction
   }
 }
 
-// Sums of `steps` products for V vectors of positions and N output channels; weights[step][N].
+// Compute sums of `steps` products for V vectors of positions and N output channels. The weights are [step][N].
 using Tile = void (*)(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
                       const Weight* weights, const Multiplier& m, float* sums, std::int64_t sums_stride);
 
 template <Form FORM, bool MASKED, int V, int N>
 void tile(const float* power, const int* fraction, const std::int64_t* offsets, std::int64_t steps,
           const Weight* weights, const Multiplier& shared, float* sums, std::int64_t sums_stride) {
-  const Multiplier m = shared;  // a copy: constants that no store can alias
+  const Multiplier m = shared;  // a local copy, whose constants no store can alias
   F sum[N * V];
 #pragma GCC unroll 8
   for (F& s : sum) s = F{};
@@ -210,8 +213,9 @@ void tile(const float* power, const int* fraction, const std::int64_t* offsets, 
   for (int i = 0; i < N * V; i++) store(sums + i / V * sums_stride + i % V * LANES, sum[i]);
 }
 
-// The same for one vector and one output channel, each product from the definition; `operands` and `weights` are as they
-// were given, and `inside` is a mask: padding times an infinite weight would be NaN, but padding contributes nothing.
+// Compute the sums of one vector and one output channel, each product by definition. `operands` and `weights` are not
+// decoded. The mask `inside` excludes padding, which contributes nothing, although padding times an infinite weight is
+// NaN.
 void tile_by_definition(const float* operands, const int* inside, const std::int64_t* offsets, std::int64_t steps,
                         const float* weights, const Multiplier& m, float* sums) {
   F sum = {};
@@ -223,10 +227,10 @@ void tile_by_definition(const float* operands, const int* inside, const std::int
 }
 
 struct TileSet {
-  Tile of_size[VECTORS][BLOCK];  // less one
+  Tile of_size[VECTORS][BLOCK];  // [vectors - 1][channels - 1]
 };
 
-// What's member `of<FORM, MASKED>(args...)` for the multiplier's form.
+// Call What::of<FORM, MASKED>(args...) with the multiplier's form.
 template <class What, class... Args> auto for_form(const Multiplier& m, const Args&... args) {
 #if defined(MBM_FUNCTION)
   return What::template of<CALL, false>(args...);
@@ -269,9 +273,10 @@ Weight decode_weight(float weight, const Multiplier& m) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// How planes lie along one axis (height or width): a plane's position q holds the image's q * stride + phase. Shared
-// planes have a phase for each remainder of the stride that the kernel touches; kernel elements of equal remainder read
-// the same plane from different positions on. Otherwise each kernel element has a plane of its own.
+// The planes along one axis (height or width). Position q of a plane holds the image's position q * stride + phase.
+// Shared planes have one phase for each remainder modulo the stride that the kernel touches. Kernel elements with equal
+// remainders read the same plane, starting at different positions. Without sharing, each kernel element has its own
+// plane.
 struct Axis {
   std::int64_t stride, dilation, kernel, phases = 0;
   bool shared;
@@ -292,17 +297,18 @@ struct Axis {
   std::int64_t extent(std::int64_t outputs) const { return outputs + start(kernel - 1); }
 };
 
-// Rows of shared planes are longer than rows of outputs, and what lies between is computed for nothing. Where that is
-// more than a fifth, a plane for each kernel column pays, although it is decoded as often. (Both sides in products for
-// one output row; gathering and decoding an element costs about as much as four.)
+// Return whether kernel columns share planes. A row of a shared plane is longer than a row of outputs, and the surplus
+// positions are computed for nothing. If sharing costs over a fifth more than one plane per kernel column, the separate
+// planes are used, although each must be gathered and decoded. Both sides count products for one output row; gathering
+// and decoding an element costs about as much as four products.
 bool share_columns(const Conv2d& c) {
   std::int64_t row = c.out_size[1] + (c.kernel[1] - 1) * c.dilation[1] / c.stride[1];
   std::int64_t products = c.out_channels * c.kernel[0] * c.kernel[1];
   return 5 * row * (products + 4) <= 6 * c.out_size[1] * (products + 4 * c.kernel[1]);
 }
 
-// Shared rows cost nothing but gathering and decoding them; where the kernel's rows are far apart, most of them are not
-// needed.
+// Return whether kernel rows share planes. Shared rows cost only their gathering and decoding. If the kernel's rows are
+// far apart, most shared rows would not be needed.
 bool share_rows(const Conv2d& c) {
   Axis shared(c, 0, true);
   return shared.phases * shared.extent(c.out_size[0]) <= c.kernel[0] * c.out_size[0];
@@ -311,12 +317,12 @@ bool share_rows(const Conv2d& c) {
 struct Plan {
   Conv2d c;
   Axis high, wide;
-  std::int64_t steps;                         // products of a sum
-  std::int64_t rows;                          // output rows of a job
-  std::int64_t columns, plane, plane_count;   // a row of a plane, its elements, and how many planes an image has
-  std::int64_t positions;                     // of a job, whole vectors
-  std::int64_t blocks, block;                 // output channels in blocks of at most `block`
-  Buffer<std::int64_t> offsets;               // where each step's element lies, from an output's position
+  std::int64_t steps;                         // products per sum
+  std::int64_t rows;                          // output rows per job
+  std::int64_t columns, plane, plane_count;   // elements per plane row, elements per plane, planes per job
+  std::int64_t positions;                     // positions per job, rounded up to whole vectors
+  std::int64_t blocks, block;                 // output channels form `blocks` blocks of at most `block`
+  Buffer<std::int64_t> offsets;               // from an output's position to each step's element
   Buffer<Weight> weights;                     // [group][block][step][channel of the block]
   Buffer<Exponents> weight_exponents;         // [group][block]
   TileSet tile_set;
@@ -327,7 +333,9 @@ struct Plan {
         plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
         block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),
         weight_exponents(c.groups * blocks), tile_set(for_form<Tiles>(c.multiplier)) {
-    auto planes_bytes = [&] { return std::int64_t(sizeof(float) + sizeof(int)) * plane_count * high.extent(rows) * columns; };
+    auto planes_bytes = [&] {
+      return std::int64_t(sizeof(float) + sizeof(int)) * plane_count * high.extent(rows) * columns;
+    };
     while (rows > 1 && planes_bytes() > SCRATCH_TARGET) rows = ceil_div(rows, 2);
     while (rows > 1 && c.threads > 1 && job_count() < JOBS_PER_THREAD * c.threads) rows = ceil_div(rows, 2);
     plane = high.extent(rows) * columns;
@@ -370,8 +378,8 @@ struct Plan {
   }
 };
 
-// Copy the input elements that the output rows from `row` on need into their planes; padding is zero. With `inside`, mark
-// there which elements are the input's own.
+// Copy the input elements for the output rows from `row` on into their planes; padding is zero. If `inside` is given,
+// set it to -1 for elements of the input and to 0 for padding.
 void gather_planes(const Plan& p, const float* image, std::int64_t row, float* plane, int* inside) {
   const Conv2d& c = p.c;
   std::int64_t plane_rows = p.high.extent(p.rows), column_step = c.input_stride[3] * c.stride[1];
@@ -379,7 +387,7 @@ void gather_planes(const Plan& p, const float* image, std::int64_t row, float* p
   for (std::int64_t ch = 0; ch < c.channels; ch++)
     for (std::int64_t i = 0; i < p.high.phases; i++)
       for (std::int64_t j = 0; j < p.wide.phases; j++) {
-        // Plane column q is image column q * stride + left; columns first to last are inside the image.
+        // Plane column q is image column q * stride + left. Columns from first to before last are inside the image.
         std::int64_t left = p.wide.phase[j] - c.padding[1];
         std::int64_t first = left < 0 ? ceil_div(-left, c.stride[1]) : 0;
         std::int64_t last = c.size[1] > left ? ceil_div(c.size[1] - left, c.stride[1]) : 0;
@@ -401,11 +409,12 @@ void gather_planes(const Plan& p, const float* image, std::int64_t row, float* p
           }
         }
       }
-  // The last tile reads up to a vector past the planes; stale bits there could be subnormals, which are slow.
+  // The last tile reads up to one vector past the planes. Stale bits there could be subnormals, which are slow.
   std::memset(plane, 0, (p.planes_elements() - p.plane_count * p.plane) * sizeof(float));
 }
 
-// Decode the operands: powers of two (or what the form multiplies) in their place, and fractions; tells their exponents.
+// Decode the operands: in place into powers of two (or whole operands, depending on the form), and into fractions.
+// Return the range of their exponents.
 Exponents decode_planes(const Plan& p, float* power, int* fraction) {
   const Multiplier m = p.c.multiplier;
   I lowest = I{} + INFINITE, highest = {};
@@ -438,13 +447,14 @@ struct Job {
   std::int64_t image, group, row, rows;
 };
 
-// Copy a block's sums to the output, with its bias, rounding to nearest.
+// Write a block's sums to the output and add the bias, rounding to nearest.
 void write_block(const Plan& p, const Job& job, std::int64_t b, const float* sums) {
   const Conv2d& c = p.c;
   Rounding nearest(TO_NEAREST);
   for (std::int64_t n = 0; n < p.block_size(b); n++) {
     std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
-    float* out = c.output + ((job.image * c.groups * c.out_channels + channel) * c.out_size[0] + job.row) * c.out_size[1];
+    float* out =
+        c.output + ((job.image * c.groups * c.out_channels + channel) * c.out_size[0] + job.row) * c.out_size[1];
     float bias = c.bias ? c.bias[channel] : 0.0f;
     for (std::int64_t r = 0; r < job.rows; r++, out += c.out_size[1]) {
       const float* sum = sums + n * p.positions + r * p.columns;
@@ -472,8 +482,8 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   Exponents e = decode_planes(p, power, fraction);
   auto is_fast = [&](std::int64_t b) {
     const Exponents& w = p.weight_exponents[job.group * p.blocks + b];
-    // Every product is right by itself then, except that padding must not meet an infinite weight, and that infinity
-    // times zero is another NaN on this processor than in the definition.
+    // The IEEE form is correct for finite operands. Padding must not meet an infinite weight, and this processor's NaN
+    // for infinity times zero is not the definition's.
     if (c.multiplier.form == IEEE) return !e.special() && !w.special();
     if (c.multiplier.form == CALL) return !w.special();
     return in_range(e, w);
@@ -521,7 +531,7 @@ void multiply(const Multiplier& m, const float* a, const float* b, float* out, s
   std::memcpy(out + i, rest[2], (count - i) * sizeof(float));
 }
 
-// Keeps a value in a register and the compiler from knowing it.
+// Keep a value in a register and hide it from the compiler.
 #if defined(__x86_64__)
 #define MBM_OPAQUE(v) asm volatile("" : "+v"(v))
 #elif defined(__aarch64__)
@@ -537,7 +547,7 @@ struct Ceiling {
     I x = {};
     for (int lane = 0; lane < LANES; lane++) x[lane] = is_lookup(m) ? lane : CARRY / 4;
     Weight w{1.0f, is_lookup(m) ? 0 : ONE + CARRY / 2};
-    asm volatile("" : "+m"(w));  // a factor of 1 would be left out
+    asm volatile("" : "+m"(w));  // hides the factor 1, which the compiler would drop
     for (std::int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 8
       for (F& s : sum) {

@@ -1,10 +1,10 @@
-// The multiplier, once: its parameters, its product from the definition, and the same product in the form that is fast.
+// The multiplier for both kinds of kernels: its parameters, its product by definition, and a fast form of that product.
 //
-// NVRTC compiles this text for CUDA (one lane: int and float), the C++ compiler for the CPU (GCC vector types, so that
-// one source serves every SIMD width). It includes nothing, for NVRTC has no headers.
+// NVRTC compiles this file for CUDA (one lane: int and float). The C++ compiler compiles it for the CPU (GCC vector
+// types), so one source serves every SIMD width. The file includes nothing because NVRTC has no headers.
 //
 // Source: Saadat, Bokhari, Parameswaran, "Minimally Biased Multipliers for Approximate Integer and Floating-Point
-// Multiplication", IEEE TCAD 37(11), 2018 (AFMB-t). mbm_cli/multipliers.py holds the model that tests compare with.
+// Multiplication", IEEE TCAD 37(11), 2018 (AFMB-t). The tests compare with the model in mbm_cli/multipliers/float32.py.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -17,61 +17,62 @@ namespace mbm {
 
 constexpr int FRACTION_BITS = 23;
 constexpr int BIAS = 127;
-constexpr int ONE = BIAS << FRACTION_BITS;  // the bits of 1.0f
+constexpr int ONE = BIAS << FRACTION_BITS;  // bits of 1.0f
 constexpr int TWO = (BIAS + 1) << FRACTION_BITS;
 constexpr int SIGN = int(0x80000000u);
 constexpr int INFINITE = 0x7F800000;
 constexpr int NOT_A_NUMBER = 0x7FC00000;
 constexpr int CARRY = 1 << FRACTION_BITS;
 constexpr int FRACTION = CARRY - 1;
-// The error reduction, 2^-4 + 2^-6.
+// The error reduction c = 2^-4 + 2^-6.
 constexpr int CORRECTION = (1 << (FRACTION_BITS - 4)) + (1 << (FRACTION_BITS - 6));
 
-constexpr int TABLE_BITS = 7;  // of tables that fit a GPU's shared memory, and rows that fit registers
+// Tables of up to this many bits fit in a GPU's shared memory, and each of their rows in the CPU's AVX-512 registers.
+constexpr int TABLE_BITS = 7;
 
 enum Family { EXACT, MITCHELL, MBM, DRUM, TABLE, FUNCTION };
 #if !defined(__CUDACC__)
 constexpr const char* FAMILY_NAMES[] = {"exact", "mitchell", "mbm", "drum", "table", "function"};
 #endif
 
-// How the fast form computes a product; a compile-time variant of every kernel.
+// How the fast form computes a product. Every kernel has a compile-time variant for each form.
 enum Form {
   IEEE,        // family exact: a * b
-  PLAIN,       // the sum of the fractions, no correction (mitchell, and mbm with t > 19)
-  ONE_LEVEL,   // and one constant below a threshold
-  TWO_LEVELS,  // t = 17, where halving c and clearing its low bits do not commute
-  TRUNCATED,   // drum: a * b of operands with few bits, toward zero
-  LOOKUP,      // the product's fraction from a table of 7 bits (one of fewer bits is the same with entries repeated)
-  LOOKUP_WIDE, // from a larger table
-  CALL,        // a user's function on the bit patterns, MBM_FUNCTION
+  PLAIN,       // sum of the fractions, no correction (mitchell, and mbm with t > 19)
+  ONE_LEVEL,   // PLAIN plus one constant below a threshold
+  TWO_LEVELS,  // mbm with t = 17, where halving c and clearing its low bits do not commute
+  TRUNCATED,   // drum: a * b, rounded toward zero, of operands with few bits
+  LOOKUP,      // the product's fraction from a table of up to TABLE_BITS bits
+  LOOKUP_WIDE, // the product's fraction from a larger table
+  CALL,        // MBM_FUNCTION, a user's function of the bit patterns
 };
 
-// What a table holds, [fraction of b][fraction of a].
+// An entry of a table, which is indexed [fraction of b][fraction of a].
 #if defined(__CUDACC__)
-typedef unsigned short TableEntry;  // the product's fraction bits, and above them the carry
+typedef unsigned short TableEntry;  // fraction bits of the product, with the carry above them
 #else
-typedef float TableEntry;  // the product of the significands
+typedef float TableEntry;  // product of the significands
 #endif
 
 struct Multiplier {
   Form form;
-  int operand_keep;      // fraction bits of an operand that are kept
-  int operand_set;       // fraction bits of an operand that are set (bit t, for mbm with t > 0)
-  int correction;        // c without carry
-  int correction_carry;  // c with carry
-  int result_keep;       // fraction bits of the product that are kept
+  int operand_keep;      // mask of the fraction bits kept in an operand
+  int operand_set;       // mask of the fraction bits set in an operand (bit t, for mbm and drum with t > 0)
+  int correction;        // c without a carry
+  int correction_carry;  // c with a carry
+  int result_keep;       // mask of the fraction bits kept in the product
   int table_bits;        // fraction bits of a table's operands and products
   const TableEntry* table;
 };
 
 constexpr bool is_lookup(const Multiplier& m) { return m.form == LOOKUP || m.form == LOOKUP_WIDE; }
 
-// Whether drum's product of two operands has more bits than a float.
+// Return whether drum's product of two operands can have more bits than a float.
 constexpr bool is_rounded(const Multiplier& m) { return m.form == TRUNCATED && m.operand_set < 1 << 12; }
 
 constexpr int keep_from(int bit) { return FRACTION & ~((1 << bit) - 1); }
 
-// `bits`: those that the operands lose; of a table, those that they have.
+// `bits` is the number of fraction bits that each operand loses; for a table, the number that each operand has.
 constexpr Multiplier make_multiplier(Family family, int bits, int result_bits) {
   int truncate = family == TABLE ? FRACTION_BITS - bits : bits;
   int c0 = family == MBM ? CORRECTION & keep_from(truncate) : 0;
@@ -83,31 +84,35 @@ constexpr Multiplier make_multiplier(Family family, int bits, int result_bits) {
   if (family == TABLE) form = bits <= TABLE_BITS ? LOOKUP : LOOKUP_WIDE;
   if (family == FUNCTION) form = CALL;
   int set = (family == MBM || family == DRUM) && truncate > 0 ? 1 << truncate : 0;
-  return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits), FRACTION_BITS - truncate, nullptr};
+  return {form, keep_from(truncate), set, c0, c1, keep_from(FRACTION_BITS - result_bits), FRACTION_BITS - truncate,
+          nullptr};
 }
 
-// Whether a product has to lose bits that its fast form would keep. It has not where they are zero anyway, as in the
-// published forms (mbm-t16-r7 and the like).
+// Return whether low bits of the fast form's product must be cleared. In the published forms (mbm-t16-r7 and the like)
+// these bits are zero already.
 constexpr bool result_is_masked(const Multiplier& m) {
   if (is_lookup(m) || m.form == CALL) return false;
   int lowest_kept = m.result_keep & -m.result_keep;
-  int operand = m.operand_set ? 2 * m.operand_set : m.operand_keep & -m.operand_keep;  // what every sum is a multiple of
+  // Every sum of two fractions is a multiple of this.
+  int operand = m.operand_set ? 2 * m.operand_set : m.operand_keep & -m.operand_keep;
   if (m.form == TRUNCATED) {
-    // Both operands are multiples of operand_set, in units of 2^-23, and the product of its square; a carry shifts it by
-    // one more. An exact product can be fused with the addition that follows.
+    // In units of 2^-23, both operands are multiples of operand_set, so their product is a multiple of its square. A
+    // carry shifts the product right by one more bit. A product without a mask is exact and can be fused with the
+    // addition that follows.
     long long square = (long long)m.operand_set * m.operand_set;
     return square < (2LL * lowest_kept << FRACTION_BITS);
   }
-  int shifted = operand | m.correction;  // without a carry, perhaps halved
+  int shifted = operand | m.correction;  // the sum without a carry, which renormalisation may halve
   int result = operand | m.correction_carry | (m.correction == 0 ? 0 : (shifted >> 1) | (shifted & 1));
   return (result & -result) < lowest_kept;
 }
 
-// What differs between one lane on the GPU and a vector of lanes on the CPU. L::I is 32-bit integers, L::F floats.
+// The operations that differ between one lane on the GPU and a vector of lanes on the CPU. L::I holds 32-bit integers,
+// L::F floats.
 #if defined(__CUDACC__)
 template <class L> MBM_FN int bits(float x) { return __float_as_int(x); }
 template <class L> MBM_FN float from_bits(int x) { return __int_as_float(x); }
-// Never contracted into an FMA, and subnormals are kept whatever the compiler's options (CuPy sets -ftz=true).
+// In PTX, so that the compiler cannot contract the product into an FMA, and subnormals survive CuPy's option -ftz=true.
 MBM_FN float multiply_to_nearest(float a, float b) {
   float p;
   asm("mul.rn.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
@@ -118,7 +123,7 @@ MBM_FN float multiply_toward_zero(float a, float b) {
   asm("mul.rz.f32 %0, %1, %2;" : "=f"(p) : "f"(a), "f"(b));
   return p;
 }
-// The bits of the product of two significands from the table.
+// Return the bits of the product of two significands.
 template <class L> MBM_FN int look_up(int index, const Multiplier& m) {
   return ONE + (int(m.table[index]) << (FRACTION_BITS - m.table_bits));
 }
@@ -133,13 +138,13 @@ template <class L> MBM_FN int call(int a, int b) {
 template <class L> MBM_FN typename L::I bits(typename L::F x) { return __builtin_bit_cast(typename L::I, x); }
 template <class L> MBM_FN typename L::F from_bits(typename L::I x) { return __builtin_bit_cast(typename L::F, x); }
 template <class F> MBM_FN F multiply_to_nearest(F a, F b) { return a * b; }
-// The caller has set the rounding mode: setting it here would cost more than the product.
+// The caller sets the rounding mode, because setting it here would cost more than the product.
 template <class F> MBM_FN F multiply_toward_zero(F a, F b) { return a * b; }
 template <class L> MBM_FN typename L::I look_up(typename L::I index, const Multiplier& m) {
   return bits<L>(L::gather(m.table, index));
 }
 template <class L> MBM_FN typename L::I call(typename L::I a, typename L::I b) { return L::call(a, b); }
-// w + c where the condition holds.
+// Return w + c where the condition holds, else w.
 template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I where, float c) {
 #if defined(__AVX512F__)
   return where ? w + c : w;  // one masked addition
@@ -149,19 +154,21 @@ template <class L> MBM_FN typename L::F add_where(typename L::F w, typename L::I
 }
 #endif
 
-// Clear the dropped fraction bits of a finite number; infinities and NaN stay what they are. (Family exact.)
+// Clear the dropped fraction bits of a finite number, and leave infinities and NaN unchanged (family exact).
 template <class L> MBM_FN typename L::F truncate_finite(typename L::F a, int keep) {
   typename L::I i = bits<L>(a);
   return from_bits<L>((i & INFINITE) == INFINITE ? i : i & (keep | ~FRACTION));
 }
 
-// The IEEE product of operands that truncate_finite has seen. The mask spares infinities and NaN (whose first fraction
-// bit is set), and keeps the compiler from fusing the product with the addition that follows.
+// Return the IEEE product of operands truncated by truncate_finite. The mask preserves infinities, and it preserves NaN
+// because a computed NaN has its first fraction bit set. It also keeps the compiler from fusing the product with the
+// addition that follows.
 template <class L> MBM_FN typename L::F ieee_product(typename L::F a, typename L::F b, const Multiplier& m) {
   return from_bits<L>(bits<L>(multiply_to_nearest(a, b)) & (m.result_keep | ~FRACTION));
 }
 
-// Where a table has the product of two fractions. A kernel looks many pixels up for one weight, b: its row.
+// A product's index in the table is table_row | table_column. The weight b selects the row, because a kernel looks up
+// many pixels for one weight.
 template <class T> MBM_FN T table_row(T fraction_of_b, const Multiplier& m) {
   return (fraction_of_b >> (FRACTION_BITS - m.table_bits)) << m.table_bits;
 }
@@ -169,8 +176,8 @@ template <class T> MBM_FN T table_column(T fraction_of_a, const Multiplier& m) {
   return fraction_of_a >> (FRACTION_BITS - m.table_bits);
 }
 
-// The product of two significands, 1 + x and 1 + y, by the family's definition: its carry into the exponent and its
-// fraction, side by side as in a float, which the carry makes at most 2^24.
+// Multiply the significands 1 + x and 1 + y by the family's definition. Return the carry into the exponent above the
+// product's 23 fraction bits, as in a float; the result is below 2^24.
 template <class L> MBM_FN typename L::I carry_and_fraction(typename L::I x, typename L::I y, const Multiplier& m) {
   using I = typename L::I;
   const I zero = {};
@@ -181,12 +188,12 @@ template <class L> MBM_FN typename L::I carry_and_fraction(typename L::I x, type
   I sum = x + y;
   I f = sum & FRACTION;
   I g = f + (sum >= CARRY ? zero + m.correction_carry : zero + m.correction);
-  g = (sum >= CARRY) & (g >= CARRY) ? f : g;  // with a carry, a correction that would overflow is skipped
+  g = (sum >= CARRY) & (g >= CARRY) ? f : g;  // after a carry, skip a correction that would overflow
   I carry = (sum >> FRACTION_BITS) + (g >> FRACTION_BITS);
   return (carry << FRACTION_BITS) | (g >= CARRY ? (g - CARRY) >> 1 : g);
 }
 
-// The product from the definition, any operands, special values included. On the CPU the rounding mode is
+// Multiply any operands by the definition, special values included. On the CPU the caller sets the rounding mode to
 // rounding_of_products.
 template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F fb, const Multiplier& m) {
   using I = typename L::I;
@@ -211,25 +218,30 @@ template <class L> MBM_FN typename L::F product(typename L::F fa, typename L::F 
   return from_bits<L>(nan != 0 ? zero + NOT_A_NUMBER : p);
 }
 
-// An operand of the fast form: its signed power of two (a signed zero for zero and subnormals) and its fraction bits.
+// Decode an operand of the fast form into its signed power of two (a signed zero for zero and subnormals) and its
+// fraction bits.
 template <class L> MBM_FN typename L::F decode_power(typename L::F a) { return from_bits<L>(bits<L>(a) & ~FRACTION); }
 template <class L> MBM_FN typename L::I decode_fraction(typename L::F a, const Multiplier& m) {
   return (bits<L>(a) & m.operand_keep) | m.operand_set;
 }
-// Of the form TRUNCATED: the operand with the bits that are left of it; a signed zero for zero and subnormals.
+// Decode an operand of the form TRUNCATED: clear the dropped bits and set the lowest kept one. Zero and subnormals
+// become a signed zero.
 template <class L> MBM_FN typename L::F decode_truncated(typename L::F a, const Multiplier& m) {
   typename L::I i = bits<L>(a), kept = (i & ~FRACTION) | (i & m.operand_keep) | m.operand_set;
   return from_bits<L>((i & INFINITE) == 0 ? i & SIGN : kept);
 }
 
 #if !defined(__CUDACC__)
-// The significand of the product, in [1, 4), from one operand's fraction and the other's plus ONE: an integer addition,
-// after which the sum of the fractions stands in a float's fraction and its carry in the exponent, which is Mitchell's
-// product; then the correction as a float addition, which renormalises where the definition shifts right and truncates.
-// That drops a bit for t = 0 only, a half of the last place, so that a constant smaller by 2^-25 rounds it down, to the
-// nearest, and changes no other sum. With a carry the same constant counts half, as c does. A threshold on the sum's bits tells where the
-// correction is skipped. With both powers of two, product = (A * B) * significand: exact, as long as no power of two
-// leaves the normal range.
+// Return the significand of the product, in [1, 4), from one operand's fraction and ONE plus the other's fraction.
+// - The integer addition puts the sum of the fractions into a float's fraction and its carry into the exponent. This is
+//   Mitchell's product.
+// - A float addition adds the correction. It renormalises where the definition shifts right and truncates. The shift
+//   drops a nonzero bit only for t = 0, and that bit is half a unit in the last place. Making the constant smaller by
+//   2^-25 rounds such a sum down, although the mode is to nearest, and changes no other sum.
+// - After a carry the same constant counts half, as c does in the definition.
+// - A threshold on the sum's bits decides where the correction is skipped.
+// With the operands' powers of two A and B, the product is (A * B) * significand. That is exact as long as no power of
+// two leaves the normal range.
 template <class L, Form FORM, bool MASKED>
 MBM_FN typename L::F significand(typename L::I x, typename L::I one_plus_y, const Multiplier& m) {
   using F = typename L::F;
@@ -237,7 +249,7 @@ MBM_FN typename L::F significand(typename L::I x, typename L::I one_plus_y, cons
   F w = from_bits<L>(sum);
   if constexpr (FORM == ONE_LEVEL || FORM == TWO_LEVELS) {
     constexpr float UNIT = 1.0f / CARRY;
-    // With c1 = 0 (t >= 19) nothing is added from the carry on.
+    // With c1 = 0 (t >= 19), a sum with a carry gets no correction.
     int threshold = m.correction_carry == 0 ? TWO : ONE + 2 * CARRY - m.correction_carry;
     float c = UNIT * m.correction - (m.operand_set == 0 ? 0x1p-25f : 0.0f);
     if constexpr (FORM == TWO_LEVELS) {

@@ -5,15 +5,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbm_cli.multipliers import Multiplier as Multiplier
-    from mbm_cli.nn import MBMConv2d as MBMConv2d
+    from mbm_cli.multipliers.content import resolve as resolve
+    from mbm_cli.multipliers.names import Multiplier as Multiplier
+    from mbm_cli.nn import ApproxConv2d as ApproxConv2d
     from mbm_cli.nn import convert as convert
+    from mbm_cli.ops import conv2d as conv2d
     from mbm_cli.ops import multiply as multiply
 
 __version__ = version("mbm-cli")
-__all__ = ["MBMConv2d", "Multiplier", "convert", "multiply"]
+__all__ = ["ApproxConv2d", "Multiplier", "conv2d", "convert", "multiply", "resolve"]
 
-_HOMES = {"MBMConv2d": "nn", "Multiplier": "multipliers", "convert": "nn", "multiply": "ops"}
+_HOMES = {
+    "ApproxConv2d": "nn",
+    "Multiplier": "multipliers.names",
+    "conv2d": "ops",
+    "convert": "nn",
+    "multiply": "ops",
+    "resolve": "multipliers.content",
+}
 
 
 def __dir__() -> list[str]:
@@ -21,7 +30,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved at first use: importing PyTorch takes seconds, which `mbm --help` need not wait for.
+    # Resolved at first use: importing PyTorch takes seconds, which `mbm --help` does not need.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

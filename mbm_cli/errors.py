@@ -1,4 +1,7 @@
-"""The two ways a command fails on purpose; the command line turns them into one line and an exit code."""
+"""The ways a command fails on purpose, and the wording that their messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class MbmError(Exception):
@@ -30,3 +33,19 @@ class Interrupted(MbmError):
     """The user stopped the run; what was done is kept."""
 
     exit_code = 130
+
+
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the choice that is spelt most like a word."""
+    close = difflib.get_close_matches(str(word)[:100].lower(), choices, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``; did you mean ...?``, or nothing where no choice is close."""
+    close = nearest(word, choices, cutoff)
+    return f"; did you mean {close}?" if close else ""
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

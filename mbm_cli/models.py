@@ -1,4 +1,4 @@
-"""LeNet and the other networks, built with the convolution of a multiplier, and what their layers compute."""
+"""LeNet and the other networks, with a multiplier in their convolutions, and a description of their layers."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mbm_cli.layer_multipliers import LayerMultipliers
-from mbm_cli.multipliers import Multiplier
+from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
 
 
 def lenet(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
-    """LeNet-5's layout with ReLU and max-pooling: (N, 1, 28, 28) float32 in, (N, 10) logits out."""
+    """Build LeNet-5's layout with ReLU and max-pooling: (N, 1, 28, 28) float32 to (N, 10) logits."""
     layers = {
         "conv1": nn.Conv2d(1, 6, 5, padding=2),
         "relu1": nn.ReLU(),
@@ -32,7 +31,7 @@ def lenet(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
 
 
 def cnn3(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
-    """Three 3x3 convolutions with batch norm, then three dense layers: (N, 1, 28, 28) float32 in, (N, 10) out."""
+    """Build three 3x3 convolutions with batch norm and three dense layers: (N, 1, 28, 28) float32 to (N, 10) logits."""
     layers = {
         "conv1": nn.Conv2d(1, 32, 3, padding=1),
         "bn1": nn.BatchNorm2d(32),
@@ -60,12 +59,13 @@ def cnn3(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
     return convert(nn.Sequential(OrderedDict(layers)), multiplier)
 
 
+# A new network gets an entry here, and its name in config.py.
 MODELS: dict[str, Callable[[Multiplier | LayerMultipliers | str], nn.Module]] = {"lenet": lenet, "cnn3": cnn3}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the layer table; ``multiplications`` are an image's, ``arithmetic`` is what computes them."""
+    """One layer: its shapes, parameters, multiplications for an image, and the multiplier that computes them."""
 
     name: str
     kind: str
@@ -73,27 +73,27 @@ class Layer:
     output_shape: tuple[int, ...]
     parameters: int
     multiplications: int
-    arithmetic: str
+    multiplier: str
 
 
 def describe_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
-    """Run one image of zeros, (C, H, W), through the model and list the layers that have parameters, in order."""
+    """Run one image of zeros, (C, H, W), through the model; list the layers that have parameters, in order."""
     layers: list[Layer] = []
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             parameters = sum(p.numel() for p in module.parameters())
-            multiplications, arithmetic = 0, "exact"
+            multiplications, multiplier = 0, "exact"
             if isinstance(module, nn.Conv2d):
                 multiplications = output[0].numel() * module.weight[0].numel()
-                arithmetic = str(getattr(module, "multiplier", "exact"))
+                multiplier = str(getattr(module, "multiplier", "exact"))
             elif isinstance(module, nn.Linear):
                 multiplications = module.weight.numel()
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 multiplications = output[0].numel()  # by the scale that training and evaluation share
-            kind = type(module).__name__.replace("MBMConv2d", "Conv2d")
+            kind = type(module).__name__.removeprefix("Approx")
             shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-            layers.append(Layer(name, kind, *shapes, parameters, multiplications, arithmetic))
+            layers.append(Layer(name, kind, *shapes, parameters, multiplications, multiplier))
 
         return hook
 

@@ -1,4 +1,8 @@
-"""The operators ``mbm::conv2d`` and ``mbm::multiply``: schema, shapes, gradients. How is up to the backends."""
+"""The operators ``mbm::conv2d`` and ``mbm::multiply``: schema, shapes, gradients. The backends implement them.
+
+``multiplier`` is a handle: a short form (``mbm-t8``), ``table``, or the source of a function in C. Only ``table`` comes
+with a tensor, int16 (2^m + 1, 2^m) as ``Table.tensor`` makes it. Together they say everything about the product.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -8,43 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_cli.multipliers import Multiplier
-from mbm_cli.shapes import conv2d_output_shape
+from mbm_cli.backends.shapes import conv2d_output_shape
+from mbm_cli.multipliers.content import operands, resolve
+from mbm_cli.multipliers.names import Multiplier
 
 torch.library.define(
     "mbm::conv2d",
     "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "str multiplier) -> Tensor",
+    "str multiplier, Tensor? table=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
-    "mbm::multiply", "(Tensor a, Tensor b, str multiplier) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    "mbm::multiply",
+    "(Tensor a, Tensor b, str multiplier, Tensor? table=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
-from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they register themselves with the names just defined)
+from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they register kernels for the schemas above)
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:
-    """The product of ``a`` and ``b``, element by element, as the multiplier computes it.
+    """Multiply ``a`` and ``b``, element by element, as the multiplier does.
 
     Gradients are those of the exact product (straight-through).
 
     Args:
         a: float32, any shape, on any device.
         b: float32, a shape that broadcasts with ``a``'s, on the same device.
-        multiplier: a ``Multiplier`` or its short form, for example ``"mbm-t8"``.
+        multiplier: a ``Multiplier`` or its name, for example ``"mbm-t8"``; a file that is named is read at each call.
 
     Returns:
         float32, the broadcast shape, on the same device.
 
     Raises:
         RuntimeError: operands that are not float32, not dense, do not broadcast, or lie on two devices.
-        TypeError: an operand that is no tensor.
+        TypeError: an operand that is not a tensor.
         ValueError: not a multiplier.
     """
     _check_tensors(a=a, b=b)
     _check_operands(a, b, "a", "b")
-    product: Tensor = torch.ops.mbm.multiply(a, b, _key(multiplier))
+    product: Tensor = torch.ops.mbm.multiply(a, b, *operands(resolve(multiplier), a.device))
     return product
 
 
@@ -58,7 +65,7 @@ def conv2d(
     groups: int = 1,
     multiplier: Multiplier | str = "mbm",
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` with every product from the multiplier; sums are float32, the bias is exact.
+    """Compute ``torch.nn.functional.conv2d`` with the multiplier's products; sums are float32, the bias is exact.
 
     Gradients are those of the exact convolution, from the saved operands (straight-through).
 
@@ -68,20 +75,38 @@ def conv2d(
         bias: float32, (O,), or ``None``.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included;
             up to 2^31 - 1.
-        multiplier: a ``Multiplier`` or its short form, for example ``"mbm-t16-r7"``.
+        multiplier: a ``Multiplier`` or its name, for example ``"mbm-t16-r7"``; a file that is named is read at each
+            call.
 
     Returns:
         float32, (N, O, H', W') or (O, H', W').
 
     Raises:
         RuntimeError: operands that are not float32, not dense or on two devices, or arguments that do not fit together;
-            and where something else than the batch is empty.
-        TypeError: arguments of a type that ``torch.nn.functional.conv2d`` does not take, either.
+            or a dimension other than the batch is empty.
+        TypeError: arguments of a type that ``torch.nn.functional.conv2d`` does not take either.
         ValueError: not a multiplier, or a number of more than 64 bits.
     """
-    key = _key(multiplier)
-    if Multiplier.of_key(key).is_exact:
+    multiplier = resolve(multiplier)
+    if multiplier.is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    _check_tensors(input=input)
+    arguments = operands(multiplier, input.device)
+    return conv2d_of_operands(input, weight, bias, stride, padding, dilation, groups, *arguments)
+
+
+def conv2d_of_operands(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    handle: str,
+    table: Tensor | None,
+) -> Tensor:
+    """Compute `conv2d` for a multiplier given as a handle and a table on the input's device, as layers keep them."""
     # All types first, as PyTorch does.
     _check_tensors(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     strides, dilations, groups = _numbers(stride, "stride"), _numbers(dilation, "dilation"), _number(groups, "groups")
@@ -96,18 +121,14 @@ def conv2d(
         input, paddings = _resolve_padding(input, weight, stride, paddings, dilation)
     padding = _pair(paddings, "padding")
     batch = input.unsqueeze(0) if input.dim() == 3 else input
-    output: Tensor = torch.ops.mbm.conv2d(batch, weight, bias, stride, padding, dilation, groups, key)
+    output: Tensor = torch.ops.mbm.conv2d(batch, weight, bias, stride, padding, dilation, groups, handle, table)
     return output.squeeze(0) if input.dim() == 3 else output
-
-
-def _key(multiplier: Multiplier | str) -> str:
-    return (Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier).key
 
 
 def _check_tensors(**tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a tensor, not {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
 
 
 def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
@@ -127,7 +148,7 @@ def _numbers(value: Any, name: str) -> list[int]:
 
 
 def _number(value: Any, name: str) -> int:
-    """What PyTorch takes as a whole number: a truth value is none."""
+    """Convert what PyTorch takes as a whole number, which excludes booleans."""
     if isinstance(value, bool):
         raise TypeError(f"{name} takes whole numbers, not {value}")
     try:
@@ -148,7 +169,7 @@ def _pair(values: list[int], name: str) -> list[int]:
 def _resolve_padding(
     input: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """Numbers for ``"valid"`` and ``"same"``; what ``"same"`` has more on the right or below is padded beforehand."""
+    """Return ``"valid"`` or ``"same"`` padding as numbers, and the input padded by the odd rest of ``"same"``."""
     if padding == "valid":
         return input, [0, 0]
     if padding != "same":
@@ -162,7 +183,7 @@ def _resolve_padding(
 
 
 @torch.library.register_fake("mbm::multiply")
-def _multiply_shape(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+def _multiply_shape(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:
     return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
 
 
@@ -176,12 +197,13 @@ def _conv2d_shape(
     dilation: list[int],
     groups: int,
     multiplier: str,
+    table: Tensor | None = None,
 ) -> Tensor:
     return input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
 
 
 def _save_multiply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, _ = inputs
+    a, b, *_ = inputs
     ctx.save_for_backward(a, b)
 
 
@@ -189,11 +211,11 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     grad_a = (grad * b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
     grad_b = (grad * a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-    return grad_a, grad_b, None
+    return grad_a, grad_b, None, None
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, *ctx.arguments, _ = inputs
+    input, weight, bias, *ctx.arguments, _, _ = inputs
     ctx.bias_shape = None if bias is None else list(bias.shape)
     ctx.save_for_backward(input, weight)
 
@@ -202,10 +224,10 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.arguments
     wanted = list(ctx.needs_input_grad[:3])
-    # A GPU would sum a bias's gradient over three dimensions at once, in a block for each channel, of which there are
-    # few. Over one and then two it takes LeNet's a quarter of the time.
+    # cuDNN sums the gradient of a bias over three dimensions at once, in one block for each of a few channels. Summing
+    # over one dimension, then two, takes a quarter of the time for LeNet.
     bias_apart = wanted[2] and grad.is_cuda
-    # One call: cuDNN on the GPU and oneDNN on the CPU; what is not asked for is not computed.
+    # One call reaches cuDNN on the GPU and oneDNN on the CPU, and computes only what is asked for.
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         input,
@@ -221,7 +243,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     if bias_apart:
         grad_bias = grad.sum(0).sum((1, 2))
-    return grad_input, grad_weight, grad_bias, None, None, None, None, None
+    return grad_input, grad_weight, grad_bias, *[None] * 6
 
 
 torch.library.register_autograd("mbm::multiply", _multiply_backward, setup_context=_save_multiply)

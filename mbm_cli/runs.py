@@ -1,4 +1,4 @@
-"""A run's folder: create it, write each file whole or not at all, list the folders, read them back."""
+"""A run's folder: create it, write each file whole or not at all, find it, read it back."""
 
 import difflib
 import errno
@@ -13,53 +13,54 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from mbm_cli import config as configs
-from mbm_cli.errors import Interrupted, RequestError, RunError
+from mbm_cli.config import Config
+from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
+from mbm_cli.multipliers.names import CODE
 
-RESULTS = ("profile.json", "characterize.json", "eval.json")  # what commands leave that train nothing
-PATIENCE = 1.0  # seconds for whoever looks at a run, or is just ending, to let go of it
+RESULTS = ("profile.json", "characterize.json", "eval.json")  # of commands that train nothing
+PATIENCE = 1.0  # seconds that a lock may take: readers, and a run that is ending, hold it for an instant
 
-
-class Fields(BaseModel):
-    """What a file must have to be worth reading; it may have more."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
-
-
-Some = TypeVar("Some", bound=Fields)
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
-class Summary(Fields):
-    """``summary.json``: accuracies are fractions, times seconds."""
+@dataclass(frozen=True)
+class Summary:
+    """``summary.json`` of a training run, and of a comparison or a sweep over its members.
 
-    status: Literal["running", "completed", "interrupted", "failed"]
+    Accuracies are fractions, times seconds. ``reason`` says why a run failed.
+    """
+
+    status: Literal["running", "completed", "interrupted", "failed", "stopped"]
     multiplier: str
     device: str
-    epochs: int
+    epochs: int  # completed
     test_accuracy: float | None
     best_test_accuracy: float | None
-    epoch_seconds: list[float]
+    epoch_seconds: list[float]  # training and evaluation
     train_seconds: list[float]
     total_seconds: float
+    peak_memory_bytes: int | None = None
+    reason: str | None = None
 
 
-class Environment(Fields):
-    """``environment.json``: what going on with a run depends on."""
+@dataclass(frozen=True)
+class _Environment:
+    """What a resume needs of ``environment.json``."""
 
     threads: Count | None = None
 
 
-class EpochMetrics(Fields):
-    """A line of ``metrics.jsonl``."""
+@dataclass(frozen=True)
+class _EpochMetrics:
+    """A line of ``metrics.jsonl``: an epoch's number, and what `mbm_cli.training.Epoch` says."""
 
     epoch: int
     train_loss: float
@@ -72,6 +73,24 @@ class EpochMetrics(Fields):
     images_per_second: float
 
 
+class Combination(BaseModel):
+    """Values of the varied fields, the config that has them, and the content keys of its multipliers."""
+
+    values: dict[str, Any]
+    config: dict[str, Any]
+    keys: list[str]
+
+
+class Plan(BaseModel):
+    """``plan.json``: what a comparison or a sweep trains."""
+
+    kind: Literal["comparison", "sweep"]
+    vary: dict[str, list[str]]
+    seeds: Count
+    jobs: Count
+    combinations: Annotated[list[Combination], Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder and the files in it; runs/README.md says what each holds."""
@@ -80,10 +99,10 @@ class Run:
 
     @classmethod
     def create(cls, output: Path, name: str, files: Mapping[str, str] | None = None) -> "Run":
-        """Make a folder of its own, ``<UTC time>-<name>-<short id>``, below ``output``.
+        """Create a folder ``<UTC time>-<name>-<short id>`` below ``output``.
 
         Args:
-            files: texts by file name; the folder is seen with all of them in it or not at all.
+            files: texts by file name; the folder appears with all of them or not at all.
 
         Raises:
             RunError: the folder cannot be made.
@@ -109,17 +128,17 @@ class Run:
 
     @classmethod
     def find(cls, name: str, output: Path) -> "Run":
-        """The run at a path, or of that name or short id below ``output``.
+        """Find the run at a path, or by its name or the last part of one below ``output``.
 
         Raises:
-            RequestError: there is none, or there are several of that id.
+            RequestError: there is none, or several have that part.
         """
         for folder in (Path(name), output / name):
-            if os.path.isfile(folder / "summary.json"):  # also where nobody may look: there is none, then
+            if os.path.isfile(folder / "summary.json"):  # false in a folder without permission, too
                 return cls(folder.resolve() if folder.name == "" else folder)
             result = next((file for file in RESULTS if os.path.isfile(folder / file)), None)
             if result is not None:
-                raise RequestError(f"{folder} is no training run: its result is in {result}")
+                raise RequestError(f"{folder} is not a training run: its result is in {result}")
         of_id = [folder for folder in _folders(output) if folder.name.endswith(f"-{name}")]
         if len(of_id) > 1:
             raise RequestError(
@@ -137,28 +156,24 @@ class Run:
 
     @property
     def has_several(self) -> bool:
-        """Whether it is a comparison or a sweep."""
+        """Whether this is a comparison or a sweep."""
         return (self.folder / "plan.json").exists()
 
     def refuse_several(self) -> None:
-        """Where one training run is needed, a comparison's or a sweep's folder is not one.
-
-        Raises:
-            RequestError: this is such a folder.
-        """
+        """Raise a RequestError for the folder of a comparison or a sweep, where one training run is needed."""
         if self.has_several:
             example = next((f", for example {run.folder}" for run in list_runs(self.folder)), "")
             raise RequestError(f"{self.folder} holds several runs: name one of them{example}")
 
     @contextmanager
     def kept_if_complete(self) -> Iterator[None]:
-        """What is interrupted or fails before its end leaves no folder."""
+        """Remove the folder of what is interrupted or fails."""
         try:
             yield
         except BaseException as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             if isinstance(error, Interrupted):
-                raise Interrupted("interrupted; nothing was kept of it") from None
+                raise Interrupted("interrupted; nothing was kept") from None
             raise
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -191,53 +206,70 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        import torch
+
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
     def config_text(self) -> str:
-        """The experiment as YAML.
+        """Read the experiment as YAML.
 
         Raises:
-            RunError: it cannot be read, or does not end with a line's end: what was cut off would get its default.
+            RunError: it cannot be read, or its last line is cut off, so that fields could be missing unnoticed.
         """
         text = self._read("config.yaml")
         if not text.endswith("\n"):
-            raise RunError(f"{self.folder / 'config.yaml'} is damaged (its last line has no end)")
+            raise RunError(f"{self.folder / 'config.yaml'} is damaged (its last line is cut off)")
         return text
 
-    def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds; a run that nobody computes any more is ``stopped`` and not ``running``.
+    def config(self) -> Config:
+        """Read the experiment, with the number of threads that it was begun with.
+
+        Raises:
+            RunError, RequestError: it cannot be read, or something in it is wrong.
+        """
+        config = configs.parse(self.config_text(), str(self.folder / "config.yaml"))
+        # Configs written before train.threads existed.
+        threads = config.train.threads or self.environment().get("threads")
+        return config.with_train(threads=threads)
+
+    def summary(self) -> Summary:
+        """Read ``summary.json``; a run that says ``running`` but is computed by no process is ``stopped``.
 
         Raises:
             RunError: it cannot be read, or a field is missing or wrong.
         """
-        summary = self._checked("summary.json", self.read_json("summary.json"), Summary)
-        if summary["status"] == "running" and not self._is_held():
-            summary["status"] = "stopped"
-        return summary
+        summary: Summary = self.read(Summary, "summary.json")
+        return replace(summary, status="stopped") if summary.status == "running" and not self._is_held() else summary
 
     def check(self) -> None:
         """Read every file that a command may need.
 
         Raises:
-            RunError, RequestError: one of them is missing or damaged, or contradicts another; it is named.
+            RunError, RequestError: one of them is missing or damaged, or contradicts another.
         """
         self.summary()
-        # With a multiplier that no file is read for.
-        configs.parse(self.config_text(), str(self.folder / "config.yaml"), ["model.multiplier=exact"])
-        self.environment()
+        self.config()
         metrics, checkpoint = self.metrics(), self.checkpoint()
-        # As text, where NaN equals itself. Killed between the two, a run has the metrics of an epoch less.
+        # Compared as text, in which NaN equals itself. A run killed between the two files lacks the last metrics.
         if checkpoint is not None and as_json(metrics) != as_json(checkpoint["metrics"][: len(metrics)]):
             raise RunError(f"{self.folder / 'metrics.jsonl'} is damaged (checkpoint.pt has other metrics)")
 
+    def row(self) -> dict[str, Any]:
+        """Return the summary for a list of runs; of a damaged run its fault."""
+        try:
+            self.check()
+            return {"run": str(self.folder), **asdict(self.summary())}
+        except MbmError as error:
+            return {"run": str(self.folder), "status": "damaged", "reason": str(error)}
+
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Be the one who computes this run; whoever is killed holds it no more, and what it left half-written goes.
+        """Lock the run exclusively and remove half-written files; the OS releases the lock when the process dies.
 
         Raises:
-            RequestError: another process does.
+            RequestError: another process holds it.
         """
         with self._opened() as folder:
             patience = time.monotonic() + PATIENCE
@@ -246,7 +278,7 @@ class Run:
                     raise RequestError(f"{self.folder} is being computed by another process: wait for it")
                 time.sleep(0.01)
             for path in self.folder.glob(".*-*"):
-                with suppress(OSError):  # the folder of a run that was not even made, or nothing may be written here
+                with suppress(OSError):  # a folder of a member that was being created, or no permission
                     path.unlink()
             yield
 
@@ -272,61 +304,105 @@ class Run:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """The folder itself is what is locked: no file of its own is needed."""
+        """Open the folder, which is what is locked, so that no lock file is needed."""
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def texts(self) -> Iterator[tuple[Path, str]]:
-        """Everything that going on with the run would read as a config: its own, its plan's, and its members'."""
-        members = sorted(self.folder.glob("*/config.yaml"))
-        for path in (self.folder / "config.yaml", self.folder / "plan.json", *members):
-            if path.exists():
-                yield path, Run(path.parent)._read(path.name)
-
-    def environment(self) -> dict[str, Any]:
-        return self._checked("environment.json", self.read_json("environment.json"), Environment)
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """What a JSON file of the run holds.
+    def trusted(self, trust: bool) -> "Run":
+        """Return the run, if resuming it would execute no file, or the user trusts it. Execute nothing.
 
         Raises:
-            RunError: it cannot be read, or holds no JSON object.
+            RequestError: its config, its plan or a member's config names code.
+            RunError: a config or the plan cannot be read.
+        """
+        if trust:
+            return self
+        named = [self.config(), *(Run(path.parent).config() for path in sorted(self.folder.glob("*/config.yaml")))]
+        if self.has_several:
+            planned = self.read(list[Combination], "plan.json", self.read_json("plan.json").get("combinations") or [])
+            named += [configs.validate(one.config, str(self.folder / "plan.json")) for one in planned]
+        for multiplier in (m for config in named for m in config.model.multiplier.distinct()):
+            if multiplier.family in CODE:
+                raise RequestError(f"{self.folder} names code, {multiplier}: read it, then run it with --trust")
+        return self
+
+    def plan(self) -> Plan:
+        """Read what a comparison or a sweep trains.
+
+        Raises:
+            RequestError: it is a comparison of version 0.1.0, which had another form.
+            RunError: it cannot be read, or a field is missing or wrong.
+        """
+        plan = self.read_json("plan.json")
+        if "columns" in plan:
+            version = self.environment().get("mbm", "0.1.0")
+            raise RequestError(f"{self.folder} is a comparison of mbm {version}: resume it with that version")
+        return self.read(Plan, "plan.json", plan)
+
+    def environment(self) -> dict[str, Any]:
+        environment = self.read_json("environment.json")
+        self.read(_Environment, "environment.json", environment)
+        return environment
+
+    def read(self, kind: Any, name: str, value: object = None) -> Any:
+        """Read a JSON file, or check its ``value``, as a dataclass or a model; ignore unknown fields.
+
+        Raises:
+            RunError: it cannot be read, or a field is missing or wrong.
+        """
+        value = self.read_json(name) if value is None else value
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunError(f"{self.folder / name} is damaged ({where}: {first['msg']})") from None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of the run.
+
+        Raises:
+            RunError: it cannot be read, or is not a JSON object.
         """
         return self._parse(name, self._read(name))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One dictionary an epoch; empty before the first epoch has ended."""
+        """Read a dictionary an epoch; empty before the first epoch has ended."""
         if not (self.folder / "metrics.jsonl").exists():
             return []
         lines = self._read("metrics.jsonl").splitlines()
-        return [self._checked("metrics.jsonl", self._parse("metrics.jsonl", line), EpochMetrics) for line in lines]
+        metrics = [self._parse("metrics.jsonl", line) for line in lines]
+        self.read(list[_EpochMetrics], "metrics.jsonl", metrics)
+        return metrics
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The state that the run goes on from, on the CPU; ``None`` before there is one.
+        """Read the state that a resume continues from, on the CPU; ``None`` before there is one.
 
         Raises:
             RunError: the file is damaged, or holds more than tensors and numbers.
         """
+        import torch
+
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
                 damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"{damaged} in it does not have its checksum")
+                raise ValueError(f"{damaged} in it has another checksum")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             lists = ("metrics", "multipliers")
             if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), list) for part in lists):
-                raise ValueError("it is not one of mbm's")
+                raise ValueError("not a checkpoint of mbm")
             return checkpoint
-        except Exception as error:  # what a damaged or foreign archive raises is not one kind
-            said = (str(error).splitlines() or [""])[0]
+        except Exception as error:  # a damaged or foreign archive raises errors of many kinds
+            first = (str(error).splitlines() or [""])[0]
             raise RunError(
-                f"{path} is damaged ({type(error).__name__}: {said[:120]}): delete it to start again"
+                f"{path} is damaged ({type(error).__name__}: {first[:120]}): delete it to start again"
             ) from error
 
     def _read(self, name: str) -> str:
@@ -335,29 +411,6 @@ class Run:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise RunError(f"{self.folder / name} cannot be read ({reason}): the run is damaged") from error
-
-    def plan(self, kind: str, fields: type[Some]) -> Some | None:
-        """What ``plan.json`` says that this comparison or sweep is to do; ``None`` where the run is of another kind.
-
-        Raises:
-            RunError: it cannot be read, or a field is missing or wrong.
-        """
-        if not self.has_several:
-            return None
-        plan = self.read_json("plan.json")
-        return self._validated("plan.json", plan, fields) if plan.get("kind") == kind else None
-
-    def _checked(self, name: str, value: dict[str, Any], fields: type[Fields]) -> dict[str, Any]:
-        self._validated(name, value, fields)
-        return value
-
-    def _validated(self, name: str, value: dict[str, Any], fields: type[Some]) -> Some:
-        try:
-            return fields.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RunError(f"{self.folder / name} is damaged ({where}: {first['msg']})") from None
 
     def _parse(self, name: str, text: str) -> dict[str, Any]:
         try:
@@ -369,13 +422,13 @@ class Run:
         return value
 
 
-def as_json(value: object) -> str:
-    """The text of a JSON file of a run."""
-    return json.dumps(value, indent=2) + "\n"
+def as_json(value: Any) -> str:
+    """Return the text of a JSON file of a run; ``value`` may be a dataclass."""
+    return json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, indent=2) + "\n"
 
 
 def list_runs(output: Path) -> list[Run]:
-    """The runs below ``output``, the oldest first.
+    """List the runs below ``output``, the oldest first.
 
     Raises:
         RunError: the folder cannot be read.
@@ -386,7 +439,9 @@ def list_runs(output: Path) -> list[Run]:
 def _folders(output: Path) -> list[Path]:
     try:
         return sorted(folder for folder in output.iterdir() if not folder.name.startswith("."))
+    except NotADirectoryError:
+        raise RequestError(f"{output} is not a folder: name the one that holds the runs") from None
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # there can be none
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # there are none
             return []
         raise RunError(f"{output} cannot be read ({error.strerror}): name another folder with --output") from None

@@ -1,4 +1,4 @@
-"""A process and who looks at it: streams, signals, and errors as lines with an exit code."""
+"""The process's surroundings: output streams, signals, and errors as lines with an exit code."""
 
 import errno
 import io
@@ -11,42 +11,22 @@ from typing import Any
 
 from mbm_cli.errors import MbmError
 
-# An interrupt, a polite kill: a process that hears one again leaves at once. A closed terminal, SIGHUP, asks it to
-# stop, too, but may do so twice by itself.
+# A second one of these ends the process at once. SIGHUP, from a closing terminal, may come twice by itself.
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Terminal(io.FileIO):
-    """Once it is gone, what is said to it is lost, and that is no error."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return memoryview(data).nbytes
-
-
 def make_writable(name: str) -> None:
-    """Whatever a stream's encoding, and even if it is closed, now or later, writing to it does not fail for that."""
+    """Make writing to a standard stream succeed if it is closed, or if its encoding lacks a character."""
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-        return
-    if not isinstance(stream, io.TextIOWrapper):
-        return
-    if stream.isatty():
-        terminal = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-        stream = io.TextIOWrapper(terminal, stream.encoding, stream.errors, line_buffering=True)
-        setattr(sys, name, stream)
-    if stream.errors == "strict":
+    elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")
 
 
 def report_error(error: Any) -> int:
-    """Print an error as a line or two on standard error; gives the exit code."""
+    """Print an error as a line or two on standard error; return the exit code."""
     hint = ""
     if isinstance(error, MbmError):
         message, hint, code = str(error), error.hint, error.exit_code
@@ -58,28 +38,29 @@ def report_error(error: Any) -> int:
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         message, code = f"{message}; see {command} --help", 2
     elif isinstance(error, BrokenPipeError):
-        sys.stdout = None  # whoever read us is gone; nothing is left to be said to them
+        sys.stdout = None  # no reader is left, and flushing at exit would fail again
         return 1
     elif isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None:
-        sys.stdout = None  # what is left in its buffer would fail again
+        sys.stdout = None  # flushing at exit would fail again
         message, code = f"standard output cannot be written ({error.strerror}): free space", 1
     else:
         message, code = f"{type(error).__name__}: {error}", 1
         hint = "This is unexpected; --debug shows where it happened."
-    print(f"mbm: {_visible(message)}" + (f"\n{_visible(hint)}" if hint else ""), file=sys.stderr)
+    with suppress(OSError):  # a terminal that was closed
+        print(f"mbm: {_visible(message)}" + (f"\n{_visible(hint)}" if hint else ""), file=sys.stderr)
     return code
 
 
 def _visible(text: str) -> str:
-    """A line as a terminal can show it: a file's name may hold line breaks, or what clears the screen."""
+    """Escape what a terminal would interpret: a file's name may hold line breaks or control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first of the signals asks to stop at the next step, a second interrupt or polite kill stops at once.
+    """Yield whether a signal asked to stop. A second interrupt or SIGTERM ends the process at once.
 
-    A closed terminal does not, where it was to be ignored (``nohup``).
+    SIGHUP asks, too, unless it is ignored (``nohup``).
     """
     asked = []
 
@@ -87,6 +68,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         asked.append(number)
         for again in IMPATIENT_SIGNALS:
             signal.signal(again, lambda number, frame: leave_at_once())
+        if number == signal.SIGHUP:
+            _detach_terminal()
         _write_at_once(2, "\nstopping after this step; once more stops at once\n")
 
     without_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -99,14 +82,24 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _detach_terminal() -> None:
+    """Discard further output if a stream is no file: its terminal is gone, and writing to it would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(nowhere, descriptor)
+
+
 def leave_at_once() -> None:
-    """As an interrupt ends a process, without waiting for anything."""
+    """End the process as an interrupt does, without waiting for anything."""
     if os.isatty(1):
         _write_at_once(1, "\x1b[?25h\n")  # a progress bar hides the cursor
     os._exit(130)
 
 
 def _write_at_once(descriptor: int, text: str) -> None:
-    """Without a stream, whose lock the very code may hold that a signal has interrupted."""
+    """Write without a stream: the interrupted code may hold its lock."""
     with suppress(OSError):
         os.write(descriptor, text.encode())

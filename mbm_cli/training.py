@@ -12,29 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_cli.data import CLASSES, Split
 from mbm_cli.errors import Interrupted, RunError
-from mbm_cli.moments import Moment
 
-REPORT_INTERVAL = 0.2  # seconds between two looks at the metrics
-# Of an epoch: whether the losses since the last one are finite. The answer is looked at one check later, when it is
-# there without waiting for it, and so within a tenth of an epoch.
+REPORT_INTERVAL = 0.2  # seconds between two reports of the metrics
+# Checks an epoch whether the losses are finite. A result is read one check later, when it is there without waiting.
 CHECKS = 20
 PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evaluation")
 
 
-# Opens a range with a name, which somebody measures: a clock's or a profiler's.
+# Opens a named range, for a clock or a profiler to measure.
 Range = Callable[[str], AbstractContextManager[object]]
 
 
 def no_range(name: str) -> AbstractContextManager[object]:
-    """A range that nobody measures."""
+    """Open a range that is not measured."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
+class Split:
+    """The training or the test half of a data set, whole, on one device.
+
+    images: float32 (N, C, H, W), normalised to the training set's mean 0 and standard deviation 1.
+    labels: int64 (N,), from 0 to ``classes`` - 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, some: slice) -> "Split":
+        return Split(self.images[some], self.labels[some], self.classes)
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Where an epoch stands: steps done of all, running means over them, images a second so far."""
+    """The state of an epoch: steps done of all, running means over them, images a second so far."""
 
     step: int
     steps: int
@@ -45,7 +61,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch gave: mean losses, accuracies as fractions, seconds."""
+    """The result of an epoch: mean losses, accuracies as fractions, seconds."""
 
     train_loss: float
     train_accuracy: float
@@ -59,12 +75,12 @@ class Epoch:
 
 @dataclass(frozen=True)
 class PartOfEpoch:
-    """What has been done of an epoch that was left: the next step goes on from there.
+    """The finished part of an interrupted epoch, from which the next step continues.
 
     Attributes:
-        step: steps done, from 1 on.
-        logits: of their images, in the epoch's order, float32 (images, 10).
-        seconds: that they took.
+        step: steps done, at least 1.
+        logits: of their images, in the epoch's order, float32 (images, classes).
+        seconds: the time they took.
     """
 
     step: int
@@ -73,9 +89,10 @@ class PartOfEpoch:
 
 
 def learning_rates(lr: float, schedule: str, first_step: int, steps: int, total_steps: int) -> Tensor:
-    """The learning rate of ``steps`` steps from ``first_step`` (from 0) on, float32 (steps,).
+    """Return the learning rates of ``steps`` steps from ``first_step`` (from 0), float32 (steps,).
 
-    ``linear`` and ``cosine`` fall from ``lr`` at the first step of all to zero behind the last; ``none`` stays.
+    ``linear`` and ``cosine`` fall from ``lr`` at the first of ``total_steps`` to zero after the last; ``none`` is
+    constant.
     """
     done = torch.arange(first_step, first_step + steps, dtype=torch.float64) / total_steps
     factor = {"linear": 1 - done, "cosine": (1 + torch.cos(math.pi * done)) / 2, "none": torch.ones_like(done)}[
@@ -87,17 +104,17 @@ def learning_rates(lr: float, schedule: str, first_step: int, steps: int, total_
 class Trainer:
     """Trains a model on data that lies on its device, an epoch at a time.
 
-    A step takes nothing from the host and gives nothing back: its number, images and learning rate are looked up on the
-    device, its logits stay there until they are asked for. So the same step runs eagerly or, captured, as a CUDA graph.
+    A step exchanges nothing with the host: it looks its number, images and learning rate up on the device and leaves
+    its logits there. So the same step runs eagerly or, captured, as a CUDA graph.
 
     Args:
-        model: takes float32 (N, 1, 28, 28), gives logits (N, 10).
+        model: maps float32 images (N, C, H, W) to logits (N, classes).
         optimizer: over the model's parameters, with a learning rate that is a tensor (1,) on their device.
         train, test: the two halves of the data set, on the model's device.
         batch_size: images in a training step; the last step of an epoch may have fewer.
         eval_batch_size: images in an evaluation step.
         cuda_graph: capture steps once and replay them; for a CUDA device only.
-        phase: opens the ranges of a step, named as in PHASES; can be exchanged between epochs that run eagerly.
+        phase: opens the ranges of a step, named as in PHASES; can be replaced between epochs that run eagerly.
     """
 
     def __init__(
@@ -115,8 +132,8 @@ class Trainer:
         self.optimizer = optimizer
         self.train = train
         self.test = test
-        self._training = _Pass(self._train_step, len(train), batch_size, train.images.device, self._keeping)
-        self._testing = _Pass(self._test_step, len(test), eval_batch_size, test.images.device)
+        self._training = _Pass(self._train_step, train, batch_size, self._keeping)
+        self._testing = _Pass(self._test_step, test, eval_batch_size)
         self._order = torch.zeros_like(train.labels)
         self._rates = torch.zeros(self.steps, device=train.images.device)
         self.cuda_graph = cuda_graph
@@ -144,13 +161,13 @@ class Trainer:
             order: int64 (images,), a permutation, on any device.
             learning_rates: float32 (steps,), on any device.
             report: called a few times a second.
-            stopped: asked before every step.
-            keep: called when ``stopped`` says so, and every ``keep_every`` steps: the epoch can be left there.
-            part: of this epoch, with the model, the optimizer and the random state as they were when it was left.
+            stopped: called before every step; true ends the epoch.
+            keep: called with the finished part every ``keep_every`` steps, and when ``stopped`` is true.
+            part: the finished part of this epoch; model, optimizer and random state are those at its end.
 
         Raises:
-            Interrupted: ``stopped`` said so.
-            RunError: the loss of a step is not finite; says of which, and the first layer to blame.
+            Interrupted: ``stopped`` returned true.
+            RunError: the loss of a step is not finite; the message names the step.
         """
         self._order.copy_(order)
         self._rates.copy_(learning_rates)
@@ -163,10 +180,11 @@ class Trainer:
         reported = time.perf_counter()
         start = reported - (0.0 if part is None else part.seconds)
         self.model.train()
-        moment, checks = self._moment(first), deque[_Check]()
+        checked, checks = first, deque[_Check]()
 
         def confirm(step: int) -> None:
-            for check in (*checks, self._check(moment, step)):
+            """Raise unless all losses so far are finite; wait for the device."""
+            for check in (*checks, self._check(checked, step)):
                 self._refuse_losses(check)
 
         for step in self._training.run(first):
@@ -177,8 +195,8 @@ class Trainer:
                 raise Interrupted("interrupted")
             if step > first and step % check_every == 0:
                 with self.phase("loss"):
-                    checks.append(self._check(moment, step))
-                    moment = self._moment(step)
+                    checks.append(self._check(checked, step))
+                checked = step
                 if len(checks) > 1:
                     self._refuse_losses(checks.popleft())
             if keep is not None and keep_every and step > first and step % keep_every == 0:
@@ -192,7 +210,7 @@ class Trainer:
         train_loss, train_accuracy, images = self._train_metrics(self.steps)
         train_seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
-        if not math.isfinite(test_loss):  # the last step's weights are seen by no other loss
+        if not math.isfinite(test_loss):  # no other loss depends on the last step's weights
             raise RunError(f"after its last step the test loss is {test_loss}: lower optimizer.lr")
         epoch_seconds = time.perf_counter() - start
         return Epoch(
@@ -207,7 +225,7 @@ class Trainer:
         )
 
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the test set."""
+        """Return mean loss and accuracy over the test set."""
         self.model.eval()
         with self.phase("evaluation"):
             for _ in self._testing.run():
@@ -241,7 +259,7 @@ class Trainer:
         return self.model(batch_of(self.test.images))
 
     def _train_metrics(self, steps: int) -> tuple[float, float, int]:
-        """Means of loss and accuracy over the first steps of the epoch, and their images; waits for the device."""
+        """Return means of loss and accuracy over the epoch's first steps, and their images; wait for the device."""
         images = min(steps * self._training.batch_size, len(self.train))
         losses, hits = _losses_and_hits(self._training.logits[:images], self.train.labels[self._order[:images]])
         return losses.mean().item(), hits.sum().item() / images, images
@@ -249,69 +267,50 @@ class Trainer:
     def _part(self, step: int, start: float) -> PartOfEpoch:
         logits = self._training.logits[: step * self._training.batch_size].clone()
         if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)  # the steps' time is not over before
+            torch.cuda.synchronize(logits.device)  # only then have the steps ended
         return PartOfEpoch(step, logits, time.perf_counter() - start)
 
-    def _losses(self, since: Moment, steps: int) -> Tensor:
-        """Of the images of the steps since then, float64."""
+    def _losses(self, first: int, steps: int) -> Tensor:
+        """Return the losses of the images of the steps from ``first`` to before ``steps``, float64."""
         batch = self._training.batch_size
-        images = slice(since.step * batch, min(steps * batch, len(self.train)))
+        images = slice(first * batch, min(steps * batch, len(self.train)))
         return _losses_and_hits(self._training.logits[images], self.train.labels[self._order[images]])[0]
 
-    def _check(self, since: Moment, steps: int) -> "_Check":
-        """Ask whether the losses of the steps since then are finite; waits for nothing."""
-        finite, known = self._losses(since, steps).isfinite().all(), None
+    def _check(self, first: int, steps: int) -> "_Check":
+        """Start checking whether the losses of some steps are finite; wait for nothing."""
+        finite, known = self._losses(first, steps).isfinite().all(), None
         if finite.is_cuda:
             finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
             known = torch.cuda.Event()
             known.record()
-        return _Check(since, steps, finite, known)
+        return _Check(first, steps, finite, known)
 
     def _refuse_losses(self, check: "_Check") -> None:
-        """Look at the answer, and refuse losses that are not finite."""
+        """Read the result of a check; raise for losses that are not finite."""
         if check.known is not None:
             check.known.synchronize()
         if check.finite:
             return
-        losses = self._losses(check.since, check.steps)
-        first = int((~losses.isfinite()).nonzero()[0])
-        step = check.since.step + first // self._training.batch_size
-        layer = self._first_layer_not_finite(check.since, step)
-        where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
-        raise RunError(
-            f"the loss of step {step + 1} of {self.steps} is {losses[first].item()} ({where}): lower optimizer.lr"
-        )
-
-    def _first_layer_not_finite(self, since: Moment, step: int) -> str | None:
-        """Do the steps since then again, which gives the same numbers, and watch the layers in the given one."""
-        since.restore(self._state(), self._order.device)
-        self.model.train()
-        found: list[str] = []
-
-        def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-            return lambda module, inputs, output: None if output.isfinite().all() else found.append(name)
-
-        for now in self._training.run(since.step, captured=False):
-            if now > step:
-                break
-            if now == step:
-                leaves = [(name, module) for name, module in self.model.named_modules() if not list(module.children())]
-                hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
-        for hook in hooks:
-            hook.remove()
-        return found[0] if found else None
-
-    def _moment(self, step: int) -> Moment:
-        return Moment.take(step, self._state(), self._order.device)
+        losses = self._losses(check.first, check.steps)
+        image = int((~losses.isfinite()).nonzero()[0])
+        step = check.first + image // self._training.batch_size
+        raise RunError(f"the loss of step {step + 1} of {self.steps} is {losses[image].item()}: lower optimizer.lr")
 
     def _capture(self) -> None:
-        """Capture both passes; what the trial steps changed (weights, optimizer, random numbers) is put back."""
-        before = self._moment(0)
+        """Capture both passes, then restore what the trial steps changed: weights, optimizer, random numbers."""
+        device = self._order.device
+        before = {id(tensor): tensor.detach().clone() for tensor in self._state()}
+        cpu_random, cuda_random = torch.get_rng_state(), torch.cuda.get_rng_state(device)
         self.model.train()
         self._training.capture()
         self.model.eval()
         self._testing.capture()
-        before.restore(self._state(), self._order.device)
+        with torch.no_grad():
+            for tensor in self._state():
+                # What is new is the optimizer's state, which begins with zeros.
+                tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
+        torch.set_rng_state(cpu_random)
+        torch.cuda.set_rng_state(cuda_random, device)
         self._captured = True
 
     def _state(self) -> list[Tensor]:
@@ -321,50 +320,50 @@ class Trainer:
 
 
 def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
-    """Mean loss and accuracy of a model over a data set on its device."""
+    """Return mean loss and accuracy of a model over a data set on its device."""
     return score(predict(model, split, batch_size), split.labels)
 
 
 def predict(model: nn.Module, split: Split, batch_size: int) -> Tensor:
-    """A model's logits over a data set on its device, float32 (images, 10)."""
+    """Return a model's logits over a data set on its device, float32 (images, classes)."""
     model.eval()
     with torch.no_grad():
         return torch.cat([model(images) for images in split.images.split(batch_size)])
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy of logits, float32 (images, 10), against labels, int64 (images,)."""
+    """Return mean loss and accuracy of logits, float32 (images, classes), for labels, int64 (images,)."""
     losses, hits = _losses_and_hits(logits, labels)
     return losses.mean().item(), hits.sum().item() / len(labels)
 
 
 @dataclass(frozen=True)
 class _Check:
-    """Whether the losses from a moment on, until so many steps were done, are finite; on a GPU once it is known."""
+    """Whether the losses of the steps from ``first`` to before ``steps`` are finite; on a GPU once ``known``."""
 
-    since: Moment
+    first: int
     steps: int
     finite: Tensor
     known: "torch.cuda.Event | None"
 
 
 class _Pass:
-    """A pass over a set in batches: ``compute(batch_of, step)`` gives the logits of a step.
+    """A pass over a set in batches: ``compute(batch_of, step)`` returns the logits of a step.
 
-    ``batch_of`` picks the step's part of a tensor over the whole set; ``step`` is its number, int64 (1,) on the device.
+    ``batch_of`` takes the step's part of a tensor over the whole set; ``step`` is its number, int64 (1,) on the device.
     """
 
     def __init__(
         self,
         compute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
-        size: int,
+        split: Split,
         batch: int,
-        device: torch.device,
         keeping: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        size, device = len(split), split.images.device
         self.batch_size = batch
         self._keeping = keeping
-        self.logits = torch.zeros(size, CLASSES, device=device)
+        self.logits = torch.zeros(size, split.classes, device=device)
         self._compute = compute
         self._full_steps, self._rest = divmod(size, batch)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -374,19 +373,18 @@ class _Pass:
     def steps(self) -> int:
         return self._full_steps + (self._rest > 0)
 
-    def run(self, first: int = 0, captured: bool = True) -> Iterator[int]:
-        """Run the steps from ``first`` on, and tell before each how many are done."""
-        run_full, run_rest = (self._run_full, self._run_rest) if captured else (self._full_step, self._rest_step)
+    def run(self, first: int = 0) -> Iterator[int]:
+        """Run the steps from ``first``; yield before each the number of steps done."""
         self._step.fill_(first)
         for step in range(first, self._full_steps):
             yield step
-            run_full()
+            self._run_full()
         if self._rest:
             yield self._full_steps
-            run_rest()
+            self._run_rest()
 
     def capture(self) -> None:
-        """Replace the steps by CUDA graphs of them; trial steps run before, so the state has to be put back after."""
+        """Replace the steps by CUDA graphs of them. Trial steps run first, so the caller restores the state."""
         if self._full_steps:
             self._run_full = _captured(self._full_step, self._step.zero_)
         if self._rest:
@@ -415,12 +413,12 @@ class _Pass:
 
 @lru_cache(maxsize=8)
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all graphs: cuBLAS keeps 32 MiB for every stream that it has ever seen."""
+    """Return the stream of all captures: cuBLAS keeps 32 MiB for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callable[[], None]:
-    """A CUDA graph of the step. Trial steps come first, on a stream of their own, as PyTorch asks for."""
+    """Capture a step as a CUDA graph, after the trial steps on another stream that PyTorch asks for."""
     stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -435,5 +433,5 @@ def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callabl
 
 
 def _losses_and_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and whether the largest logit is the label's, both float64 (images,)."""
+    """Return the cross-entropy and whether the largest logit is the label's, both float64 (images,)."""
     return F.cross_entropy(logits, labels, reduction="none").double(), (logits.argmax(1) == labels).double()

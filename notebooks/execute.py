@@ -1,4 +1,4 @@
-"""Runs the notebook from top to bottom and stores its outputs: ``make notebook``."""
+"""Run the notebook from top to bottom and store its outputs: ``make notebook``."""
 
 import os
 import tempfile
@@ -15,17 +15,17 @@ CELL_SECONDS = 1800
 
 
 def execute(size: str = "") -> NotebookNode:
-    """The notebook with new outputs, from a run in an empty folder with a kernel of its own.
+    """Run the notebook in an empty folder and return it with its new outputs.
 
     Args:
-        size: ``small`` only shows that every cell runs.
+        size: ``small`` only checks that every cell runs; the empty string runs it in full.
 
     Raises:
-        CellExecutionError: a cell failed; it says which and why.
+        CellExecutionError: A cell failed. The error says which, and why.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        # By short names, because outputs tell where data is, and this machine's folders mean nothing to readers.
+        # Relative names: outputs show where the data is, and this machine's folders mean nothing to readers.
         data = data_root(None)
         data.mkdir(parents=True, exist_ok=True)
         Path(folder, "data").symlink_to(data, target_is_directory=True)
@@ -34,10 +34,10 @@ def execute(size: str = "") -> NotebookNode:
         client = NotebookClient(notebook, timeout=CELL_SECONDS, coalesce_streams=True, resources=where)
         client.execute(env={**os.environ, **own})
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # when each cell ran
+        cell.metadata.pop("execution", None)  # the times at which each cell ran
     return notebook
 
 
 if __name__ == "__main__":
     nbformat.write(execute(), NOTEBOOK)
-    print(f"{NOTEBOOK} holds the outputs of this machine now")
+    print(f"{NOTEBOOK} now holds the outputs of this machine")

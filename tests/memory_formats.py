@@ -1,4 +1,4 @@
-"""How one tensor of four dimensions can lie in memory: the same values, other strides."""
+"""Layouts of a four-dimensional tensor in memory: the same values, other strides."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def _negated_lazily(x: Tensor) -> Tensor:
-    """Every second number in memory, with the opposite sign."""
+    """Return a view of every second number in memory, with the opposite sign."""
     return torch.complex(torch.full_like(x, torch.nan), -x).conj().imag
 
 
-# The expanded ones repeat some of the values, the others keep them all.
+# The expanded layouts repeat some of the values; the others keep them all.
 MEMORY_FORMATS = {
     "contiguous": lambda x: x,
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),

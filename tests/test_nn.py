@@ -1,19 +1,28 @@
-"""MBMConv2d in nn.Conv2d's place, and convert."""
+"""ApproxConv2d in the place of nn.Conv2d, and convert."""
 
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sums import same_bits
+from tables import exported, random_table
 from torch import nn
 
-import mbm_cli
-from mbm_cli.multipliers import Multiplier
-from mbm_cli.nn import MBMConv2d, convert
-from mbm_cli.ops import conv2d
+from mbm_cli import ApproxConv2d, Multiplier, conv2d, convert, resolve
+from mbm_cli.models import describe_layers, lenet
+from mbm_cli.multipliers.names import LayerMultipliers
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MULTIPLIERS = [
+    *("mbm-t8", "mitchell-t16-r7", Multiplier("mbm", 8), random_table(3)),
+    *(f"python:{EXAMPLES / 'four_bits.py'}:product", f"c:{EXAMPLES / 'mbm.h'}:mbm"),
+]
 ARGUMENTS = [
     {},
     {"bias": False},
@@ -28,7 +37,7 @@ ARGUMENTS = [
     *[{"padding": "same", "padding_mode": mode} for mode in ("zeros", "reflect", "replicate", "circular")],
     {"padding": 1, "padding_mode": "circular", "stride": 2, "groups": 2, "bias": False},
 ]
-KERNELS = [3, 1, (2, 3), 4]
+IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def equal_states(a: nn.Module, b: nn.Module) -> bool:
@@ -46,92 +55,130 @@ def network() -> nn.Sequential:
     )
 
 
-IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+# ApproxConv2d
 
 
-# MBMConv2d
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("kernel", [3, 1, (2, 3), 4], ids=str)
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_a_drop_in_for_conv2d(arguments, kernel):
-    """Same arguments, same state_dict, either way; the exact one computes the same bits, gradients included."""
+def test_arguments_and_states_are_those_of_conv2d(arguments, kernel):
+    """Compare outputs and gradients on small whole numbers, for which exact-t1 makes no error in any order."""
     theirs = nn.Conv2d(4, 8, kernel, **arguments)
-    ours = MBMConv2d(4, 8, kernel, **arguments, multiplier="exact")
-    ours.load_state_dict(theirs.state_dict())
-    assert equal_states(ours, theirs)
-    theirs.load_state_dict(ours.state_dict())
-    for shape in ((2, 4, 9, 10), (4, 9, 10)):
-        input = torch.randn(shape)
-        expected = theirs(input)
-        output = ours(input)
-        assert torch.equal(output, expected)
-        grad = torch.randn_like(output)
-        grads = [torch.autograd.grad(y, list(m.parameters()), grad) for y, m in ((output, ours), (expected, theirs))]
-        assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_every_argument_reaches_the_approximate_convolution(arguments, kernel):
-    """Small whole numbers, of which exact-t1 makes no error, in any order: equal to nn.Conv2d."""
-    theirs, ours = nn.Conv2d(4, 8, kernel, **arguments), MBMConv2d(4, 8, kernel, **arguments, multiplier="exact-t1")
     for parameter in theirs.parameters():
         nn.init.uniform_(parameter, -4, 4).data.round_()
-    ours.load_state_dict(theirs.state_dict())
-    input = torch.randint(-4, 5, (2, 4, 9, 10)).float()
-    assert torch.equal(ours(input), theirs(input))
+    for multiplier in ("exact", "exact-t1"):
+        ours = ApproxConv2d(4, 8, kernel, **arguments, multiplier=multiplier)
+        ours.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict())
+        for shape in ((2, 4, 9, 10), (4, 9, 10)):
+            input = torch.randint(-4, 5, shape).float()
+            output, expected = ours(input), theirs(input)
+            assert torch.equal(output, expected)
+            grad = torch.randn_like(output)
+            grads = [torch.autograd.grad(y, [*m.parameters()], grad) for y, m in ((output, ours), (expected, theirs))]
+            assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_arguments_by_position():
-    """In nn.Conv2d's order; the multiplier by name alone."""
     arguments = (4, 8, 3, 2, 1, 2, 2, False, "circular")
-    ours, theirs = MBMConv2d(*arguments), nn.Conv2d(*arguments)
-    assert repr(ours) == f"MBM{repr(theirs)[:-1]}, multiplier=mbm)"
-    assert inspect.signature(MBMConv2d).parameters["multiplier"].kind is inspect.Parameter.KEYWORD_ONLY
+    ours, theirs = ApproxConv2d(*arguments), nn.Conv2d(*arguments)
+    assert repr(ours) == f"Approx{repr(theirs)[:-1]}, multiplier=mbm)"
+    assert inspect.signature(ApproxConv2d).parameters["multiplier"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_initial_weights_are_those_of_conv2d():
     torch.manual_seed(0)
     theirs = nn.Conv2d(4, 8, 3)
     torch.manual_seed(0)
-    assert equal_states(MBMConv2d(4, 8, 3), theirs)
+    assert equal_states(ApproxConv2d(4, 8, 3), theirs)
 
 
-@pytest.mark.parametrize("multiplier", ["mbm", "mbm-t8", "mitchell-t16-r7", Multiplier("mbm", 8)])
-def test_its_products_come_from_the_multiplier(multiplier):
-    layer = MBMConv2d(1, 4, 3, 1, 1, multiplier=multiplier)
-    assert layer.multiplier == (Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier)
+@pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
+def test_layers_compute_with_their_multiplier(multiplier):
+    layer = ApproxConv2d(1, 4, 3, 1, 1, multiplier=multiplier)
+    assert layer.multiplier == resolve(multiplier)
     assert f"multiplier={layer.multiplier}" in repr(layer)
     output = layer(IMAGES)
-    assert torch.equal(output, conv2d(IMAGES, layer.weight, layer.bias, 1, 1, multiplier=multiplier))
+    assert same_bits(output, conv2d(IMAGES, layer.weight, layer.bias, 1, 1, multiplier=multiplier))
     assert not torch.equal(output, F.conv2d(IMAGES, layer.weight, layer.bias, 1, 1))
+    exact = nn.Conv2d(1, 4, 3, 1, 1)
+    exact.load_state_dict(layer.state_dict())
+    for model in (layer, exact):
+        model(IMAGES).sum().backward()
+    assert torch.equal(layer.weight.grad, exact.weight.grad)
+    assert torch.equal(layer.bias.grad, exact.bias.grad)
+
+
+@pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_compute_the_same(duplicate, multiplier):
+    for model in (ApproxConv2d(1, 4, 3, multiplier=multiplier), convert(network(), multiplier).eval()):
+        again = duplicate(model)
+        assert repr(again) == repr(model)
+        assert equal_states(again, model)
+        assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_pickles_need_no_files(tmp_path):
+    """Load layers in a new process, after the files of their multipliers are gone."""
+    exported("mitchell", 7, tmp_path / "table.bin")
+    for example in ("four_bits.py", "mbm.h"):
+        (tmp_path / example).write_text((EXAMPLES / example).read_text())
+    names = [f"lut:{tmp_path}/table.bin", f"python:{tmp_path}/four_bits.py:product", f"c:{tmp_path}/mbm.h:mbm"]
+    layers = [ApproxConv2d(1, 4, 3, multiplier=name) for name in names]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    torch.save((layers, IMAGES, [layer(IMAGES) for layer in layers]), tmp_path / "layers.pt")
+    program = (
+        f"import torch; layers, x, outputs = torch.load({str(tmp_path / 'layers.pt')!r}, weights_only=False)\n"
+        "assert all(torch.equal(layer(x), y) for layer, y in zip(layers, outputs, strict=True))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
+def test_multipliers_add_nothing_to_the_state(multiplier):
+    layer, theirs = ApproxConv2d(1, 4, 3, multiplier=multiplier), nn.Conv2d(1, 4, 3)
+    assert list(layer.state_dict()) == list(theirs.state_dict())
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    convert(layer, "mbm")
+    assert list(layer.buffers()) == []
+
+
+@pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
+def test_tensors_follow_the_layer_to_a_device(multiplier):
+    moved = ApproxConv2d(1, 4, 3, multiplier=multiplier).to("meta")
+    built = ApproxConv2d(1, 4, 3, multiplier=multiplier, device="meta")
+    converted = convert(nn.Conv2d(1, 4, 3, device="meta"), multiplier)
+    for layer in (moved, built, converted):
+        assert {tensor.device.type for tensor in (*layer.parameters(), *layer.buffers())} == {"meta"}
+        assert layer(IMAGES.to("meta")).shape == (3, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: layer.to("meta").to_empty(device="cpu"), lambda layer: layer.type(torch.float64).float()],
+    ids=["emptied", "cast"],
+)
+@pytest.mark.xfail(strict=True, reason="Module._apply treats the table as state")
+def test_tables_survive_emptied_and_cast_layers(change):
+    layer = ApproxConv2d(1, 4, 3, multiplier=random_table(3))
+    changed = change(copy.deepcopy(layer))
+    changed.load_state_dict(layer.state_dict())
+    assert changed.table.dtype == layer.table.dtype
+    assert same_bits(changed(IMAGES), layer(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
-def test_inputs_that_are_not_float32_are_refused_with_what_to_cast(dtype):
+def test_inputs_must_be_float32(dtype):
     with pytest.raises(RuntimeError, match=r"cast it with input\.float\(\)"):
-        MBMConv2d(1, 4, 3)(IMAGES.to(dtype))
+        ApproxConv2d(1, 4, 3)(IMAGES.to(dtype))
     with pytest.raises(RuntimeError, match=r"cast it with weight\.float\(\)"):
-        MBMConv2d(1, 4, 3, dtype=torch.float64)(IMAGES)
+        ApproxConv2d(1, 4, 3, dtype=torch.float64)(IMAGES)
 
 
-def test_not_a_multiplier():
-    with pytest.raises(ValueError, match="booth"):
-        MBMConv2d(1, 4, 3, multiplier="booth")
-    with pytest.raises(ValueError, match="booth"):
-        convert(network(), "booth")
-
-
-def test_on_the_meta_device():
-    layer = MBMConv2d(1, 4, 3, padding="same", device="meta")
-    assert layer(IMAGES.to("meta")).shape == (3, 4, 8, 8)
-
-
-def test_functional_call():
-    layer, other = MBMConv2d(1, 4, 3), MBMConv2d(1, 4, 3)
+def test_functional_call_replaces_parameters():
+    layer, other = ApproxConv2d(1, 4, 3), ApproxConv2d(1, 4, 3)
     output = torch.func.functional_call(layer, dict(other.named_parameters()), IMAGES)
     assert torch.equal(output, other(IMAGES))
     output.sum().backward()
@@ -139,35 +186,32 @@ def test_functional_call():
     assert other.weight.grad is not None
 
 
-@pytest.mark.parametrize("arguments", [{}, {"multiplier": "exact"}, {"padding": 1, "padding_mode": "reflect"}], ids=str)
-def test_a_compiled_layer(arguments):
-    layer = MBMConv2d(1, 4, 3, **arguments)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    output = compiled(IMAGES)
+@pytest.mark.parametrize("multiplier", ["exact", *MULTIPLIERS], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"padding": 1, "padding_mode": "reflect"}], ids=["", "reflect"])
+def test_layers_compile_as_one_graph(arguments, multiplier):
+    torch.compiler.reset()
+    layer = ApproxConv2d(1, 4, 3, multiplier=multiplier, **arguments)
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager")(IMAGES)
     assert torch.equal(output, layer(IMAGES))
-    (grad,) = torch.autograd.grad(output.sum(), layer.weight)
-    assert torch.equal(grad, torch.autograd.grad(layer(IMAGES).sum(), layer.weight)[0])
+    grads = [torch.autograd.grad(y.sum(), layer.weight)[0] for y in (output, layer(IMAGES))]
+    assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_and_pickles(duplicate):
-    for model in (MBMConv2d(1, 4, 3, multiplier="mbm-t8"), convert(network(), "mitchell-r7").eval()):
-        again = duplicate(model)
-        assert repr(again) == repr(model)
-        assert equal_states(again, model)
-        assert torch.equal(again(IMAGES), model(IMAGES))
-
-
-def test_the_package_offers_them():
-    assert mbm_cli.MBMConv2d is MBMConv2d
-    assert mbm_cli.convert is convert
+@pytest.mark.parametrize("multiplier", ["booth", "lut:nowhere.bin"])
+def test_other_multipliers_change_nothing(multiplier):
+    with pytest.raises(ValueError, match=r"booth|no such file"):
+        ApproxConv2d(1, 4, 3, multiplier=multiplier)
+    model = network()
+    with pytest.raises(ValueError, match=r"booth|no such file"):
+        convert(model, {"0": "mbm", "default": multiplier})
+    assert type(model[0]) is nn.Conv2d
 
 
 # convert
 
 
 def test_convert_keeps_everything_else():
-    """Parameters are the same objects (an optimizer goes on), modes, hooks, requires_grad and other layers stay."""
+    """Keep the objects, so that an optimizer's parameters stay valid, their modes, hooks and requires_grad."""
     model = network().eval()
     model[2][1].train()
     model[0].weight.requires_grad_(False)
@@ -183,19 +227,15 @@ def test_convert_keeps_everything_else():
     assert list(model.state_dict()) == list(state)
     assert [module.training for module in model.modules()] == modes
     assert not model[0].weight.requires_grad
-    assert [type(m) for m in (model[0], model[1], model[2][1], model[4])] == [
-        MBMConv2d,
-        nn.BatchNorm2d,
-        MBMConv2d,
-        nn.Linear,
-    ]
+    types = [type(module) for module in (model[0], model[1], model[2][1], model[4])]
+    assert types == [ApproxConv2d, nn.BatchNorm2d, ApproxConv2d, nn.Linear]
     model(IMAGES)
     assert calls == ["forward", "before"]
 
 
-def test_a_converted_convolution_is_an_mbm_convolution():
+def test_converted_layers_equal_new_ones():
     theirs = nn.Conv2d(1, 4, 3, 2, 1, padding_mode="reflect")
-    ours = MBMConv2d(1, 4, 3, 2, 1, padding_mode="reflect", multiplier="mbm-t8")
+    ours = ApproxConv2d(1, 4, 3, 2, 1, padding_mode="reflect", multiplier="mbm-t8")
     ours.load_state_dict(theirs.state_dict())
     converted = convert(theirs, Multiplier("mbm", 8))
     assert converted is theirs
@@ -203,31 +243,46 @@ def test_a_converted_convolution_is_an_mbm_convolution():
     assert torch.equal(converted(IMAGES), ours(IMAGES))
 
 
-def test_convert_again_and_back_to_exact():
+def test_exact_restores_the_outputs():
     model = network().eval()
     expected = model(IMAGES)
-    outputs = [convert(model, multiplier)(IMAGES) for multiplier in ("mbm", "mitchell", "exact")]
+    outputs = [convert(model, multiplier)(IMAGES) for multiplier in ("mbm", random_table(3), "exact")]
     assert not torch.equal(outputs[0], expected)
     assert not torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], expected)
+
+
+def test_convert_takes_multipliers_by_layer():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3)))
+    convert(model, {"1.*": "mbm-t8", "1.1": Multiplier("exact"), "default": "mitchell"})
+    assert [str(m.multiplier) for m in model.modules() if isinstance(m, nn.Conv2d)] == ["mitchell", "mbm-t8", "exact"]
+    layers = describe_layers(lenet(LayerMultipliers.of_mapping({"conv1": "mitchell", "default": "mbm"})), (1, 28, 28))
+    assert [layer.multiplier for layer in layers] == ["mitchell", "mbm", "exact", "exact", "exact"]
+
+
+def test_names_of_no_layer_change_nothing():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    with pytest.raises(ValueError, match="no convolution is called conv9; those of the model are 0"):
+        convert(model, {"conv9": "mbm", "default": "mbm"})
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_a_shared_convolution_stays_shared():
     layer = nn.Conv2d(1, 1, 3, padding=1)
     model = convert(nn.Sequential(layer, nn.ReLU(), layer), "mbm")
     assert model[0] is model[2] is layer
-    assert type(layer) is MBMConv2d
+    assert type(layer) is ApproxConv2d
 
 
 class Gated(nn.Conv2d):
-    """A convolution that computes something of its own."""
+    """A convolution with a computation of its own."""
 
     def forward(self, input):
         return super().forward(input) * input.sigmoid()
 
 
 @pytest.mark.parametrize("subclass", [lambda: Gated(1, 1, 1), lambda: nn.LazyConv2d(1, 1)])
-def test_a_subclass_is_refused_and_nothing_is_changed(subclass):
+def test_subclasses_are_refused_and_nothing_changes(subclass):
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Sequential(subclass()))
     with pytest.raises(TypeError, match=r"1\.0 is a (Gated|LazyConv2d)"):
         convert(model, "mbm")
@@ -240,14 +295,3 @@ def test_other_convolutions_are_left_alone():
     model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.ConvTranspose2d(1, 1, 3))
     convert(model, "mbm")
     assert [type(module) for module in model] == [nn.Conv1d, nn.ConvTranspose2d]
-
-
-def test_training_steps_follow_the_exact_gradients():
-    """One step of a converted model: what backpropagation passes on at each convolution is the exact gradient."""
-    layer = convert(nn.Conv2d(1, 4, 3), "mbm")
-    layer(IMAGES).sum().backward()
-    exact = nn.Conv2d(1, 4, 3)
-    exact.load_state_dict(layer.state_dict())
-    exact(IMAGES).sum().backward()
-    assert torch.equal(layer.weight.grad, exact.weight.grad)
-    assert torch.equal(layer.bias.grad, exact.bias.grad)

@@ -1,7 +1,8 @@
-"""The operators: what they take, what they refuse, their shapes and gradients. (Their products are in test_cpu.py.)"""
+"""The operators: arguments, shapes, gradients, and PyTorch's ways of calling. (Products are in test_cpu.py.)"""
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sums import assert_sums_of_products, same_bits
+from tables import random_table
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mbm_cli import Multiplier, conv2d, multiply, resolve
 from mbm_cli.backends import reference
-from mbm_cli.multipliers import Multiplier, reference_product
-from mbm_cli.ops import conv2d, multiply
+from mbm_cli.multipliers.float32 import reference_product
+from mbm_cli.multipliers.tables import Table
 
 # input, weight, stride, padding, dilation, groups
 CONVOLUTIONS = [
@@ -22,41 +27,47 @@ CONVOLUTIONS = [
     ((3, 5, 7, 7), (5, 1, 3, 3), 3, 1, 1, 5),
     ((1, 2, 3, 3), (3, 2, 5, 5), 1, 2, 1, 1),
 ]
+TABLE = random_table(5)
+TABLE_OPERANDS = ("table", TABLE.content.tensor())
+IN_C = resolve(f"c:{Path(__file__).parent.parent / 'examples' / 'mbm.h'}:mbm")
 
 
-def operands(input_shape, weight_shape):
+def operands(input_shape=(2, 3, 9, 9), weight_shape=(4, 3, 3, 3), requires_grad=False):
+    """Return an input, a weight and a bias."""
     generator = torch.Generator().manual_seed(0)
     shapes = input_shape, weight_shape, weight_shape[:1]
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator).requires_grad_(requires_grad) for shape in shapes]
 
 
-def whole_numbers(*shape: int) -> torch.Tensor:
-    """Operands whose products and sums are exact in every order, so that only where they meet matters."""
-    return torch.randint(-4, 5, shape).float()
+def in_pairs(*arguments) -> list[list[int]]:
+    return [[x, x] if isinstance(x, int) else list(x) for x in arguments]
+
+
+def leaves(tensors, wanted=(True, True, True)):
+    """Return copies of tensors, of which the wanted ones need gradients."""
+    return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=False)]
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that were called, with their arguments."""
+    """Records the arguments of each call of an operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, operator) -> None:
         super().__init__()
-        self.calls = []
+        self.operator, self.calls = operator, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func, args))
+        if func is self.operator:
+            self.calls.append(args)
         return func(*args, **(kwargs or {}))
-
-    def arguments_of(self, operator) -> list[tuple]:
-        return [args for func, args in self.calls if func is operator]
 
 
 # Gradients
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-t16-r7"])
+@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-t16-r7", TABLE], ids=str)
 def test_gradients_are_those_of_the_exact_convolution(convolution, multiplier):
-    """Bit for bit, and whichever are asked for; the others are not computed."""
+    """Compare bit for bit, for each choice of gradients; check that no others are computed."""
     *shapes, stride, padding, dilation, groups = convolution
     arguments = stride, padding, dilation, groups
     tensors = operands(*shapes)
@@ -64,30 +75,28 @@ def test_gradients_are_those_of_the_exact_convolution(convolution, multiplier):
     for wanted in itertools.product([True, False], repeat=3):
         if not any(wanted):
             continue
-        ours, theirs = ([t.clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)] for _ in range(2))
+        ours, theirs = leaves(tensors, wanted), leaves(tensors, wanted)
         F.conv2d(*theirs, *arguments).backward(grad)
         output = conv2d(*ours, *arguments, multiplier)
-        with Recorder() as recorder:
+        with Recorder(torch.ops.aten.convolution_backward.default) as recorder:
             output.backward(grad)
-        (call,) = recorder.arguments_of(torch.ops.aten.convolution_backward.default)
-        assert call[-1] == list(wanted)
+        assert [call[-1] for call in recorder.calls] == [list(wanted)]
         for mine, yours, is_wanted in zip(ours, theirs, wanted, strict=True):
             assert torch.equal(mine.grad, yours.grad) if is_wanted else mine.grad is None
 
 
 def test_gradients_without_a_bias():
-    input, weight, _ = operands((2, 3, 9, 9), (4, 3, 3, 3))
-    ours, theirs = ([t.clone().requires_grad_() for t in (input, weight)] for _ in range(2))
+    ours, theirs = (leaves(operands()[:2]) for _ in range(2))
     conv2d(*ours).sum().backward()
     F.conv2d(*theirs).sum().backward()
     assert all(torch.equal(mine.grad, yours.grad) for mine, yours in zip(ours, theirs, strict=True))
 
 
-def test_gradients_of_gradients_are_those_of_the_exact_convolution():
+def test_second_gradients_are_those_of_the_exact_convolution():
     penalties = []
     for function in (conv2d, F.conv2d):
-        input, weight, bias = (t.requires_grad_() for t in operands((2, 3, 6, 6), (4, 3, 3, 3)))
-        # Linear in the output, for the outputs themselves differ.
+        input, weight, bias = operands(requires_grad=True)
+        # The loss is linear in the outputs, which differ.
         grads = torch.autograd.grad(function(input, weight, bias).sum(), (input, weight), create_graph=True)
         sum(grad.square().sum() for grad in grads).backward()
         penalties.append((input.grad, weight.grad))
@@ -95,44 +104,75 @@ def test_gradients_of_gradients_are_those_of_the_exact_convolution():
 
 
 @pytest.mark.parametrize("shapes", [((3, 4), (3, 4)), ((2, 3, 4), (3, 1)), ((), (5,)), ((1, 4), (3, 1))])
-def test_gradients_of_multiply_are_those_of_the_exact_product(shapes):
-    a, b = (torch.randn(shape) for shape in shapes)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradients_of_multiply_are_those_of_exact_products(shapes, wanted):
+    tensors = [torch.randn(shape) for shape in shapes]
     grad = torch.randn(torch.broadcast_shapes(*shapes))
-    for wanted in ((True, True), (True, False), (False, True)):
-        ours, theirs = ([t.clone().requires_grad_(w) for t, w in zip((a, b), wanted, strict=True)] for _ in range(2))
-        (theirs[0] * theirs[1]).backward(grad)
-        output = multiply(*ours, "mbm-t8")
-        with Recorder() as recorder:
-            output.backward(grad)
-        assert len(recorder.arguments_of(torch.ops.aten.mul.Tensor)) == sum(wanted)
-        for mine, yours, is_wanted in zip(ours, theirs, wanted, strict=True):
-            assert torch.equal(mine.grad, yours.grad) if is_wanted else mine.grad is None
+    ours, theirs = leaves(tensors, wanted), leaves(tensors, wanted)
+    (theirs[0] * theirs[1]).backward(grad)
+    output = multiply(*ours, "mbm-t8")
+    with Recorder(torch.ops.aten.mul.Tensor) as recorder:
+        output.backward(grad)
+    assert len(recorder.calls) == sum(wanted)
+    for mine, yours, is_wanted in zip(ours, theirs, wanted, strict=True):
+        assert torch.equal(mine.grad, yours.grad) if is_wanted else mine.grad is None
 
 
 # PyTorch's ways of calling
 
 
-@pytest.mark.parametrize(("convolution", "multiplier"), [(CONVOLUTIONS[1], "mbm"), (CONVOLUTIONS[0], "exact")])
-def test_conv2d_is_a_well_behaved_operator(convolution, multiplier):
+@pytest.mark.parametrize(
+    ("convolution", "multiplier", "memory_format"),
+    [
+        (CONVOLUTIONS[1], ("mbm",), torch.contiguous_format),
+        (CONVOLUTIONS[0], ("mbm",), torch.channels_last),
+        (CONVOLUTIONS[0], ("exact",), torch.contiguous_format),
+        (CONVOLUTIONS[1], TABLE_OPERANDS, torch.contiguous_format),
+        (CONVOLUTIONS[0], (IN_C.content.handle,), torch.contiguous_format),
+    ],
+    ids=["mbm", "channels last", "exact", "table", "C"],
+)
+def test_conv2d_passes_opcheck(convolution, multiplier, memory_format):
     *shapes, stride, padding, dilation, groups = convolution
-    input, weight, bias = (t.requires_grad_() for t in operands(*shapes))
-    pairs = [[x, x] if isinstance(x, int) else list(x) for x in (stride, padding, dilation)]
-    torch.library.opcheck(torch.ops.mbm.conv2d.default, (input, weight, bias, *pairs, groups, multiplier))
+    input, weight, bias = operands(*shapes)
+    input = input.contiguous(memory_format=memory_format)
+    tensors = [t.requires_grad_() for t in (input, weight, bias)]
+    pairs = in_pairs(stride, padding, dilation)
+    torch.library.opcheck(torch.ops.mbm.conv2d.default, (*tensors, *pairs, groups, *multiplier))
 
 
-def test_multiply_is_a_well_behaved_operator():
+@pytest.mark.parametrize("multiplier", [("mbm-t8",), TABLE_OPERANDS, (IN_C.content.handle,)], ids=["mbm", "table", "C"])
+def test_multiply_passes_opcheck(multiplier):
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
-    torch.library.opcheck(torch.ops.mbm.multiply.default, (a, b, "mbm-t8"))
+    torch.library.opcheck(torch.ops.mbm.multiply.default, (a, b, *multiplier))
 
 
-def test_a_channels_last_input_is_well_behaved():
-    input, weight, bias = operands((2, 3, 9, 9), (4, 3, 3, 3))
-    input = input.contiguous(memory_format=torch.channels_last).requires_grad_()
-    arguments = (input, weight.requires_grad_(), bias, [1, 1], [0, 0], [1, 1], 1, "mbm")
-    torch.library.opcheck(torch.ops.mbm.conv2d.default, arguments)
+@pytest.mark.parametrize(
+    ("multiplier", "direct"),
+    [("mbm-t8-r9", ("mbm-t8-r9",)), (TABLE, TABLE_OPERANDS), (IN_C, (IN_C.content.handle,))],
+    ids=["built-in", "table", "C"],
+)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS[:2])
+def test_operators_take_a_handle_and_a_table(multiplier, direct, convolution):
+    *shapes, stride, padding, dilation, groups = convolution
+    tensors, pairs = operands(*shapes), in_pairs(stride, padding, dilation)
+    expected = conv2d(*tensors, stride, padding, dilation, groups, multiplier)
+    assert same_bits(torch.ops.mbm.conv2d(*tensors, *pairs, groups, *direct), expected)
+    a, b = torch.randn(3, 1), torch.randn(4)
+    assert same_bits(torch.ops.mbm.multiply(a, b, *direct), multiply(a, b, multiplier))
 
 
-def test_compiled_as_one_opaque_operator():
+def test_tables_of_one_size_are_kept_apart():
+    """Two tables share the operator's handle; each call uses the table that it is given."""
+    other = Multiplier("lut", content=Table(5, TABLE.content.entries ^ 1))
+    a = torch.randn(1000)
+    for multiplier in (TABLE, other, TABLE):
+        assert same_bits(multiply(a, a, multiplier), reference_product(a, a, multiplier))
+
+
+@pytest.mark.parametrize("multiplier", [Multiplier("mitchell"), TABLE, IN_C], ids=str)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_operators_are_opaque_to_torch_compile(multiplier):
     graphs = []
 
     def backend(graph, example_inputs):
@@ -140,10 +180,10 @@ def test_compiled_as_one_opaque_operator():
         return graph.forward
 
     def function(input, weight, bias):
-        output = conv2d(input, weight, bias, padding="same", multiplier="mbm-t8")
-        return multiply(output, bias[:, None, None], Multiplier("mitchell"))
+        output = conv2d(input, weight, bias, padding="same", multiplier=multiplier)
+        return multiply(output, bias[:, None, None], multiplier)
 
-    tensors = [t.requires_grad_() for t in operands((2, 3, 9, 9), (4, 3, 3, 3))]
+    tensors = operands(requires_grad=True)
     expected = function(*tensors)
     expected_grads = torch.autograd.grad(expected.sum(), tensors)
     output = torch.compile(function, fullgraph=True, backend=backend)(*tensors)
@@ -155,24 +195,25 @@ def test_compiled_as_one_opaque_operator():
     assert [target for target in targets if target.startswith("mbm.")] == ["mbm.conv2d", "mbm.multiply"]
 
 
+@pytest.mark.parametrize("multiplier", ["mbm", random_table(4)], ids=str)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
-    input, weight, bias = (t.requires_grad_() for t in operands((2, 3, 9, 9), (4, 3, 3, 3)))
-    expected = conv2d(input, weight, bias)
+def test_modes_without_gradients(mode, multiplier):
+    input, weight, bias = operands(requires_grad=True)
     with mode():
-        output = conv2d(input, weight, bias)
-        product = multiply(bias, bias)
-    assert torch.equal(output, expected)
+        output, product = conv2d(input, weight, bias, multiplier=multiplier), multiply(bias, bias, multiplier)
     assert not output.requires_grad
     assert not product.requires_grad
+    after = conv2d(input, weight, bias, multiplier=multiplier)
+    assert torch.equal(output, after)
+    after.sum().backward()
+    assert weight.grad is not None
 
 
-def test_operands_are_not_changed_and_not_returned():
-    input, weight, bias = operands((2, 3, 9, 9), (4, 3, 3, 3))
+def test_operands_are_neither_changed_nor_returned():
+    input, weight, bias = operands()
     copies = [t.clone() for t in (input, weight, bias)]
     conv2d(input, weight, bias)
-    product = multiply(bias, torch.ones(()), "exact")
-    product.zero_()
+    multiply(bias, torch.ones(()), "exact").zero_()
     assert all(torch.equal(*pair) for pair in zip((input, weight, bias), copies, strict=True))
 
 
@@ -181,18 +222,16 @@ def test_operands_are_not_changed_and_not_returned():
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @pytest.mark.parametrize("multiplier", ["exact", "exact-r23", Multiplier("exact")])
-def test_exact_is_the_convolution_of_pytorch_itself(convolution, multiplier):
+def test_exact_is_the_convolution_of_pytorch(convolution, multiplier):
     *shapes, stride, padding, dilation, groups = convolution
-    tensors = [t.requires_grad_() for t in operands(*shapes)]
-    arguments = stride, padding, dilation, groups
-    assert torch.equal(conv2d(*tensors, *arguments, multiplier), F.conv2d(*tensors, *arguments))
-    doubles = [t.double() for t in tensors]
-    assert torch.equal(conv2d(*doubles, *arguments, multiplier), F.conv2d(*doubles, *arguments))
+    for tensors in (operands(*shapes), [t.double() for t in operands(*shapes)]):
+        arguments = stride, padding, dilation, groups
+        assert torch.equal(conv2d(*tensors, *arguments, multiplier), F.conv2d(*tensors, *arguments))
 
 
 @st.composite
 def geometries(draw):
-    """Shapes and arguments of a convolution, in all the forms that PyTorch takes."""
+    """Draw shapes and arguments of a convolution, in all the forms that PyTorch takes."""
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
     kernel, dilation = draw(st.tuples(st.integers(1, 5), st.integers(1, 5))), draw(pair)
     groups, channels = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -210,18 +249,17 @@ def geometries(draw):
 @given(geometries())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_arguments_mean_what_they_mean_to_pytorch(geometry):
-    """Unbatched and empty inputs, 'same' with even kernels, one number for two, tuples and lists."""
+    """Compare convolutions of small whole numbers, exact in any order, so that only the geometry matters."""
     input_shape, weight_shape, has_bias, arguments = geometry
-    input, weight = whole_numbers(*input_shape), whole_numbers(*weight_shape)
-    bias = whole_numbers(weight_shape[0]) if has_bias else None
-    expected = F.conv2d(input, weight, bias, *arguments)
-    output = conv2d(input, weight, bias, *arguments, "exact-t1")
-    assert torch.equal(output, expected)
-    on_meta = [None if t is None else t.to("meta") for t in (input, weight, bias)]
+    input, weight, bias = (torch.randint(-4, 5, s).float() for s in (input_shape, weight_shape, weight_shape[:1]))
+    tensors = input, weight, bias if has_bias else None
+    expected = F.conv2d(*tensors, *arguments)
+    assert torch.equal(conv2d(*tensors, *arguments, "exact-t1"), expected)
+    on_meta = [None if t is None else t.to("meta") for t in tensors]
     assert conv2d(*on_meta, *arguments, "exact-t1").shape == expected.shape
 
 
-def test_an_empty_batch_has_gradients():
+def test_an_empty_batch_has_zero_gradients():
     weight, bias = torch.ones(4, 3, 3, 3, requires_grad=True), torch.ones(4, requires_grad=True)
     output = conv2d(torch.ones(0, 3, 9, 9), weight, bias)
     assert output.shape == (0, 4, 7, 7)
@@ -231,42 +269,39 @@ def test_an_empty_batch_has_gradients():
 
 
 def test_multiply_broadcasts_on_the_meta_device():
-    product = multiply(torch.ones(2, 1, 3, device="meta"), torch.ones(4, 1, device="meta"))
+    product = multiply(torch.ones(2, 1, 3, device="meta"), torch.ones(4, 1, device="meta"), TABLE)
     assert product.shape == (2, 4, 3)
     assert product.device.type == "meta"
 
 
+# The backend of devices without kernels
+
+
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-r7", "mbm-t17", "exact-t8"])
-def test_the_backend_of_other_devices_agrees(convolution, multiplier):
-    """Its sums are of the same products, hence equal but for the rounding of the additions."""
+@pytest.mark.parametrize("multiplier", ["mbm", "mitchell-r7", "mbm-t17", "exact-t8", TABLE], ids=str)
+def test_the_reference_backend_adds_up_the_products(convolution, multiplier):
     *shapes, stride, padding, dilation, groups = convolution
     input, weight, bias = operands(*shapes)
-    pairs = [[x, x] if isinstance(x, int) else list(x) for x in (stride, padding, dilation)]
-    arguments = (*pairs, groups, multiplier)
-    terms = weight[0].numel() + 1
-    error = terms * 2.0**-23 / (1 - terms * 2.0**-23)
-    magnitude = reference.conv2d(input.abs(), weight.abs(), bias.abs(), *arguments) * (1 + error)
-    difference = reference.conv2d(input, weight, bias, *arguments) - conv2d(input, weight, bias, *arguments)
-    assert (difference.abs() <= 2 * error * magnitude).all()
+    pairs, multiplier = in_pairs(stride, padding, dilation), resolve(multiplier)
+    direct = TABLE_OPERANDS if multiplier is TABLE else (str(multiplier),)
+    output = reference.conv2d(input, weight, bias, *pairs, groups, *direct)
+    assert_sums_of_products(output, input, weight, bias, stride, padding, dilation, groups, multiplier)
 
 
-def test_the_backend_of_other_devices_is_the_reference_for_single_products():
+@pytest.mark.parametrize(("multiplier", "direct"), [(Multiplier("mbm", 8), ("mbm-t8",)), (TABLE, TABLE_OPERANDS)])
+def test_the_reference_backend_multiplies_bit_for_bit(multiplier, direct):
     input, weight = torch.randn(2, 1, 5, 6), torch.randn(3, 1, 1, 1)
-    sums = reference.conv2d(input, weight, None, [1, 1], [0, 0], [1, 1], 1, "mbm-t8")
-    expected = 0.0 + reference_product(input, weight.reshape(1, 3, 1, 1), Multiplier("mbm", 8))
-    assert torch.equal(sums.view(torch.int32), expected.view(torch.int32))
+    sums = reference.conv2d(input, weight, None, [1, 1], [0, 0], [1, 1], 1, *direct)
+    assert same_bits(sums, 0.0 + reference_product(input, weight.reshape(1, 3, 1, 1), multiplier))
     a, b = torch.randn(3, 1), torch.randn(4)
-    assert torch.equal(reference.multiply(a, b, "mbm-t8"), reference_product(a, b, Multiplier("mbm", 8)))
+    assert same_bits(reference.multiply(a, b, *direct), reference_product(a, b, multiplier))
 
 
-def test_a_large_batch_is_computed_in_parts(monkeypatch):
-    """The backend of other devices bounds the memory that it takes."""
-    input, weight, bias = operands((7, 2, 5, 5), (3, 2, 3, 3))
-    arguments = [1, 1], [1, 1], [1, 1], 1, "mbm"
-    expected = reference.conv2d(input, weight, bias, *arguments)
+def test_the_reference_backend_splits_large_batches(monkeypatch):
+    arguments = *operands((7, 2, 5, 5), (3, 2, 3, 3)), [1, 1], [1, 1], [1, 1], 1, "mbm"
+    expected = reference.conv2d(*arguments)
     monkeypatch.setattr(reference, "_CHUNK", 200)
-    assert torch.equal(reference.conv2d(input, weight, bias, *arguments), expected)
+    assert torch.equal(reference.conv2d(*arguments), expected)
 
 
 # Refusals
@@ -277,86 +312,74 @@ X, W = (2, 4, 8, 8), (6, 4, 3, 3)
 @pytest.mark.parametrize(
     ("input", "weight", "bias", "arguments"),
     [
-        ((8, 8), W, None, {}),
-        ((1, 2, 4, 8, 8), W, None, {}),
-        (X, (6, 4, 3), None, {}),
-        (X, (6, 4, 3), None, {"padding": "same"}),
-        (X, (6, 4, 3, 3, 3), None, {}),
-        (X, (6, 5, 3, 3), None, {}),
-        ((5, 8, 8), W, None, {}),
-        (X, W, (5,), {}),
-        (X, W, (6, 1), {}),
-        (X, W, (), {}),
-        (X, W, None, {"groups": 2}),
+        *[(shape, W, None, {}) for shape in ((8, 8), (1, 2, 4, 8, 8), (5, 8, 8), (2, 4, 2, 8), (2, 4, 0, 8))],
+        *[(X, shape, None, {}) for shape in ((6, 4, 3), (6, 4, 3, 3, 3), (6, 5, 3, 3), (0, 4, 3, 3), (6, 4, 0, 3))],
+        *[(X, W, shape, {}) for shape in ((5,), (6, 1), ())],
+        *[(X, W, None, {"groups": groups}) for groups in (2, 0, -1)],
         (X, (6, 1, 3, 3), None, {"groups": 4}),
-        (X, W, None, {"groups": 0}),
-        (X, W, None, {"groups": -1}),
-        (X, W, None, {"stride": 0}),
-        (X, W, None, {"stride": (1, -1)}),
-        (X, W, None, {"stride": (1, 1, 1)}),
-        (X, W, None, {"dilation": 0}),
-        (X, W, None, {"dilation": (1, 1, 1)}),
-        (X, W, None, {"padding": -1}),
-        (X, W, None, {"padding": (0, 0, 0)}),
-        (X, W, None, {"padding": "full"}),
-        (X, W, None, {"padding": "same", "stride": 2}),
-        (X, W, None, {"padding": "same", "stride": (1, 2)}),
-        (X, W, None, {"dilation": 4}),
-        ((2, 4, 2, 8), W, None, {}),
-        ((2, 4, 0, 8), W, None, {}),
-        (X, (0, 4, 3, 3), None, {}),
-        (X, (6, 4, 0, 3), None, {}),
+        *[(X, W, None, {"stride": stride}) for stride in (0, (1, -1), (1, 1, 1))],
+        *[(X, W, None, {"dilation": dilation}) for dilation in (0, 4, (1, 1, 1))],
+        *[(X, W, None, {"padding": padding}) for padding in (-1, (0, 0, 0), "full")],
+        *[(X, W, None, {"padding": "same", "stride": stride}) for stride in (2, (1, 2))],
+        (X, (6, 4, 3), None, {"padding": "same"}),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_pytorch_refuses_is_refused(input, weight, bias, arguments, device):
-    tensors = [None if shape is None else torch.ones(shape, device=device) for shape in (input, weight, bias)]
+    def tensors(device: str):
+        return [None if shape is None else torch.ones(shape, device=device) for shape in (input, weight, bias)]
+
     with pytest.raises(RuntimeError):
-        F.conv2d(*(None if shape is None else torch.ones(shape) for shape in (input, weight, bias)), **arguments)
+        F.conv2d(*tensors("cpu"), **arguments)
     with pytest.raises(RuntimeError):
-        conv2d(*tensors, **arguments, multiplier="mbm")
+        conv2d(*tensors(device), **arguments)
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        *((value, TypeError) for value in (None, 1.0, True, {}, range(1, 3))),
-        ("1", (TypeError, RuntimeError)),
-        (2**63, ValueError),
-        (-(2**63) - 1, ValueError),
-    ],
-)
-def test_arguments_of_a_wrong_type_are_refused_as_pytorch_does(name, value, kind):
-    """Before anything else that is wrong, here the channels."""
+@pytest.mark.parametrize("value", [None, 1.0, True, {}, range(1, 3), "1", 2**63, -(2**63) - 1], ids=repr)
+def test_wrong_argument_types_raise_as_in_pytorch(name, value):
+    """Types come first: the channels, too, are wrong."""
     input, weight = torch.ones(1, 3, 8, 8), torch.ones(W)
-    with pytest.raises(kind) as theirs:
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as theirs:
         F.conv2d(input, weight, **{name: value})
     with pytest.raises(type(theirs.value)):
         conv2d(input, weight, **{name: value})
 
 
-def test_whole_numbers_of_other_types_are_taken():
+def test_integers_of_any_type_are_taken():
     input, weight = torch.ones(X), torch.ones(W)
     for two in (np.int64(2), torch.tensor(2), torch.Size([2]), [np.int64(2), torch.tensor(2)]):
         assert torch.equal(conv2d(input, weight, stride=two), conv2d(input, weight, stride=2))
 
 
-@pytest.mark.parametrize("wrong", range(3))
-def test_what_is_no_dense_tensor_is_refused(wrong):
-    operands = [torch.ones(X), torch.ones(W), torch.ones(6)]
-    name = ("input", "weight", "bias")[wrong]
+@pytest.mark.parametrize(("wrong", "name"), [(0, "input"), (1, "weight"), (2, "bias")])
+def test_operands_must_be_dense_float32_tensors(wrong, name):
+    def replaced(value) -> list:
+        tensors = [torch.ones(X), torch.ones(W), torch.ones(6)]
+        return [value(x) if i == wrong else x for i, x in enumerate(tensors)]
+
     for value in ([1.0], 1.0, "tensor", np.ones(X, np.float32)):
-        with pytest.raises(TypeError, match=f"{name} is a tensor, not {type(value).__name__}"):
-            conv2d(*[value if i == wrong else x for i, x in enumerate(operands)])
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, not {type(value).__name__}"):
+            conv2d(*replaced(lambda x, value=value: value))
     with pytest.raises(RuntimeError, match=rf"use {name}\.to_dense\(\)"):
-        conv2d(*[x.to_sparse() if i == wrong else x for i, x in enumerate(operands)])
-    with pytest.raises(TypeError, match="b is a tensor, not float"):
-        multiply(operands[0], 2.0)
+        conv2d(*replaced(Tensor.to_sparse))
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64):
+        with pytest.raises(RuntimeError, match=rf"{name} is {dtype}, .* cast it with {name}\.float\(\)"):
+            conv2d(*replaced(lambda x, dtype=dtype: x.to(dtype)))
+
+
+def test_multiply_refuses_other_operands():
+    a = torch.ones(3)
+    with pytest.raises(TypeError, match="b must be a tensor, not float"):
+        multiply(a, 2.0)
+    with pytest.raises(RuntimeError, match=r"b is torch.float64, .* cast it with b\.float\(\)"):
+        multiply(a, a.double())
+    with pytest.raises(RuntimeError, match="must match the size"):
+        multiply(a, torch.ones(4))
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
-def test_numbers_that_the_kernels_cannot_compute_with_are_refused(name):
+def test_numbers_above_31_bits_are_refused(name):
     input, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
     for compute in (conv2d, partial(torch.ops.mbm.conv2d, bias=None, groups=1, multiplier="mbm")):
         arguments = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], name: [1, 2**31]}
@@ -364,31 +387,14 @@ def test_numbers_that_the_kernels_cannot_compute_with_are_refused(name):
             compute(input, weight, **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
-def test_other_types_are_refused_with_what_to_cast(dtype):
-    input, weight, bias = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2), torch.ones(1)
-    for wrong in range(3):
-        tensors = [t.to(dtype) if i == wrong else t for i, t in enumerate((input, weight, bias))]
-        name = ("input", "weight", "bias")[wrong]
-        with pytest.raises(RuntimeError, match=rf"{name} is {dtype}, .* cast it with {name}\.float\(\)"):
-            conv2d(*tensors)
-    with pytest.raises(RuntimeError, match=rf"b is {dtype}, .* cast it with b\.float\(\)"):
-        multiply(input, input.to(dtype))
-
-
 def test_operands_on_two_devices_are_refused():
-    input, weight, bias = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2), torch.ones(1)
+    input, weight, bias = operands()
     with pytest.raises(RuntimeError, match="input is on cpu and weight on meta: move them to one device"):
         conv2d(input, weight.to("meta"), bias)
     with pytest.raises(RuntimeError, match="weight is on cpu and bias on meta"):
         conv2d(input, weight, bias.to("meta"))
     with pytest.raises(RuntimeError, match="a is on meta and b on cpu"):
         multiply(input.to("meta"), input)
-
-
-def test_operands_that_do_not_broadcast_are_refused():
-    with pytest.raises(RuntimeError):
-        multiply(torch.ones(3), torch.ones(4))
 
 
 @pytest.mark.parametrize("multiplier", ["booth", "mbm-t23", "mbm-r0", ""])

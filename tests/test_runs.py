@@ -1,4 +1,4 @@
-"""A run's folder: made once, written whole or not at all, found again, and never trusted blindly."""
+"""A run's folder: created once, written whole or not at all, found again, and checked when it is read."""
 
 import errno
 import fcntl
@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from mbm_cli.errors import MbmError, RequestError, RunError
-from mbm_cli.runs import Run, list_runs
+from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
+from mbm_cli.runs import Run, Summary, list_runs
 
+NAN = float("nan")
+# As version 0.1.0 wrote them: no reason in the summary, no threads in the config but in environment.json.
 SUMMARY = {
     "status": "completed",
     "multiplier": "mbm",
@@ -28,6 +32,9 @@ SUMMARY = {
     "train_seconds": [0.9, 0.9],
     "total_seconds": 2.0,
 }
+CONFIG = "name: x\nmodel: {name: lenet, multiplier: mbm}\ntrain: {epochs: 2, deterministic: true}\n"
+ENVIRONMENT = {"mbm": "0.1.0", "threads": 3, "device": "cpu"}
+WEIGHT = torch.arange(4.0)
 
 
 def metrics(epoch: int, loss: float = 0.1) -> dict:
@@ -35,10 +42,22 @@ def metrics(epoch: int, loss: float = 0.1) -> dict:
     return {"epoch": epoch, **dict.fromkeys((*names, "eval_seconds", "images_per_second"), loss)}
 
 
-def make_run(output: Path, name: str, summary: str = '{"status": "completed"}') -> Run:
+CHECKPOINT = {
+    "epoch": 2,
+    "multipliers": ["mbm"],
+    "metrics": [metrics(1, NAN), metrics(2)],
+    "model": {"weight": WEIGHT},
+    "random": {"cpu": torch.get_rng_state()},
+}
+
+
+def make_run(output: Path, name: str, **files: str) -> Run:
+    """Write a run's folder; a keyword names a file without its ending."""
     folder = output / name
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(summary)
+    texts = {"summary": json.dumps(SUMMARY), "config": CONFIG, "environment": json.dumps(ENVIRONMENT), **files}
+    for file, text in texts.items():
+        (folder / f"{file}.{'yaml' if file == 'config' else 'json'}").write_text(text)
     return Run(folder)
 
 
@@ -47,52 +66,69 @@ def run(tmp_path) -> Run:
     return make_run(tmp_path / "runs", "20260101T000000Z-lenet-mbm-0001")
 
 
-# Making one
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-def test_each_run_has_a_folder_of_its_own(tmp_path):
+def named(path: Path) -> str:
+    return re.escape(str(path))
+
+
+# Creating
+
+
+def test_each_run_has_its_own_folder(tmp_path):
     output = tmp_path / "a" / "b"
     runs = [Run.create(output, "lenet-mbm") for _ in range(3)]
-    assert len({run.folder for run in runs}) == 3
-    for run in runs:
-        assert run.folder.parent == output
-        assert list(run.folder.iterdir()) == []
-        assert re.fullmatch(r"\d{8}T\d{6}Z-lenet-mbm-[0-9a-f]+", run.name)
+    assert names_in(output) == {run.name for run in runs}
+    assert len(names_in(output)) == 3
+    assert all(re.fullmatch(r"\d{8}T\d{6}Z-lenet-mbm-[0-9a-f]{4}", run.name) for run in runs)
 
 
-def test_a_folder_is_seen_with_its_first_files_or_not_at_all(tmp_path, monkeypatch):
+def test_folder_appears_with_its_files_or_never(tmp_path, monkeypatch):
     run = Run.create(tmp_path, "a", {"config.yaml": "x", "summary.json": "{}"})
-    assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "summary.json"]
+    assert names_in(run.folder) == {"config.yaml", "summary.json"}
     assert run.folder.stat().st_mode & 0o777 == 0o755
 
-    def killed(*args):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         Run.create(tmp_path, "b", {"summary.json": "{}"})
-    assert list(tmp_path.iterdir()) == [run.folder]
+    assert names_in(tmp_path) == {run.name}
 
 
-# Who computes it
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"{tmp_path / 'file' / 'runs'}.*--output"):
+        Run.create(tmp_path / "file" / "runs", "x")
 
 
-def test_a_run_that_nobody_holds_is_stopped_not_running(run):
+@pytest.mark.parametrize(("error", "message"), [(Interrupted("x"), "nothing was kept"), (ValueError("x"), "^x$")])
+def test_only_complete_results_are_kept(run, error, message):
+    with run.kept_if_complete():
+        pass
+    assert run.folder.exists()
+    with pytest.raises(type(error), match=message), run.kept_if_complete():
+        raise error
+    assert not run.folder.exists()
+
+
+# Locking
+
+
+def test_running_without_a_process_is_stopped(run):
     run.write_json("summary.json", {**SUMMARY, "status": "running"})
-    assert run.summary()["status"] == "stopped"
+    assert run.summary().status == "stopped"
     with run.hold():
-        assert run.summary()["status"] == "running"
-    assert run.summary()["status"] == "stopped"
+        assert run.summary().status == "running"
+    assert run.summary().status == "stopped"
 
 
-def test_a_run_is_computed_by_one_process(run):
+def test_one_process_holds_a_run(run):
     with run.hold(), pytest.raises(RequestError, match="computed by another process"), run.hold():
         pass
-    with run.hold():
-        pass
-
-
-def test_a_killed_process_holds_nothing(run):
     script = f"import os, pathlib; from mbm_cli.runs import Run; r = Run(pathlib.Path({str(run.folder)!r}))\n"
     script += "with r.hold(): os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
@@ -100,83 +136,70 @@ def test_a_killed_process_holds_nothing(run):
         pass
 
 
-def test_whoever_looks_at_a_run_keeps_nobody_from_computing_it(run):
+def test_readers_do_not_block_the_writer(run):
     descriptor = os.open(run.folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as for a look, which is much shorter
-    looked = threading.Thread(target=lambda: (time.sleep(0.05), os.close(descriptor)))
-    looked.start()
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as a reader does for an instant
+    reader = threading.Thread(target=lambda: (time.sleep(0.05), os.close(descriptor)))
+    reader.start()
     with run.hold():
-        looked.join()
+        reader.join()
 
 
-def test_what_a_killed_process_left_half_written_goes_with_the_next_one(run):
+def test_holding_removes_half_written_files(run):
+    before = names_in(run.folder)
     (run.folder / ".checkpoint.pt-x1y2z3_4").write_bytes(b"half")
-    (run.folder / ".lenet-mbm-x1y2z3_4").mkdir()  # of a run in a comparison
+    (run.folder / ".lenet-mbm-x1y2z3_4").mkdir()  # a member that is being created
     (run.folder / "notes.txt").write_text("the user's")
     with run.hold():
-        assert {path.name for path in run.folder.iterdir()} == {
-            *("summary.json", "notes.txt", ".lenet-mbm-x1y2z3_4"),
-        }
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=f"{tmp_path / 'file' / 'runs'}.*--output"):
-        Run.create(tmp_path / "file" / "runs", "x")
+        assert names_in(run.folder) == before | {"notes.txt", ".lenet-mbm-x1y2z3_4"}
 
 
 # Writing
 
 
 def test_what_is_written_is_read_back(run):
-    run.write("config.yaml", "name: é\n")
+    summary = Summary(**SUMMARY, reason="é")
+    run.write_json("summary.json", summary)
     run.write_json("environment.json", {"device": "cpu", "git_commit": None})
-    run.write_json("summary.json", SUMMARY)
     run.write_metrics([metrics(1), metrics(2, 1e-300)])
+    run.write_checkpoint(CHECKPOINT)
+    run.write("config.yaml", "name: é\n")
     assert run.config_text() == "name: é\n"
+    assert run.summary() == summary
     assert run.environment() == {"device": "cpu", "git_commit": None}
-    assert run.summary() == SUMMARY
     assert run.metrics() == [metrics(1), metrics(2, 1e-300)]
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert torch.equal(run.checkpoint()["model"]["weight"], WEIGHT)
+    assert torch.equal(torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]["weight"], WEIGHT)
+    text = (run.folder / "summary.json").read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text) == asdict(summary)
 
 
-def test_before_the_first_epoch_there_are_no_metrics_and_no_checkpoint(run):
-    assert run.metrics() == []
-    assert run.checkpoint() is None
+def test_new_run_has_no_metrics_and_no_checkpoint(run):
+    assert (run.metrics(), run.checkpoint()) == ([], None)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_what_was_there(run, monkeypatch, function, failure):
+def test_failed_write_changes_nothing(run, monkeypatch, function, failure):
+    before, seen = names_in(run.folder), []
+
     def fail(*args):
+        seen.append(names_in(run.folder) - before)
         raise failure
 
-    run.write("config.yaml", "old\n")
-    before = sorted(run.folder.iterdir())
     monkeypatch.setattr(os, function, fail)
-    expected = RunError if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected) as error:
+    full = isinstance(failure, OSError)
+    where = f"{named(run.folder / 'config.yaml')}.*No space left on device"
+    with pytest.raises(RunError if full else KeyboardInterrupt, match=where if full else None):
         run.write("config.yaml", "new")
-    assert sorted(run.folder.iterdir()) == before
-    assert run.config_text() == "old\n"
-    if expected is RunError:
-        assert str(run.folder / "config.yaml") in str(error.value)
-        assert "No space left on device" in str(error.value)
+    assert names_in(run.folder) == before
+    assert run.config_text() == CONFIG
+    assert [len(names) for names in seen] == [1]  # the temporary file, in the same folder
 
 
-def test_a_file_appears_only_when_it_is_whole(run, monkeypatch):
-    replace, seen = os.replace, []
-
-    def look(source, target):
-        seen.append((Path(target).exists(), Path(source).parent, Path(source).read_text()))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", look)
-    run.write("config.yaml", "content")
-    assert seen == [(False, run.folder, "content")]
-
-
-def test_writing_to_a_folder_that_is_gone(tmp_path):
+def test_writing_to_a_missing_folder_is_named(tmp_path):
     with pytest.raises(RunError, match="gone"):
         Run(tmp_path / "gone").write("config.yaml", "x")
 
@@ -184,104 +207,50 @@ def test_writing_to_a_folder_that_is_gone(tmp_path):
 # Finding
 
 
-def test_a_run_is_found_by_its_name_and_by_its_path(run, tmp_path, monkeypatch):
-    output = run.folder.parent
+def test_run_is_found_by_name_path_and_id(run, tmp_path, monkeypatch):
+    output, elsewhere = run.folder.parent, tmp_path / "elsewhere"
     assert Run.find(run.name, output) == run
-    assert Run.find(str(run.folder), tmp_path / "elsewhere") == run
-    assert Run.find(f"{run.folder}/", tmp_path / "elsewhere").folder == run.folder
-    monkeypatch.chdir(output)
-    assert Run.find(run.name, tmp_path / "elsewhere").folder.resolve() == run.folder
+    assert Run.find("0001", output) == run
+    assert Run.find(str(run.folder), elsewhere) == run
+    assert Run.find(f"{run.folder}/", elsewhere) == run
+    monkeypatch.chdir(run.folder)
+    assert Run.find(".", elsewhere) == run
+    make_run(output, "other-0001")
+    with pytest.raises(RequestError, match=r"2 runs .* end with '0001'"):
+        Run.find("0001", output)
 
 
-def test_a_run_is_found_by_its_short_id(run):
-    output = run.folder.parent
-    short = run.name.rpartition("-")[2]
-    assert Run.find(short, output) == run
-    Run.create(output, f"other-{short}", {"summary.json": "{}"}).folder.rename(output / f"other-{short}")
-    with pytest.raises(RequestError, match=f"2 runs .* end with '{short}'"):
-        Run.find(short, output)
-
-
-def test_what_is_no_run_but_a_result_is_said_to_be_one(tmp_path):
+def test_result_without_training_is_not_a_run(tmp_path):
     made = Run.create(tmp_path, "lenet-mbm-profile-conv", {"profile.json": "{}"})
     for name in (made.name, made.name.rpartition("-")[2], str(made.folder)):
-        with pytest.raises(RequestError, match=r"is no training run: its result is in profile\.json"):
+        with pytest.raises(RequestError, match=r"is not a training run: its result is in profile\.json"):
             Run.find(name, tmp_path)
 
 
-def test_a_run_that_is_not_there(run):
-    output = run.folder.parent
-    with pytest.raises(RequestError, match=f"did you mean {run.name}"):
-        Run.find(run.name.replace("lenet", "lent"), output)
-    with pytest.raises(RequestError, match=r"'qqq'.*mbm runs list"):
-        Run.find("qqq", output)
-    with pytest.raises(RequestError, match="nowhere"):
-        Run.find(run.name, output / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "output", "message"),
+    [
+        ("20260101T000000Z-lent-mbm-0001", "", "did you mean 20260101T000000Z-lenet-mbm-0001"),
+        ("qqq", "", "'qqq'.*mbm runs list"),
+        ("20260101T000000Z-lenet-mbm-0001", "nowhere", "nowhere"),
+    ],
+)
+def test_missing_run_is_answered_with_the_nearest(run, name, output, message):
+    with pytest.raises(RequestError, match=message):
+        Run.find(name, run.folder.parent / output)
 
 
-def test_the_list_is_in_order_of_time_and_holds_runs_only(tmp_path):
+def test_runs_are_listed_in_order_of_time(tmp_path):
     names = ["20251231T235959Z-z-ffff", "20260101T000000Z-a-0000", "20260101T000001Z-a-0000"]
     for name in (names[1], names[2], names[0]):
         make_run(tmp_path, name)
     (tmp_path / "README.md").write_text("")
     (tmp_path / "20260101T000002Z-no-summary").mkdir()
     assert [run.name for run in list_runs(tmp_path)] == names
-    assert list_runs(tmp_path / "nowhere") == []
-    assert list_runs(tmp_path / ("x" * 300)) == []
+    assert list_runs(tmp_path / "nowhere") == list_runs(tmp_path / ("x" * 300)) == []
 
 
-# What is damaged
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b'{"status": "comp', b"[1, 2]", b"null", b"\xff\xfe{}", b"{}", b"[" * 100_000),
-        json.dumps({**SUMMARY, "status": "done"}).encode(),
-        json.dumps({**SUMMARY, "test_accuracy": "high"}).encode(),
-        json.dumps({**SUMMARY, "epoch_seconds": [None]}).encode(),
-    ],
-)
-def test_a_damaged_summary_is_named(run, content):
-    (run.folder / "summary.json").write_bytes(content)
-    with pytest.raises(RunError, match=re.escape(str(run.folder / "summary.json"))):
-        run.summary()
-
-
-@pytest.mark.parametrize("content", [b'{"epoch": 1}\n', b'{"epo', b"\n\n", b"3\n", b"\xff\n"])
-def test_damaged_metrics_are_named(run, content):
-    (run.folder / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(RunError, match=re.escape(str(run.folder / "metrics.jsonl"))):
-        run.metrics()
-
-
-def write_whole(run: Run) -> None:
-    for name in ("config.yaml", "environment.json"):
-        run.write(name, "name: x\n" if name == "config.yaml" else "{}")
-    run.write_json("summary.json", SUMMARY)
-    run.write_metrics([metrics(1, float("nan"))])
-    run.write_checkpoint({**CHECKPOINT, "metrics": [metrics(1, float("nan")), metrics(2)]})
-
-
-def test_files_that_contradict_one_another_are_damaged(run):
-    """As after a bit that has made another number; a run that was killed may have the metrics of an epoch less."""
-    write_whole(run)
-    run.check()
-    run.write_metrics([metrics(1, 0.25)])
-    with pytest.raises(RunError, match=re.escape(str(run.folder / "metrics.jsonl"))):
-        run.check()
-
-
-@pytest.mark.parametrize("text", ["name: x\ndata: {root\n", "name: x\ntrain:\n  epochs: 1"])
-def test_a_config_that_is_cut_off_is_damage(run, text):
-    """Also where what is left is a config: the rest would silently be its defaults, 1 might have been 12."""
-    write_whole(run)
-    run.write("config.yaml", text)
-    with pytest.raises(MbmError, match=re.escape(str(run.folder / "config.yaml"))):
-        run.check()
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_output_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -290,45 +259,74 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         list_runs(tmp_path)
 
 
-def test_a_missing_file_is_named(run):
-    with pytest.raises(RunError, match=re.escape(str(run.folder / "config.yaml"))):
-        run.config_text()
+def test_single_run_is_asked_for_with_an_example(run):
+    run.refuse_several()
+    run.write_json("plan.json", {})
+    member = make_run(run.folder, "20260101T000001Z-member-0002")
+    with pytest.raises(RequestError, match=f"several runs: name one of them, for example {member.folder}"):
+        run.refuse_several()
 
 
-CHECKPOINT = {
-    "epoch": 1,
-    "multipliers": ["mbm"],
-    "metrics": [metrics(1)],
-    "model": {"weight": torch.arange(4.0)},
-    "random": {"cpu": torch.get_rng_state()},
-}
+# Damage
 
 
-def test_a_checkpoint_is_plain_data(run):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("summary.json", content) for content in (b"", b'{"status": "comp', b"null", b"\xff\xfe{}", b"{}")),
+        ("summary.json", b"[" * 100_000),
+        ("summary.json", json.dumps({**SUMMARY, "status": "done"}).encode()),
+        ("summary.json", json.dumps({**SUMMARY, "test_accuracy": "high"}).encode()),
+        ("summary.json", json.dumps({**SUMMARY, "epoch_seconds": [None]}).encode()),
+        ("environment.json", b'{"threads": 0}'),
+        ("environment.json", b'{"threads": "2"}'),
+        *(("metrics.jsonl", content) for content in (b'{"epoch": 1}\n', b'{"epo', b"\n\n", b"3\n", b"\xff\n")),
+        # What is left of a config that was cut off is a config, too: 1 may have been 12, and the rest is missing.
+        *(("config.yaml", content) for content in (b"name: x\ndata: {root\n", b"name: x\ntrain:\n  epochs: 1")),
+        ("checkpoint.pt", b""),
+        ("checkpoint.pt", b"garbage\n"),
+    ],
+)
+def test_damaged_file_is_named(run, name, content):
+    run.check()
+    (run.folder / name).write_bytes(content)
+    with pytest.raises(MbmError, match=named(run.folder / name)) as error:
+        run.check()
+    assert run.row() == {"run": str(run.folder), "status": "damaged", "reason": str(error.value)}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "environment.json"])
+def test_missing_file_is_named(run, name):
+    (run.folder / name).unlink()
+    with pytest.raises(RunError, match=f"{named(run.folder / name)} cannot be read"):
+        run.check()
+
+
+def test_metrics_and_checkpoint_must_agree(run):
+    run.write_metrics([metrics(1, NAN)])  # a run that was killed lacks the last line
     run.write_checkpoint(CHECKPOINT)
-    found = torch.load(run.folder / "checkpoint.pt", weights_only=True)
-    assert found["epoch"] == 1
-    assert torch.equal(run.checkpoint()["model"]["weight"], torch.arange(4.0))
-    assert torch.equal(run.checkpoint()["random"]["cpu"], CHECKPOINT["random"]["cpu"])
+    run.check()
+    run.write_metrics([metrics(1, 0.25)])
+    with pytest.raises(RunError, match=named(run.folder / "metrics.jsonl")):
+        run.check()
 
 
-def flip_a_bit(content: bytes) -> bytes:
-    """Of a weight: the archive stays readable, the weight would be another."""
-    i = content.index(torch.arange(4.0).numpy().tobytes()) + 9
-    return content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :]
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"garbage\n", flip_a_bit])
-def test_a_damaged_checkpoint_is_named(run, damage):
+@pytest.mark.parametrize("whole_archive", [True, False])
+def test_damaged_checkpoint_is_named(run, whole_archive):
     run.write_checkpoint(CHECKPOINT)
     path = run.folder / "checkpoint.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(RunError, match=re.escape(str(path))):
+    content = bytearray(path.read_bytes())
+    if whole_archive:
+        content[content.index(WEIGHT.numpy().tobytes()) + 9] ^= 64  # another weight, in an archive that is readable
+    else:
+        del content[len(content) // 2 :]
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=f"{named(path)} is damaged"):
         run.checkpoint()
 
 
 class Payload:
-    """Unpickled, it would make a file."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -337,15 +335,89 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(run, tmp_path):
-    torch.save({"epoch": Payload(tmp_path / "made")}, run.folder / "checkpoint.pt")
-    with pytest.raises(RunError, match=re.escape(str(run.folder / "checkpoint.pt"))):
+def test_checkpoint_that_runs_code_is_refused(run, tmp_path):
+    torch.save({**CHECKPOINT, "epoch": Payload(tmp_path / "made")}, run.folder / "checkpoint.pt")
+    with pytest.raises(RunError, match=named(run.folder / "checkpoint.pt")):
         run.checkpoint()
     assert not (tmp_path / "made").exists()
 
 
-def test_json_files_end_with_a_newline(run):
-    run.write_json("summary.json", {"status": "failed"})
-    text = (run.folder / "summary.json").read_text()
-    assert text.endswith("}\n")
-    assert json.loads(text) == {"status": "failed"}
+# Comparisons and sweeps, and folders of version 0.1.0
+
+PLAN = {
+    "kind": "sweep",
+    "vary": {"model.multiplier": ["mbm", "mbm-t8"]},
+    "seeds": 1,
+    "threads": 3,
+    "jobs": 1,
+    "combinations": [
+        {"values": {"model.multiplier": m}, "config": {"name": "x", "model": {"multiplier": m}}, "keys": [m]}
+        for m in ("mbm", "mbm-t8")
+    ],
+}
+
+
+def test_old_run_is_read(run):
+    assert run.summary() == Summary(**SUMMARY)
+    assert run.config().train.threads == 3
+    run.write("config.yaml", CONFIG.replace("epochs: 2", "epochs: 2, threads: 4"))
+    assert run.config().train.threads == 4
+
+
+def test_old_sweep_is_read(run):
+    run.write_json("plan.json", PLAN)
+    plan = run.plan()
+    assert (plan.kind, plan.vary, plan.seeds, plan.jobs) == ("sweep", PLAN["vary"], 1, 1)
+    assert [one.keys for one in plan.combinations] == [["mbm"], ["mbm-t8"]]
+    assert [one.values for one in plan.combinations] == [one["values"] for one in PLAN["combinations"]]
+    assert run.has_several
+
+
+def test_old_comparison_is_refused_with_its_version(run):
+    columns = {name: {"multiplier": name, "keys": [name]} for name in ("exact", "mbm")}
+    run.write_json("plan.json", {"kind": "comparison", "columns": columns, "seeds": 1})
+    with pytest.raises(RequestError, match=r"a comparison of mbm 0\.1\.0: resume it with that version$"):
+        run.plan()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seeds", "3"), ("seeds", 0), ("jobs", -1), ("combinations", []), ("vary", None), ("kind", "x")],
+)
+def test_damaged_plan_is_named(run, field, value):
+    run.write_json("plan.json", {**PLAN, field: value})
+    with pytest.raises(RunError, match=rf"plan\.json is damaged \({field}: "):
+        run.plan()
+
+
+@pytest.mark.parametrize("combinations", [3, "abc", [3], [{"values": {}, "config": 3, "keys": []}]])
+def test_damaged_combinations_are_named(run, combinations):
+    run.write_json("plan.json", {**PLAN, "combinations": combinations})
+    for read in (run.plan, lambda: run.trusted(False)):
+        with pytest.raises(RunError, match=r"plan\.json is damaged"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "code"),
+    [
+        ("'python:/a.py:f'", "python:/a.py:f"),
+        ('"\\x70ython:/a.py:f"', "python:/a.py:f"),
+        ("{conv1: 'c:/a.h:f', default: mbm}", "c:/a.h:f"),
+    ],
+)
+@pytest.mark.parametrize("place", ["config", "member", "plan"])
+def test_code_is_refused_without_running_it(run, place, multiplier, code):
+    harmless, text = (CONFIG.replace("multiplier: mbm", f"multiplier: {m}") for m in ("'lut:/a.bin'", multiplier))
+    run.write("config.yaml", text if place == "config" else harmless)
+    make_run(run.folder, "member", config=text if place == "member" else harmless)
+    planned = yaml.safe_load(text if place == "plan" else harmless)
+    run.write_json("plan.json", {**PLAN, "combinations": [{"values": {}, "config": planned, "keys": []}]})
+    with pytest.raises(RequestError, match=f"{named(run.folder)} names code, {code}: .*--trust"):
+        run.trusted(False)
+    assert run.trusted(True) == run
+
+
+def test_tables_are_not_code(run):
+    run.write("config.yaml", CONFIG.replace("multiplier: mbm", "multiplier: 'lut:/a.bin'"))
+    assert run.trusted(False) == run

@@ -1,8 +1,8 @@
-"""The loop: what an epoch trains on, what it reports, and that it is no other than a plain PyTorch loop."""
+"""The loop: what an epoch trains on and reports, and that it computes what a plain PyTorch loop does."""
 
 import copy
 import math
-from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,39 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_cli import training
-from mbm_cli.config import OptimizerConfig
-from mbm_cli.data import Split
+from mbm_cli.config import parse
 from mbm_cli.errors import Interrupted, RunError
-from mbm_cli.experiments.setup import build_optimizer
-from mbm_cli.models import MODELS
-from mbm_cli.training import Trainer, learning_rates
+from mbm_cli.experiments.lifecycle import build_model, build_trainer
+from mbm_cli.training import PartOfEpoch, Split, Trainer, learning_rates
 
 BATCHES = [16, 16, 16, 4]
 BATCH, STEPS, TRAIN, TEST = BATCHES[0], len(BATCHES), sum(BATCHES), 30
 CPU = torch.device("cpu")
+RATES = learning_rates(0.01, "linear", 0, STEPS, STEPS)
 
 
 def random_split(size: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 1, 28, 28, generator=generator)
-    return Split(images, torch.randint(10, (size,), generator=generator))
+    return Split(images, torch.randint(10, (size,), generator=generator), 10)
 
 
-def make_model(name: str = "lenet", multiplier: str = "exact") -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name](multiplier)
+def make_config(network: str = "lenet", multiplier: str = "exact", optimizer: str = "name: adam", batch: int = 1000):
+    text = f"name: x\nmodel: {{name: {network}, multiplier: {multiplier}}}\noptimizer: {{{optimizer}}}\n"
+    return parse(text + f"data: {{batch_size: {BATCH}, eval_batch_size: {batch}}}", "x")
 
 
-def make_trainer(model: nn.Module, optimizer: OptimizerConfig | None = None, eval_batch_size: int = 1000) -> Trainer:
-    built = build_optimizer(optimizer or OptimizerConfig(), model, CPU)
-    return Trainer(model, built, random_split(TRAIN, 1), random_split(TEST, 2), BATCH, eval_batch_size)
+def make_trainer(*args, **kwargs) -> Trainer:
+    return build_trainer(make_config(*args, **kwargs), CPU, (random_split(TRAIN, 1), random_split(TEST, 2)))
+
+
+def trainer_of(model: nn.Module, train: Split, batch: int = BATCH) -> Trainer:
+    optimizer = torch.optim.Adam(model.parameters(), torch.tensor([0.001]), fused=True)
+    return Trainer(model, optimizer, train, train, batch, 1000)
 
 
 def order(epoch: int = 1) -> Tensor:
     return torch.randperm(TRAIN, generator=torch.Generator().manual_seed(epoch))
 
 
-RATES = learning_rates(0.01, "linear", 0, STEPS, STEPS)
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    state = b.state_dict()
+    return all(torch.equal(value, state[key]) for key, value in a.state_dict().items())
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """Return what asks to stop after so many steps."""
+    answers = iter([False] * steps)
+    return lambda: next(answers, True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,35 +68,26 @@ def one_thread():
 # The learning rate
 
 
-def test_the_linear_schedule_falls_to_zero_behind_the_last_step():
-    torch.testing.assert_close(learning_rates(0.4, "linear", 0, 4, 4), torch.tensor([0.4, 0.3, 0.2, 0.1]))
-
-
-def test_the_cosine_schedule():
-    expected = [0.4 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
-    torch.testing.assert_close(learning_rates(0.4, "cosine", 0, 4, 4), torch.tensor(expected))
-    assert expected[0] == 0.4
-    assert expected[2] == pytest.approx(0.2)
-
-
-def test_no_schedule_stays():
-    assert learning_rates(0.001, "none", 7, 3, 10).tolist() == [torch.tensor(0.001).item()] * 3
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "none"])
-def test_the_epochs_of_a_schedule_join(schedule):
-    whole = learning_rates(0.1, schedule, 0, 12, 12)
-    epochs = [learning_rates(0.1, schedule, first, 4, 12) for first in (0, 4, 8)]
-    assert torch.equal(torch.cat(epochs), whole)
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.4, 0.3, 0.2, 0.1]),
+        ("cosine", [0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.2 * (1 - math.sqrt(0.5))]),
+        ("none", [0.4] * 4),
+    ],
+)
+def test_schedule_falls_over_all_epochs(schedule, rates):
+    whole = learning_rates(0.4, schedule, 0, 4, 4)
     assert whole.dtype == torch.float32
-    assert (whole > 0).all()
+    torch.testing.assert_close(whole, torch.tensor(rates))
+    assert torch.equal(torch.cat([learning_rates(0.4, schedule, first, 2, 4) for first in (0, 2)]), whole)
 
 
 # An epoch
 
 
 class Recorder(nn.Module):
-    """Keeps what comes by in training: images whose pixels are all their own number."""
+    """Records the numbers that images in training are filled with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,12 +99,11 @@ class Recorder(nn.Module):
         return images / TRAIN
 
 
-def test_an_epoch_sees_every_image_once_in_the_given_order():
+def test_every_image_is_seen_once_in_order():
     recorder = Recorder()
-    model = nn.Sequential(recorder, nn.Flatten(), nn.Linear(784, 10))
     numbered = torch.arange(TRAIN).float().reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28).contiguous()
-    train = Split(numbered, torch.zeros(TRAIN, dtype=torch.int64))
-    trainer = Trainer(model, build_optimizer(OptimizerConfig(), model, CPU), train, random_split(TEST, 2), BATCH, 1000)
+    train = Split(numbered, torch.zeros(TRAIN, dtype=torch.int64), 10)
+    trainer = trainer_of(nn.Sequential(recorder, nn.Flatten(), nn.Linear(784, 10)), train)
     for epoch in (1, 2):
         recorder.seen.clear()
         trainer.epoch(order(epoch), RATES)
@@ -111,10 +112,8 @@ def test_an_epoch_sees_every_image_once_in_the_given_order():
 
 
 @pytest.mark.parametrize(("size", "batch", "steps"), [(64, 32, 2), (20, 32, 1), (1, 1, 1), (33, 32, 2)])
-def test_any_size_and_any_batch_size(size, batch, steps):
-    model = make_model()
-    split = random_split(size, 1)
-    trainer = Trainer(model, build_optimizer(OptimizerConfig(), model, CPU), split, split, batch, batch)
+def test_any_number_of_images_and_batch_size(size, batch, steps):
+    trainer = trainer_of(build_model(make_config(), CPU), random_split(size, 1), batch)
     assert trainer.steps == steps
     epoch = trainer.epoch(torch.arange(size), learning_rates(0.001, "none", 0, steps, steps))
     assert 0 <= epoch.train_accuracy <= 1
@@ -124,7 +123,7 @@ def test_any_size_and_any_batch_size(size, batch, steps):
 def plain_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, images_in_order: Tensor, rates: Tensor
 ) -> tuple[list[float], list[int]]:
-    """An epoch as anybody would write it; the sum of the losses and the hits of each step."""
+    """Train an epoch in the usual way; return the sum of the losses and the hits of each step."""
     train = random_split(TRAIN, 1)
     losses, hits = [], []
     model.train()
@@ -141,224 +140,174 @@ def plain_epoch(
     return losses, hits
 
 
+def plain(network: str = "lenet", **options: object) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a network with the weights of the trainers here, and an optimizer: Adam, or as ``options`` say."""
+    model, kind = build_model(make_config(network), CPU), options.pop("kind", torch.optim.Adam)
+    return model, kind(model.parameters(), 0.001, fused=True, **options)
+
+
 OPTIMIZERS = {
-    "adam": (OptimizerConfig(name="adam"), lambda p: torch.optim.Adam(p, fused=True)),
-    "adamw": (
-        OptimizerConfig(name="adamw", weight_decay=0.1),
-        lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True),
-    ),
-    "sgd": (
-        OptimizerConfig(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.01),
-        lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True, weight_decay=0.01, fused=True),
-    ),
+    "name: adam": {},
+    "name: adamw, weight_decay: 0.1": {"kind": torch.optim.AdamW, "weight_decay": 0.1},
+    "name: sgd, momentum: 0.9, nesterov: true, weight_decay: 0.01": {
+        "kind": torch.optim.SGD,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.01,
+    },
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("network", ["lenet", "cnn3"])
-def test_the_loop_is_the_plain_one_bit_for_bit(network, name):
-    """Dropout and batch norm included: the loop draws no random numbers of its own."""
-    config, make_plain = OPTIMIZERS[name]
-    ours, plain = make_model(network), make_model(network)
-    trainer, optimizer = make_trainer(ours, config), make_plain(plain.parameters())
+def test_loop_equals_the_plain_one_bit_for_bit(network, optimizer):
+    """The loop draws no random numbers of its own: dropout's are the same, too."""
+    trainer, (model, plain_optimizer) = (
+        make_trainer(network, optimizer=optimizer),
+        plain(network, **OPTIMIZERS[optimizer]),
+    )
     rates = learning_rates(0.01, "cosine", 0, 2 * STEPS, 2 * STEPS).split(STEPS)
-
     torch.manual_seed(5)
-    expected = [plain_epoch(plain, optimizer, order(k), rates[k]) for k in (0, 1)]
+    expected = [plain_epoch(model, plain_optimizer, order(k), rates[k]) for k in (0, 1)]
     torch.manual_seed(5)
     epochs = [trainer.epoch(order(k), rates[k]) for k in (0, 1)]
-
-    state = plain.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+    assert same_weights(trainer.model, model)
     for epoch, (losses, hits) in zip(epochs, expected, strict=True):
         assert epoch.train_loss == pytest.approx(sum(losses) / TRAIN, rel=1e-5)
         assert epoch.train_accuracy == pytest.approx(sum(hits) / TRAIN, abs=1e-6)
+        assert epoch.images_per_second == pytest.approx(TRAIN / epoch.train_seconds)
+        assert epoch.epoch_seconds == pytest.approx(epoch.train_seconds + epoch.eval_seconds)
+    assert (epochs[-1].test_loss, epochs[-1].test_accuracy) == trainer.evaluate()
 
 
-def test_the_report_gives_running_means_over_images(monkeypatch):
-    """A short last batch counts for its images only; the report after k steps covers the first k."""
+def test_reports_give_running_means_over_images(monkeypatch):
     monkeypatch.setattr(training, "REPORT_INTERVAL", 0)
-    ours, plain = make_model(), make_model()
     reports = []
-    epoch = make_trainer(ours).epoch(order(), RATES, reports.append)
-    losses, hits = plain_epoch(plain, torch.optim.Adam(plain.parameters(), fused=True), order(), RATES)
-    assert reports
-    assert [r.step for r in reports] == sorted({r.step for r in reports})
+    trainer, (model, optimizer) = make_trainer(), plain()
+    epoch = trainer.epoch(order(), RATES, reports.append)
+    losses, hits = plain_epoch(model, optimizer, order(), RATES)
+    assert same_weights(trainer.model, model)  # reporting changes nothing
+    assert [(report.step, report.steps) for report in reports] == [(1, STEPS), (2, STEPS), (3, STEPS)]
     for report in reports:
-        images = min(report.step * BATCH, TRAIN)
-        assert (report.steps, report.images_per_second > 0) == (STEPS, True)
+        images = report.step * BATCH
         assert report.loss == pytest.approx(sum(losses[: report.step]) / images, rel=1e-5)
         assert report.accuracy == pytest.approx(sum(hits[: report.step]) / images, abs=1e-6)
+        assert report.images_per_second > 0
+    # The short last batch counts for its images only.
     unweighted = sum(loss / size for loss, size in zip(losses, BATCHES, strict=True)) / STEPS
     assert epoch.train_loss != pytest.approx(unweighted, rel=1e-5)
-
-
-def test_reporting_changes_nothing(monkeypatch):
-    quiet, watched = make_model("cnn3"), make_model("cnn3")
-    torch.manual_seed(5)
-    make_trainer(quiet).epoch(order(), RATES)
-    monkeypatch.setattr(training, "REPORT_INTERVAL", 0)
-    torch.manual_seed(5)
-    make_trainer(watched).epoch(order(), RATES, lambda progress: None)
-    state = quiet.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in watched.state_dict().items())
-
-
-def test_the_times_of_an_epoch():
-    epoch = make_trainer(make_model()).epoch(order(), RATES)
-    assert epoch.train_seconds > 0
-    assert epoch.eval_seconds > 0
-    assert epoch.images_per_second == pytest.approx(TRAIN / epoch.train_seconds)
 
 
 # Evaluation
 
 
 @pytest.mark.parametrize("network", ["lenet", "cnn3"])
-def test_evaluation_does_not_depend_on_its_batch_size(network):
-    model = make_model(network, "mbm")
+def test_evaluation_depends_on_no_batch_size(network):
     test = random_split(TEST, 2)
     with torch.no_grad():
-        logits = model.eval()(test.images)
+        logits = build_model(make_config(network, "mbm"), CPU).eval()(test.images)
     loss = F.cross_entropy(logits, test.labels).item()
     accuracy = (logits.argmax(1) == test.labels).float().mean().item()
     for size in (1, 7, 15, TEST, 1000):
-        found = make_trainer(model, eval_batch_size=size).evaluate()
-        assert found == (pytest.approx(loss, rel=1e-5), pytest.approx(accuracy, abs=1e-6))
+        trainer = make_trainer(network, "mbm", batch=size)
+        for found in (trainer.evaluate(), training.evaluate(trainer.model, test, size)):
+            assert found == (pytest.approx(loss, rel=1e-5), pytest.approx(accuracy, abs=1e-6))
 
 
-def test_evaluation_leaves_the_model_as_it_was():
-    model = make_model("cnn3")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    random = torch.get_rng_state()
-    trainer = make_trainer(model)
+def test_evaluation_changes_nothing():
+    trainer = make_trainer("cnn3")
+    before, random = copy.deepcopy(trainer.model), torch.get_rng_state()
     assert trainer.evaluate() == trainer.evaluate()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same_weights(trainer.model, before)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_an_epoch_evaluates_what_it_trained():
-    trainer = make_trainer(make_model("cnn3"))
-    epoch = trainer.epoch(order(), RATES)
-    assert (epoch.test_loss, epoch.test_accuracy) == trainer.evaluate()
-
-
-# When it goes wrong
+# Losses that are not finite
 
 
 @pytest.mark.parametrize(("image", "step"), [(0, 1), (2 * BATCH, 3), (TRAIN - 1, 4)])
-def test_a_loss_that_is_not_a_number_is_a_failure_of_that_step(image, step):
-    trainer = make_trainer(make_model())
+def test_loss_that_is_not_finite_names_its_step(image, step):
+    trainer = make_trainer()
     trainer.train.images[image] = math.nan
-    with pytest.raises(RunError, match=f"step {step} of {STEPS}.* nan"):
+    with pytest.raises(RunError, match=rf"^the loss of step {step} of {STEPS} is nan: lower optimizer\.lr$"):
         trainer.epoch(torch.arange(TRAIN), RATES)
 
 
-def test_weights_that_the_last_step_broke_are_a_failure():
-    trainer = make_trainer(make_model())
+def test_weights_broken_by_the_last_step_fail():
     rates = RATES.clone()
     rates[-1] = math.inf
     with pytest.raises(RunError, match=r"after its last step the test loss is nan: lower optimizer\.lr"):
-        trainer.epoch(torch.arange(TRAIN), rates)
+        make_trainer().epoch(torch.arange(TRAIN), rates)
 
 
-class Fuse(nn.Module):
-    """Passes numbers on as long as they are small."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.where(x.abs().amax() > 1000, torch.inf, 0.0)
-
-
-def test_the_first_layer_that_is_not_finite_is_named():
-    """Of the step that went wrong: after it, every weight is NaN, and every layer would be to blame."""
-    torch.manual_seed(0)
-    layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(784, 10), "fuse": Fuse(), "fc2": nn.Linear(10, 10)}
-    trainer = make_trainer(nn.Sequential(OrderedDict(layers)))
-    trainer.train.images[2 * BATCH + 3] = 1e6
-    with pytest.raises(RunError, match=rf"step 3 of {STEPS} is (nan|inf) \(.* not finite is fuse\)"):
-        trainer.epoch(torch.arange(TRAIN), RATES)
-
-
-def test_losses_are_looked_at_within_a_tenth_of_an_epoch():
-    model, steps = make_model(), 40
+def test_losses_are_checked_within_a_tenth_of_an_epoch():
+    steps, asked = 40, []
     split = random_split(steps, 1)
     split.images[0] = math.nan
-    optimizer = build_optimizer(OptimizerConfig(), model, CPU)
-    asked = []
+    trainer = trainer_of(build_model(make_config(), CPU), split, batch=1)
     with pytest.raises(RunError, match="step 1 of 40"):
-        Trainer(model, optimizer, split, split, 1, 10).epoch(
-            torch.arange(steps), learning_rates(0.01, "none", 0, steps, steps), stopped=lambda: asked.append(1)
+        trainer.epoch(
+            torch.arange(steps),
+            learning_rates(0.01, "none", 0, steps, steps),
+            stopped=lambda: asked.append(1),
         )
-    assert len(asked) == 5  # steps 0 to 4, of 40
+    assert len(asked) == 5  # before steps 1 to 5 of 40
 
 
-def test_a_huge_loss_is_a_result_not_a_failure():
+def test_huge_finite_losses_are_a_result():
     """Each loss is finite, their float32 sum is not."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     with torch.no_grad():
         model[1].weight.zero_()
         model[1].bias.copy_(torch.tensor([2e38, *[0.0] * 9]))
-    split = Split(torch.zeros(TRAIN, 1, 28, 28), torch.ones(TRAIN, dtype=torch.int64))
-    optimizer = build_optimizer(OptimizerConfig(), model, CPU)
-    epoch = Trainer(model, optimizer, split, split, BATCH, 1000).epoch(torch.arange(TRAIN), RATES)
+    split = Split(torch.zeros(TRAIN, 1, 28, 28), torch.ones(TRAIN, dtype=torch.int64), 10)
+    epoch = trainer_of(model, split).epoch(torch.arange(TRAIN), RATES)
     assert epoch.train_loss == pytest.approx(2e38, rel=1e-3)
 
 
+# Stopping and resuming
+
+
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_stop_is_heard_before_the_next_step(steps):
-    stopped, plain = make_model(), make_model()
-    asked = []
-
-    def stop() -> bool:
-        asked.append(1)
-        return len(asked) > steps
-
+def test_stop_is_heard_before_the_next_step(steps):
+    trainer, (model, optimizer) = make_trainer(), plain()
     with pytest.raises(Interrupted):
-        make_trainer(stopped).epoch(order(), RATES, stopped=stop)
-    optimizer = torch.optim.Adam(plain.parameters(), fused=True)
-    plain_epoch(plain, optimizer, order()[: steps * BATCH], RATES[: max(steps, 1)])
-    state = plain.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in stopped.state_dict().items())
-
-
-# Leaving an epoch and going on
+        trainer.epoch(order(), RATES, stopped=after(steps))
+    plain_epoch(model, optimizer, order()[: steps * BATCH], RATES[: max(steps, 1)])
+    assert same_weights(trainer.model, model)
 
 
 @pytest.mark.parametrize("network", ["lenet", "cnn3"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["name: adam", "name: sgd, momentum: 0.9"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_epoch_goes_on_where_it_was_left_bit_for_bit(network, optimizer, steps):
+def test_epoch_resumes_bit_for_bit(network, optimizer, steps):
     """Dropout's random numbers, batch norm's statistics and the means over the whole epoch included."""
-    config = OptimizerConfig(name=optimizer, **({"momentum": 0.9} if optimizer == "sgd" else {}))
-    whole = make_trainer(make_model(network), config)
+    whole, cut, resumed = (make_trainer(network, optimizer=optimizer) for _ in range(3))
+    torch.manual_seed(5)
     expected = whole.epoch(order(), RATES)
+    kept = []
 
-    left, kept = make_trainer(make_model(network), config), []
+    def keep(part: PartOfEpoch) -> None:
+        kept.append((part, *copy.deepcopy((cut.model.state_dict(), cut.optimizer.state_dict())), torch.get_rng_state()))
 
-    def keep(part: training.PartOfEpoch) -> None:
-        states = copy.deepcopy((left.model.state_dict(), left.optimizer.state_dict()))
-        kept.append((part, *states, torch.get_rng_state()))
-
-    asked = []
+    torch.manual_seed(5)
     with pytest.raises(Interrupted):
-        left.epoch(order(), RATES, stopped=lambda: asked.append(1) or len(asked) > steps, keep=keep)
-    (part, model, state, random) = kept[-1]
+        cut.epoch(order(), RATES, stopped=after(steps), keep=keep)
+    part, model, state, random = kept[-1]
     assert part.step == steps
 
-    gone_on = make_trainer(make_model(network), config)
-    gone_on.model.load_state_dict(model)
-    gone_on.optimizer.load_state_dict(state)
+    resumed.model.load_state_dict(model)
+    resumed.optimizer.load_state_dict(state)
     torch.set_rng_state(random)
-    epoch = gone_on.epoch(order(), RATES, part=part)
+    epoch = resumed.epoch(order(), RATES, part=part)
     for field in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
         assert getattr(epoch, field) == getattr(expected, field), field
-    wanted = whole.model.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in gone_on.model.state_dict().items())
+    assert epoch.train_seconds > part.seconds
+    assert same_weights(resumed.model, whole.model)
 
 
 def test_parts_are_kept_every_so_many_steps():
     kept = []
-    make_trainer(make_model()).epoch(order(), RATES, keep=kept.append, keep_every=2)
-    assert [part.step for part in kept] == [2]
-    assert [len(part.logits) for part in kept] == [2 * BATCH]
+    make_trainer().epoch(order(), RATES, keep=kept.append, keep_every=2)
+    assert [(part.step, len(part.logits)) for part in kept] == [(2, 2 * BATCH)]

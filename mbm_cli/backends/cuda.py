@@ -2,8 +2,10 @@
 
 import re
 import sys
-from functools import cache, lru_cache
+import zlib
+from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from statistics import median
 from threading import Timer
 from typing import Any, NamedTuple
@@ -13,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_cli.backends.shapes import conv2d_output_shape
 from mbm_cli.errors import RunError
-from mbm_cli.lut import Table
-from mbm_cli.multipliers import FRACTION_BITS, Multiplier
-from mbm_cli.shapes import conv2d_output_shape
+from mbm_cli.multipliers.code import Function
+from mbm_cli.multipliers.content import TABLE, of_handle
+from mbm_cli.multipliers.float32 import FRACTION_BITS
 
 # As in conv2d.cu: threads of a block, and steps of a sum between two barriers of a tiled kernel.
 _THREADS, _SLICE = 128, 8
@@ -35,7 +38,7 @@ _CONV2D = np.dtype(
 )
 
 
-# What a function in C may count on without its headers, which NVRTC has not: it knows <math.h> and memcpy by itself.
+# NVRTC has no standard headers; it knows what is in <math.h>, and memcpy, without them.
 _C_INCLUDE = re.compile(
     r"^[ \t]*#[ \t]*include[ \t]*<(?:stdint\.h|cstdint|stdbool\.h|math\.h|cmath|string\.h|cstring)>", re.MULTILINE
 )
@@ -81,40 +84,41 @@ class Launch(NamedTuple):
     conv: np.ndarray
 
 
-def source(multiplier: Multiplier) -> str:
-    """The CUDA source as one text with its header pasted in: the package's resources may have no common folder.
+class Program(NamedTuple):
+    """What NVRTC compiles: the text of conv2d.cu, and options that make it the kernels of one multiplier."""
 
-    A function in C stands before it. There are no headers here, so what C's integers are called is said first.
+    source: str
+    options: tuple[str, ...]
+
+
+def program(handle: str, table_bits: int = 0) -> Program:
+    """Return the program of a multiplier; ``table_bits`` are the fraction bits of its table.
+
+    A function in C stands in front of the kernels. NVRTC has no standard headers, so C's integers are defined first.
     """
-    folder = files("mbm_cli") / "kernels"
-    header = (folder / "multiplier.h").read_text(encoding="utf-8").replace("#pragma once\n", "")
-    kernels = (folder / "conv2d.cu").read_text(encoding="utf-8").replace('#include "multiplier.h"\n', header)
-    if multiplier.code is None:
-        return kernels
-    text = f'#line 1 "function.h"\n{_C_INCLUDE.sub("", multiplier.code.text)}'
-    return f'{_C_INTEGERS}{multiplier.code.renamed(text)}#line 1 "conv2d.cu"\n{kernels}'
-
-
-def options(multiplier: Multiplier) -> tuple[str, ...]:
-    """The compiler's options that make of the source the kernels of a multiplier."""
+    multiplier = of_handle(handle)
+    header, kernels = (files("mbm_cli").joinpath("kernels", name) for name in ("multiplier.h", "conv2d.cu"))
+    text, function = kernels.read_text(encoding="utf-8"), multiplier.content
     family, bits, result_bits = multiplier.family, multiplier.truncate, multiplier.result_bits or FRACTION_BITS
-    if multiplier.table is not None:
-        family, bits = "table", _table(multiplier).bits
-    if multiplier.code is not None:
-        family = "function"
+    extra = []
+    if handle == TABLE:
+        family, bits = "table", table_bits
+    if isinstance(function, Function):
+        family, extra = "function", [f"-DMBM_FUNCTION=::{function.CALLED}"]
+        users = function.renamed(f'#line 1 "function.h"\n{_C_INCLUDE.sub("", function.text)}')
+        text = f'{_C_INTEGERS}{users}#line 1 "conv2d.cu"\n{text}'
     macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
-    function = (f"-DMBM_FUNCTION=::{multiplier.code.NAME}",) if multiplier.code else ()
-    return ("-std=c++17", *macros, *function)
+    # CuPy's cache on disk does not look into headers.
+    digest = f"-DHEADER_DIGEST=0x{zlib.crc32(header.read_bytes()):08x}"
+    return Program(text, ("-std=c++17", f"-I{Path(str(header)).parent}", digest, *macros, *extra))
 
 
-def _table(multiplier: Multiplier) -> Table:
-    """Of at least two bits, so that a row is whole words."""
-    assert multiplier.table is not None
-    return multiplier.table.repeated(2)
+def _table_bits(table: Tensor | None) -> int:
+    return 0 if table is None else table.shape[1].bit_length() - 1
 
 
 def import_cupy() -> Any:
-    """CuPy, imported when a CUDA tensor first needs it.
+    """Import CuPy, when a CUDA tensor first needs it.
 
     Raises:
         CudaError: it is not installed, or for another CUDA than PyTorch's.
@@ -134,59 +138,43 @@ def import_cupy() -> Any:
 
 
 @lru_cache(maxsize=256)
-def kernels(key: str, device: int) -> dict[str, Any]:
-    """The kernels of the multiplier with this key, by name, ready to launch on the device with this index.
+def kernels(handle: str, table_bits: int, device: int) -> dict[str, Any]:
+    """Return a multiplier's kernels by name, ready to launch on the device with this index.
 
-    Compiling takes seconds, once; CuPy keeps the result on disk, and loads it faster than the message below appears.
+    Compiling takes seconds, once; CuPy keeps the result on disk, and loads it before the message below is due.
 
     Raises:
         CudaError: CuPy is missing, does not fit, or fails.
         ValueError: a function in C that does not compile.
     """
     cupy = import_cupy()
-    multiplier = Multiplier.of_key(key)
+    function = of_handle(handle).content
+    name = function.name if isinstance(function, Function) else f"{handle}{table_bits or ''}"
     if torch.cuda.is_current_stream_capturing():
-        raise CudaError(f"the kernels of {multiplier} are not loaded: run it once before capturing it in a CUDA graph")
-    message = f"compiling the CUDA kernels of {multiplier} (once: CuPy keeps them on disk)"
+        raise CudaError(f"the kernels of {name} are not loaded: run it once before capturing it in a CUDA graph")
+    message = f"compiling the CUDA kernels of {name} (once: CuPy keeps them on disk)"
     notice = Timer(0.5, print, (message,), {"file": sys.stderr, "flush": True})
     notice.daemon = True
     notice.start()
     try:
         with torch.cuda.device(device), cupy.cuda.Device(device):
-            module = cupy.RawModule(code=source(multiplier), options=options(multiplier))
-            loaded = {name: module.get_function(name) for name in _KERNELS}
+            source, options = program(handle, table_bits)
+            module = cupy.RawModule(code=source, options=options)
+            loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
             for kernel in loaded.values():
                 kernel.compile()
             return loaded
     except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
         lines = str(error).splitlines() or [""]
-        if multiplier.code is not None and type(error).__name__ == "CompileException":
-            said = next((line for line in lines if "error" in line), lines[0])
-            raise ValueError(f"{multiplier.code.function} does not compile: {said}") from None
-        first_line = lines[0]
+        if isinstance(function, Function) and type(error).__name__ == "CompileException":
+            first = next((line for line in lines if "error" in line), lines[0])
+            raise ValueError(f"{name} does not compile: {first}") from None
         raise CudaError(
-            f"the CUDA kernels of {multiplier} do not compile or load ({type(error).__name__}: {first_line}): "
+            f"the CUDA kernels of {name} do not compile or load ({type(error).__name__}: {lines[0]}): "
             "check that the NVIDIA driver is new enough for CuPy's CUDA"
         ) from error
     finally:
         notice.cancel()
-
-
-@cache  # kernels in CUDA graphs keep its address
-def _table_on(key: str, device: int) -> Tensor | None:
-    """The table of the multiplier with this key, if any: uint16, a row for each fraction of b, then one of zeros."""
-    multiplier = Multiplier.of_key(key)
-    if multiplier.table is None:
-        return None
-    table = _table(multiplier)
-    # In C order, which concatenate would not give.
-    rows_of_b = np.ascontiguousarray(np.concatenate([table.entries.T, np.zeros((1, 1 << table.bits), np.uint16)]))
-    return torch.from_numpy(rows_of_b).to(torch.device("cuda", device))
-
-
-def _table_address(key: str, device: int) -> int:
-    table = _table_on(key, device)
-    return 0 if table is None else table.data_ptr()
 
 
 @lru_cache(maxsize=64)
@@ -196,30 +184,30 @@ def _multiprocessors(device: int) -> int:
 
 @lru_cache(maxsize=64)
 def _stream(device: int, handle: int) -> Any:
-    """PyTorch's current stream, which has this handle, as CuPy's."""
+    """Return PyTorch's current stream, which has this handle, as CuPy's."""
     cupy = import_cupy()
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
     return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
 
 
-def _run(multiplier: str, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
+def _run(handle: str, table: Tensor | None, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
     """Launch a kernel on PyTorch's current stream of the device."""
-    function = kernels(multiplier, device)[kernel]
+    function = kernels(handle, _table_bits(table), device)[kernel]
     with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
         function((blocks,), (_THREADS,), arguments)
 
 
-def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
+def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:
     a, b = torch.broadcast_tensors(a, b)
     a, b = a.contiguous(), b.contiguous()
     output = torch.empty_like(a)
     count, device = a.numel(), a.device.index
     if count > 0:
-        # Enough blocks to fill the card; each thread takes every so many-th element.
+        # Enough blocks to fill the card; a thread steps through the elements by the number of threads.
         blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
-        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), _table_address(multiplier, device), count)
-        _run(multiplier, "multiply", device, blocks, arguments)
+        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), _address(table), count)
+        _run(multiplier, table, "multiply", device, blocks, arguments)
     return output
 
 
@@ -232,8 +220,9 @@ def conv2d(
     dilation: list[int],
     groups: int,
     multiplier: str,
+    table: Tensor | None = None,
 ) -> Tensor:
-    if Multiplier.of_key(multiplier).is_exact:
+    if of_handle(multiplier).is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
     if output.numel() == 0:
@@ -253,11 +242,14 @@ def conv2d(
         _multiprocessors(device),
     )
     conv = launch.conv.copy()
-    bias_pointer = 0 if bias is None else bias.data_ptr()
-    pointers = input.data_ptr(), weight.data_ptr(), bias_pointer, output.data_ptr(), _table_address(multiplier, device)
+    pointers = input.data_ptr(), weight.data_ptr(), _address(bias), output.data_ptr(), _address(table)
     conv.view(np.uint64)[: len(pointers)] = pointers
-    _run(multiplier, launch.kernel, device, launch.blocks, (conv,))
+    _run(multiplier, table, launch.kernel, device, launch.blocks, (conv,))
     return output
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1024)
@@ -285,7 +277,7 @@ def plan(
     reach = [max(shape[2 + i], dilation[i] * (kernel[i] - 1) + 1 + padding[i]) for i in range(2)]
     image = sum((n - 1) * step for n, step in zip((shape[1], *reach), strides[1:], strict=True))
     weights = out_channels * groups * channels * kernel[0] * kernel[1]
-    # Positions outside of the image are told by rows of 2^29 and more.
+    # Positions outside the image are encoded as row >= 2^29.
     if max(image, weights, pixels, blocks, 8 * max(reach)) >= _INDEX_LIMIT:
         raise RuntimeError(
             f"a convolution of {list(shape)} with {list(weight_shape)} needs indices of more than 32 bits within an "
@@ -303,17 +295,17 @@ def plan(
 
 
 def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int]:
-    """The kernel's name, and the number of blocks."""
+    """Return the kernel's name and the number of blocks."""
     if out_channels <= max(_DIRECT):
         channels = next(n for n in _DIRECT if n >= out_channels)
         blocks_of = {n: groups * -(-pixels // (_THREADS * n)) for n in _DIRECT[channels]}
-        # More pixels a thread read the weights less often, but are to leave some blocks for each multiprocessor.
+        # More pixels a thread read the weights less often, but every multiprocessor needs some blocks.
         choices = [n for n in blocks_of if blocks_of[n] >= 3 * multiprocessors]
         of_thread = max(choices, default=min(blocks_of))
         return f"conv2d_direct_{channels}x{of_thread}", blocks_of[of_thread]
 
-    # The tile that needs the least time if every multiprocessor computes one block after the other: large tiles fetch
-    # and decode less for each product, small ones leave fewer channels, pixels and multiprocessors without work.
+    # Choose the tile with the least time if every multiprocessor computes its blocks one after the other. Large tiles
+    # fetch and decode less for each product; small ones leave fewer channels, pixels and multiprocessors idle.
     def blocks(tile: Tile) -> int:
         return groups * -(-out_channels // tile.channels) * -(-pixels // tile.pixels)
 
@@ -324,25 +316,25 @@ def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors:
     return best.kernel, blocks(best)
 
 
-def ceiling(multiplier: str, device: torch.device | str | int | None = None) -> float:
-    """Multiply-accumulates a second of the kernels' instructions alone: operands and sums stay in registers.
+def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
+    """Measure the multiply-accumulates a second of the kernels' instructions alone, all operands in registers.
 
     Args:
-        multiplier: a key, for example ``"mbm"``.
-        device: a CUDA device; the current one without it.
+        handle, table: the multiplier as the operators take it, the table on the device.
+        device: a CUDA device.
     """
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         blocks, rounds, sums_of_thread = 3 * _multiprocessors(index), 20_000, 64
         numbers = torch.rand(2 * _SLICE, _THREADS, device="cuda") + 0.5
         output = torch.empty(blocks, _THREADS, device="cuda")
-        pointers = numbers.data_ptr(), output.data_ptr(), _table_address(multiplier, index)
+        pointers = numbers.data_ptr(), output.data_ptr(), _address(table)
         arguments = (*pointers, np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
         times = []
         for _ in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            _run(multiplier, "ceiling", index, blocks, arguments)
+            _run(handle, table, "ceiling", index, blocks, arguments)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e-3)

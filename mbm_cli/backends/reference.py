@@ -1,18 +1,19 @@
-"""The reference backend, for every device without kernels of its own: the bit-level model, in plain PyTorch."""
+"""The reference backend, for devices without kernels: the bit-level model, in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_cli.multipliers import Multiplier, reference_product
-from mbm_cli.shapes import conv2d_output_shape
+from mbm_cli.backends.shapes import conv2d_output_shape
+from mbm_cli.multipliers.content import of_handle
+from mbm_cli.multipliers.float32 import reference_product
 
 # Products held in memory at once: the model spends about ten int32 tensors of this size.
 _CHUNK = 1 << 22
 
 
-def multiply(a: Tensor, b: Tensor, multiplier: str) -> Tensor:
-    return reference_product(a, b, Multiplier.of_key(multiplier)).clone()
+def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:
+    return reference_product(a, b, of_handle(multiplier), table).clone()
 
 
 def conv2d(
@@ -24,9 +25,10 @@ def conv2d(
     dilation: list[int],
     groups: int,
     multiplier: str,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """One kernel element at a time: its products with the input elements that meet it, padding left out."""
-    parsed = Multiplier.of_key(multiplier)
+    """Add up one kernel element at a time: its products with the input elements under it, without the padding."""
+    parsed = of_handle(multiplier)
     if parsed.is_exact:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     _, out_channels, *out_size = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)
@@ -46,13 +48,13 @@ def conv2d(
                 for first in range(0, batch, step):
                     images = slice(first, first + step)
                     x = grouped_input[images, :, :, channel, image_rows, image_columns]
-                    output[images, :, :, rows, columns] += reference_product(x, w, parsed)
+                    output[images, :, :, rows, columns] += reference_product(x, w, parsed, table)
     output = output.reshape(batch, out_channels, *out_size)
     return output if bias is None else output + bias.reshape(-1, 1, 1)
 
 
 def _overlap(shift: int, stride: int, size: int, out_size: int) -> tuple[slice, slice]:
-    """Along one axis: the outputs whose element ``output * stride + shift`` is inside the image, and those elements."""
+    """Return the outputs of one axis whose element ``output * stride + shift`` is in the image, and the elements."""
     first = max(0, -(shift // stride))
     last = min(out_size, (size - 1 - shift) // stride + 1)
     if last <= first:

@@ -1,57 +1,75 @@
-"""`mbm compare exact-vs-mbm`: the same network, seed by seed, exact and with multipliers; is there a difference?"""
+"""`mbm compare exact-vs-mbm`: a sweep over multipliers, exact among them, with statistics of the pairs of each seed."""
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 from scipy import stats
 
 from mbm_cli import config as configs
-from mbm_cli import plots
 from mbm_cli.config import Config
-from mbm_cli.data import Split
-from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
-from mbm_cli.experiments import setup
-from mbm_cli.experiments.member import member_name, members, seeds_from, train_member
-from mbm_cli.experiments.profile import convolution_seconds
-from mbm_cli.layer_multipliers import LayerMultipliers
-from mbm_cli.multipliers import Multiplier
+from mbm_cli.errors import RequestError, RunError
+from mbm_cli.experiments import lifecycle, sweep
+from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.experiments.profile_conv import convolution_seconds
+from mbm_cli.experiments.sweep import Row
 from mbm_cli.nn import convert
-from mbm_cli.render import CompareDisplay, Display
-from mbm_cli.runs import Count, Fields, Run, as_json
-from mbm_cli.training import evaluate
+from mbm_cli.runs import Plan, Run
+from mbm_cli.training import Split, evaluate
 
-KIND: Literal["comparison"] = "comparison"
 EXACT = "exact"
-GOALS = (0.98, 0.99)  # test accuracies; the table tells how many epochs each took
+GOALS = (0.98, 0.99)  # test accuracies; a column says how many epochs each took
 CONFIDENCE = 0.95
 
-Columns = Mapping[str, Multiplier | LayerMultipliers]  # by the names that they were asked for
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95 % confidence interval (Student's t), which one seed does not have."""
+
+    mean: float
+    low: float | None
+    high: float | None
 
 
-class _Column(Fields):
-    """As a config has the multiplier, and what tells its products from any others."""
+@dataclass(frozen=True)
+class Column:
+    """A multiplier's figures over the seeds, and against exact, seed by seed; fractions and seconds."""
 
-    multiplier: str | dict[str, str]
-    keys: list[str]
+    multiplier: str
+    test_accuracy: list[float]
+    test_accuracy_mean: float
+    test_accuracy_std: float | None
+    test_accuracy_best: float
+    train_loss_mean: float
+    test_loss_mean: float
+    epochs_to: dict[str, list[int | None]]
+    epoch_seconds_median: float
+    convolution_share: float
+    images_per_second_median: float
+    peak_memory_bytes: int
+    trained_exact_evaluated_here: list[float]
+    trained_here_evaluated_exact: list[float]
+    accuracy_difference: Interval | None = None
+    epoch_seconds_ratio: Interval | None = None
 
 
-class _Plan(Fields):
-    kind: Literal["comparison"]
-    columns: Annotated[dict[str, _Column], Field(min_length=2)]
-    seeds: Count
+@dataclass(frozen=True)
+class Comparison:
+    """``compare.json``: a column for each multiplier, exact first, and the runs with their metrics."""
 
-    @field_validator("columns")
-    @classmethod
-    def _has_exact(cls, columns: dict[str, _Column]) -> dict[str, _Column]:
-        if EXACT not in columns:
-            raise ValueError(f"{EXACT} is missing")
-        return columns
+    config: str
+    model: str
+    device: str
+    multipliers: list[str]
+    seeds: int
+    epochs: int
+    columns: list[Column]
+    runs: list[dict[str, Any]]
+    verdicts: list[str]
 
 
 def compare(
@@ -59,262 +77,157 @@ def compare(
     multipliers: Sequence[str],
     seeds: int,
     output: Path,
-    display: CompareDisplay,
-    stopped: Callable[[], bool] = lambda: False,
-    threads: int | None = None,
-) -> tuple[Run, dict[str, Any]]:
+    watch: Watch | None = None,
+    stopped: Stopped = never,
+) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
     Runs of one seed start from the same weights and see the same batches in the same order. They lie in the
-    comparison's folder, below ``output``, as ordinary runs.
+    comparison's folder, below ``output``.
 
     Args:
-        multipliers: names, as a config can have them.
-
-    Returns:
-        The comparison's run and what its ``compare.json`` holds.
+        multipliers: names, as a config can have them; the config's without any.
 
     Raises:
-        RequestError: nothing to compare with, or something is no multiplier; nothing is written then.
-        RunError, Interrupted: as ``train`` does.
+        RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
+        RunError, Interrupted: as ``mbm_cli.experiments.sweep.sweep``.
     """
-    asked = {str(one): one for one in map(configs.multiplier, multipliers)}
-    if not asked or EXACT in asked:
+    named = [configs.multiplier(name) for name in multipliers] or [config.model.multiplier]
+    exact = configs.multiplier(EXACT)
+    if exact in named:
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
-    seeds_from(config.seed, seeds)
-    columns = {EXACT: Multiplier(EXACT), **asked}
-    device = setup.prepare(config, threads)
-    _check(config, columns)
-    data = setup.load_data(config, device)
-    files = {
-        "config.yaml": configs.dump(config),
-        "environment.json": as_json(environment(device)),
-        "plan.json": as_json({"kind": KIND, "columns": _written(config, columns), "seeds": seeds}),
-        "summary.json": as_json(_summary("running", columns, device, [])),
-    }
-    run = Run.create(output, f"{config.name}-compare", files)
+    columns = list(dict.fromkeys([exact, *named]))
+    varied = [config.with_multiplier(multiplier) for multiplier in columns]
+    vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in columns]}
+    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output)
     with run.hold():
-        return run, _compare(run, config, columns, seeds, device, data, display, stopped)
+        conclude_this = conclude(run, config, plan, varied)
+        return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude_this)
 
 
-def resume(run: Run, display: CompareDisplay, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Go on with a comparison: what is finished is kept, the run at hand goes on from its last checkpoint.
+def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config]) -> Callable[[list[Row]], Comparison]:
+    """Return what writes a comparison's result from its rows."""
 
-    Errors as `compare`'s.
-    """
-    plan = run.plan(KIND, _Plan)
-    if plan is None:
-        raise RequestError(f"{run.folder} is not a comparison: mbm runs list shows those there are")
-    config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
-    columns = {name: configs.multiplier(column.multiplier) for name, column in plan.columns.items()}
-    for name, column in plan.columns.items():
-        setup.refuse_other_products(_with(config, config.seed, name, columns), column.keys, run.folder)
-    device = setup.prepare_to_resume(config, run)
-    _check(config, columns)
-    data = setup.load_data(config, device)
-    with run.hold():
-        return _compare(run, config, columns, plan.seeds, device, data, display, stopped)
-
-
-def _check(config: Config, columns: Columns) -> None:
-    for name in columns:
-        setup.prepare(_with(config, config.seed, name, columns))
-
-
-def _written(config: Config, columns: Columns) -> dict[str, Any]:
-    """The columns for ``plan.json``."""
-    written = {}
-    for name, multiplier in columns.items():
-        keys = setup.multiplier_keys(_with(config, config.seed, name, columns))
-        written[name] = {"multiplier": configs.located(multiplier), "keys": keys}
-    return written
-
-
-def _compare(
-    run: Run,
-    config: Config,
-    columns: Columns,
-    seeds: int,
-    device: torch.device,
-    data: tuple[Split, Split],
-    display: CompareDisplay,
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
-    jobs = [(seed, name) for seed in seeds_from(config.seed, seeds) for name in columns]
-    finished: dict[tuple[int, str], dict[str, Any]] = {}
-
-    def summarize(status: str, **more: Any) -> None:
-        run.write_json("summary.json", {**_summary(status, columns, device, list(finished.values())), **more})
-
-    summarize("running")
-    try:
-        display.start(f"{config.name}: {config.model.name}, {', '.join(columns)}, {seeds} seeds", len(jobs))
-        for seed, name in jobs:
-            watch = display.run(f"seed {seed}, {name}", config.train.epochs)
-            trained = _train_one(run, _with(config, seed, name, columns), data, watch, stopped)
-            finished[seed, name] = {**trained, "multiplier": name}
-            summarize("running")
-            display.run_done(finished[seed, name])
-        result: dict[str, Any] = {
-            "config": config.name,
-            "model": config.model.name,
-            "device": device.type,
-            "multipliers": list(columns),
-            "seeds": seeds,
-            "epochs": config.train.epochs,
-        }
-        result["columns"] = [_column(config, name, columns, seeds, finished, device, data) for name in columns]
-        result["runs"] = list(finished.values())
-        result["verdicts"] = [_verdict(column, seeds) for column in result["columns"][1:]]
+    def write(rows: list[Row]) -> Comparison:
+        device = lifecycle.use_device(config)
+        data = sweep.shared_data(config, device)
+        steps = math.ceil(len(data[0]) / config.data.batch_size)
+        trained = [_Trained(row, Run(run.folder / str(row.run)), steps) for row in rows]
+        exact = [one for one in trained if one.row.combination == 1]
+        columns = []
+        for number, one in enumerate(varied, 1):
+            runs = [of_column for of_column in trained if of_column.row.combination == number]
+            columns.append(_column(one, runs, exact, varied[0], device, data[1]))
+        result = Comparison(
+            config=config.name,
+            model=config.model.name,
+            device=device.type,
+            multipliers=[column.multiplier for column in columns],
+            seeds=plan.seeds,
+            epochs=config.train.epochs,
+            columns=columns,
+            runs=[one.as_json() for one in trained],
+            verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
+        )
         run.write_json("compare.json", result)
-        run.write("compare.png", plots.comparison(result))
-        summarize("completed")
-    except (Interrupted, BrokenPipeError):  # nobody reads the output any more
-        summarize("interrupted")
-        raise Interrupted(
-            f"interrupted after {len(finished)} of {len(jobs)} runs; to go on: "
-            f"mbm compare exact-vs-mbm --resume {run.folder}"
-        ) from None
-    except Exception as error:
-        summarize("failed", reason=str(error) if isinstance(error, MbmError) else f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        display.close()
-    display.finish(result, run.folder)
-    return result
+        return result
+
+    return write
 
 
-def _with(config: Config, seed: int, column: str, columns: Columns) -> Config:
-    model = config.model.model_copy(update={"multiplier": columns[column]})
-    name = member_name([config.model.name, column], seed)
-    return config.model_copy(update={"name": name, "seed": seed, "model": model})
+class _Trained:
+    """A run of the comparison, read back."""
 
+    def __init__(self, row: Row, run: Run, steps: int) -> None:
+        self.row, self.run, self.steps = row, run, steps
+        self.summary, self.metrics = run.summary(), run.metrics()
 
-def _train_one(
-    run: Run,
-    config: Config,
-    data: tuple[Split, Split],
-    display: Display,
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
-    """Train one, or go on with it, or find it finished; tells its summary, its losses and where it lies."""
-    begun = members(run.folder).get(config.name)
-    one, summary = train_member(run.folder, config, begun, display, stopped, data)
-    steps = math.ceil(len(data[0]) / config.data.batch_size)
-    places = {"seed": config.seed, "run": one.name, "folder": str(one.folder), "steps": steps}
-    return {**places, **summary, "metrics": one.metrics()}
+    def as_json(self) -> dict[str, Any]:
+        places = {"seed": self.row.seed, "run": self.run.name, "folder": str(self.run.folder), "steps": self.steps}
+        return {**places, **asdict(self.summary), "metrics": self.metrics}
 
 
 def _column(
     config: Config,
-    name: str,
-    columns: Columns,
-    seeds: int,
-    finished: dict[tuple[int, str], dict[str, Any]],
-    device: torch.device,
-    data: tuple[Split, Split],
-) -> dict[str, Any]:
-    """A multiplier's figures over the seeds, and against exact, seed by seed; fractions and seconds."""
-    all_seeds = seeds_from(config.seed, seeds)
-    runs, exact = [finished[s, name] for s in all_seeds], [finished[s, EXACT] for s in all_seeds]
-    accuracies = [r["test_accuracy"] for r in runs]
-    seconds = [statistics.median(r["epoch_seconds"]) for r in runs]
-    train_seconds = statistics.median(t for r in runs for t in r["train_seconds"])
-    convolutions = convolution_seconds(_with(config, config.seed, name, columns), device)
-    exchanged = [_exchange(config, finished, s, name, columns, device, data[1]) for s in all_seeds]
-    column = {
-        "multiplier": name,
-        "test_accuracy": accuracies,
-        "test_accuracy_mean": statistics.mean(accuracies),
-        "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "test_accuracy_best": max(r["best_test_accuracy"] for r in runs),
-        "train_loss_mean": statistics.mean(r["metrics"][-1]["train_loss"] for r in runs),
-        "test_loss_mean": statistics.mean(r["metrics"][-1]["test_loss"] for r in runs),
-        "epochs_to": {str(goal): [_epochs_to(r["metrics"], goal) for r in runs] for goal in GOALS},
-        "epoch_seconds_median": statistics.median(t for r in runs for t in r["epoch_seconds"]),
-        "convolution_share": convolutions * runs[0]["steps"] / train_seconds,
-        "images_per_second_median": statistics.median(m["images_per_second"] for r in runs for m in r["metrics"]),
-        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in runs),
-        "trained_exact_evaluated_here": [accuracy for accuracy, _ in exchanged],
-        "trained_here_evaluated_exact": [accuracy for _, accuracy in exchanged],
-    }
-    if name != EXACT:
-        exact_accuracies = [r["test_accuracy"] for r in exact]
-        exact_seconds = [statistics.median(r["epoch_seconds"]) for r in exact]
-        ratios = [mine / theirs for mine, theirs in zip(seconds, exact_seconds, strict=True)]
-        column["accuracy_difference"] = _interval([a - b for a, b in zip(accuracies, exact_accuracies, strict=True)])
-        column["epoch_seconds_ratio"] = _ratio_interval(ratios)
-    return column
-
-
-def _exchange(
-    config: Config,
-    finished: dict[tuple[int, str], dict[str, Any]],
-    seed: int,
-    name: str,
-    columns: Columns,
+    runs: Sequence[_Trained],
+    exact: Sequence[_Trained],
+    exact_config: Config,
     device: torch.device,
     test: Split,
-) -> tuple[float, float]:
-    """Test accuracies of exact training evaluated with the multiplier, and the other way round."""
-    accuracies = []
-    for trained, evaluated in ((EXACT, name), (name, EXACT)):
-        run = Run(Path(finished[seed, trained]["folder"]))
-        model = setup.build_model(_with(config, seed, trained, columns), device)
-        checkpoint = run.checkpoint()
-        if checkpoint is None:
-            raise RunError(f"{run.folder} has no checkpoint.pt any more: it cannot be evaluated with {evaluated}")
-        model.load_state_dict(checkpoint["model"])
-        accuracies.append(evaluate(convert(model, columns[evaluated]), test, config.data.eval_batch_size)[1])
-    return accuracies[0], accuracies[1]
+) -> Column:
+    accuracies = [one.row.test_accuracy or 0.0 for one in runs]
+    train_seconds = statistics.median(t for one in runs for t in one.summary.train_seconds)
+    convolutions = convolution_seconds(config, device) * runs[0].steps
+    is_exact = config is exact_config
+    last = [one.metrics[-1] for one in runs]
+    ratios = [_median_epoch(mine) / _median_epoch(other) for mine, other in zip(runs, exact, strict=True)]
+    differences = [a - (other.row.test_accuracy or 0.0) for a, other in zip(accuracies, exact, strict=True)]
+    return Column(
+        multiplier=str(config.model.multiplier),
+        test_accuracy=accuracies,
+        test_accuracy_mean=statistics.mean(accuracies),
+        test_accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        test_accuracy_best=max(one.summary.best_test_accuracy or 0.0 for one in runs),
+        train_loss_mean=statistics.mean(m["train_loss"] for m in last),
+        test_loss_mean=statistics.mean(m["test_loss"] for m in last),
+        epochs_to={str(goal): [_epochs_to(one.metrics, goal) for one in runs] for goal in GOALS},
+        epoch_seconds_median=statistics.median(t for one in runs for t in one.summary.epoch_seconds),
+        convolution_share=convolutions / train_seconds,
+        images_per_second_median=statistics.median(m["images_per_second"] for one in runs for m in one.metrics),
+        peak_memory_bytes=max(one.summary.peak_memory_bytes or 0 for one in runs),
+        trained_exact_evaluated_here=[_exchanged(exact_config, one.run, config, device, test) for one in exact],
+        trained_here_evaluated_exact=[_exchanged(config, one.run, exact_config, device, test) for one in runs],
+        accuracy_difference=None if is_exact else _interval(differences),
+        epoch_seconds_ratio=None if is_exact else _ratio_interval(ratios),
+    )
+
+
+def _exchanged(trained: Config, run: Run, evaluated: Config, device: torch.device, test: Split) -> float:
+    """Evaluate a run with the multiplier of another config; return its test accuracy."""
+    model = lifecycle.build_model(trained, device)
+    checkpoint = run.checkpoint()
+    if checkpoint is None:
+        raise RunError(f"{run.folder} has lost its checkpoint.pt: evaluating it with another multiplier needs it")
+    model.load_state_dict(checkpoint["model"])
+    return evaluate(convert(model, evaluated.model.multiplier), test, trained.data.eval_batch_size)[1]
+
+
+def _median_epoch(one: _Trained) -> float:
+    return statistics.median(one.summary.epoch_seconds)
 
 
 def _epochs_to(metrics: Sequence[dict[str, Any]], goal: float) -> int | None:
     return next((m["epoch"] for m in metrics if m["test_accuracy"] >= goal), None)
 
 
-def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean over seeds and its 95 % interval (Student's t); without an interval for one seed."""
+def _interval(values: Sequence[float]) -> Interval:
     mean = statistics.mean(values)
     if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
+        return Interval(mean, None, None)
     scale = stats.sem(values)
     if scale == 0:
-        return {"mean": mean, "low": mean, "high": mean}
+        return Interval(mean, mean, mean)
     low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=scale)
-    return {"mean": mean, "low": float(low), "high": float(high)}
+    return Interval(mean, float(low), float(high))
 
 
-def _ratio_interval(ratios: Sequence[float]) -> dict[str, float | None]:
-    """The same of ratios: the geometric mean and its interval, by way of logarithms, so that it stays above zero."""
+def _ratio_interval(ratios: Sequence[float]) -> Interval:
+    """Return the geometric mean and its interval, computed of logarithms, so that it stays above zero."""
     of_logarithms = _interval([math.log(ratio) for ratio in ratios])
-    return {name: None if value is None else math.exp(value) for name, value in of_logarithms.items()}
+    bounds = (of_logarithms.mean, of_logarithms.low, of_logarithms.high)
+    return Interval(*(None if bound is None else math.exp(bound) for bound in bounds))  # type: ignore[arg-type]
 
 
-def _verdict(column: dict[str, Any], seeds: int) -> str:
-    """Whether the difference in accuracy can be told from the seeds' noise, in words."""
-    difference = column["accuracy_difference"]
-    points = f"{100 * difference['mean']:+.2f} points of test accuracy against exact"
-    if difference["low"] is None:
-        return f"{column['multiplier']}: {points}; one seed says nothing about noise, use --seeds 3 or more"
-    interval = f"95 % interval {100 * difference['low']:+.2f} to {100 * difference['high']:+.2f}"
-    told = difference["low"] > 0 or difference["high"] < 0
+def _verdict(column: Column, seeds: int) -> str:
+    """Say in words whether the difference in accuracy is more than the seeds' noise."""
+    difference = column.accuracy_difference
+    assert difference is not None  # not the exact column
+    points = f"{100 * difference.mean:+.2f} points of test accuracy against exact"
+    if difference.low is None or difference.high is None:
+        return f"{column.multiplier}: {points}; one seed says nothing about noise, use --seeds 3 or more"
+    interval = f"95 % interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
+    distinct = difference.low > 0 or difference.high < 0
     return (
-        f"{column['multiplier']}: {points} ({interval}), {'more than' if told else 'not distinguishable from'} "
-        f"seed noise at {seeds} seeds"
+        f"{column.multiplier}: {points} ({interval}), "
+        f"{'more than' if distinct else 'not distinguishable from'} seed noise at {seeds} seeds"
     )
-
-
-def _summary(status: str, columns: Columns, device: torch.device, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """In the form of a training run's, so that ``mbm runs list`` shows comparisons, too."""
-    return {
-        "status": status,
-        "multiplier": ", ".join(columns),
-        "device": device.type,
-        "epochs": sum(r["epochs"] for r in runs),
-        "test_accuracy": None,
-        "best_test_accuracy": max((r["best_test_accuracy"] for r in runs), default=None),
-        "epoch_seconds": [t for r in runs for t in r["epoch_seconds"]],
-        "train_seconds": [t for r in runs for t in r["train_seconds"]],
-        "total_seconds": sum(r["total_seconds"] for r in runs),
-    }

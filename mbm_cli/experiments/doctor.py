@@ -1,19 +1,20 @@
-"""`mbm doctor`: is everything there that training needs, and does every backend multiply as the model says?"""
+"""`mbm doctor`: check the installation, and that every backend multiplies as the model does."""
 
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from mbm_cli import data
 from mbm_cli.backends import cpu, cuda
-from mbm_cli.environment import cpu_name
-from mbm_cli.multipliers import FAMILIES, FRACTION_BITS, Multiplier, reference_product
+from mbm_cli.data import DATASETS
+from mbm_cli.device import cpu_name
+from mbm_cli.multipliers.float32 import FAMILIES, FRACTION_BITS, reference_product
+from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.ops import conv2d, multiply
 
 RANDOM_PAIRS = 1 << 20
@@ -28,24 +29,32 @@ CHECKED = [
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; ``problem`` is empty where it is as it should be, else it says what to do."""
+    """One thing checked; ``problem`` says what to do, and is empty where all is well."""
 
     name: str
     found: str
     problem: str = ""
 
 
-def doctor(seed: int = 0, report: Callable[[Check], None] = lambda check: None) -> dict[str, object]:
-    """Look at everything; ``report`` gets each check as soon as it is done.
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, and whether none has a problem."""
 
-    Returns:
-        ``checks``, each with ``name``, ``found`` and ``problem``; ``passed`` says whether none has a problem.
-    """
+    passed: bool
+    checks: list[Check]
+
+
+def doctor(
+    seed: int = 0, threads: int | None = None, report: Callable[[Check], None] = lambda check: None
+) -> Diagnosis:
+    """Check everything; call ``report`` with each check as soon as it is done."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     checks = []
     for check in _checks(seed):
         checks.append(check)
         report(check)
-    return {"passed": not any(check.problem for check in checks), "checks": [asdict(check) for check in checks]}
+    return Diagnosis(not any(check.problem for check in checks), checks)
 
 
 def _checks(seed: int) -> Iterator[Check]:
@@ -62,7 +71,12 @@ def _checks(seed: int) -> Iterator[Check]:
             devices.append("cuda")
     else:
         yield Check("cuda", "no CUDA device, training runs on the CPU")
-    yield _mnist()
+    for name, dataset in DATASETS.items():
+        folder, damaged = dataset.damage(None)
+        if damaged:
+            yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", "run: mbm data fetch")
+        else:
+            yield Check(name, f"complete and verified in {folder}")
     for device in devices:
         yield self_check(torch.device(device), seed)
 
@@ -86,22 +100,14 @@ def _cupy() -> Check:
     return Check("cupy", f"{found.__version__}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, cache {cache}")
 
 
-def _mnist() -> Check:
-    folder = data.data_root(None) / "MNIST" / "raw"
-    wrong = [name for name in data.MD5 if not data.is_whole(folder / name)]
-    if wrong:
-        return Check("mnist", f"missing or damaged in {folder}: {', '.join(wrong)}", "run: mbm data fetch")
-    return Check("mnist", f"complete and verified in {folder}")
-
-
 def self_check(device: torch.device, seed: int) -> Check:
-    """Every product of a backend against the model, bit for bit: operands with 7 fraction bits, random bit patterns."""
+    """Compare a backend's products with the model's, bit for bit: all 7-bit operands, and random bit patterns."""
     name, products = f"products on {device.type}", 0
     for short_form, pairs in product(CHECKED, (_seven_bit_pairs(device), _random_pairs(device, seed))):
         for what, found, wanted in _answers(short_form, *pairs):
             differs = _bits(found) != _bits(wanted)
             if what == "conv2d":
-                differs &= ~(found.isnan() & wanted.isnan())  # which NaN a sum is, its device decides
+                differs &= ~(found.isnan() & wanted.isnan())  # the device decides which NaN a sum is
             if differs.any():
                 i = int(differs.nonzero()[0])
                 a, b, was, should = (_hex(x[i]) for x in (*pairs, found, wanted))
@@ -112,12 +118,12 @@ def self_check(device: torch.device, seed: int) -> Check:
 
 
 def _answers(short_form: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Who computes the products, what they are there, and what they should be."""
+    """Yield what computes the products, its products, and the model's."""
     multiplier = Multiplier.parse(short_form)
     expected = reference_product(a, b, multiplier)
     yield "multiply", multiply(a, b, short_form), expected
-    if not multiplier.is_exact:  # that convolution is PyTorch's own
-        # One product a sum: convolutions have kernels of their own, with another form of the product.
+    if not multiplier.is_exact:  # exact convolutions are PyTorch's own
+        # Sums of one product: the kernels of convolutions have another form of the product.
         sums = conv2d(a.view(1, -1, 1, 1), b.view(-1, 1, 1, 1), groups=len(a), multiplier=short_form)
         yield "conv2d", sums.flatten(), 0.0 + expected
 

@@ -1,81 +1,105 @@
-"""`mbm sweep`: a run for every combination of values of a config's fields, and for every seed; what do they give?"""
+"""`mbm sweep`: a run for every combination of values of a config's fields, and for every seed."""
 
 import csv
+import hashlib
 import io
 import itertools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
+import yaml
 
 from mbm_cli import config as configs
-from mbm_cli import plots
 from mbm_cli.config import Config
-from mbm_cli.data import fetch_mnist
-from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import setup
-from mbm_cli.experiments.member import member_name, members, seeds_from
-from mbm_cli.experiments.workers import Outcome, Task, work_here, work_in_processes
-from mbm_cli.lists import split_at_commas
-from mbm_cli.multipliers import FAMILIES, Multiplier
-from mbm_cli.render import SweepDisplay
-from mbm_cli.runs import Count, Fields, Run, as_json
-from mbm_cli.tables import shown
+from mbm_cli.data import DATASETS
+from mbm_cli.device import choose_device, environment
+from mbm_cli.errors import RequestError, RunError
+from mbm_cli.experiments import lifecycle, train
+from mbm_cli.experiments.lifecycle import Finished, RunsFailed, Stopped, Watch, never
+from mbm_cli.launch import Outcome, Tell, launch
+from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
+from mbm_cli.training import Progress, Split
 
-KIND: Literal["sweep"] = "sweep"
 MULTIPLIER = "model.multiplier"
 ELSEWHERE = {"seed": "use --seeds N, and --seed for the first", "name": "runs are named after their values"}
+LAST_SEED = 2**63 - 1
+NAME_LENGTH = 34  # of a run's values: a config's name has 64 characters, a seed up to 19 of them
 CSV_FIELDS = (
     *("seed", "status", "test_accuracy", "best_test_accuracy", "test_loss", "train_loss"),
     *("epochs", "epoch_seconds", "run"),
 )
-# Improvements of area and power against an IEEE 754 single-precision multiplier, by family and truncated bits, as
-# reported in the paper that the multipliers come from (H. Saadat et al., IEEE TCAD 37(11), 2018; AFMA is mitchell).
-REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Combination:
-    """One value for each field that is varied, and the config that has them."""
+class Row:
+    """The result of one run: accuracies are fractions, times seconds, ``run`` its folder's name."""
 
-    number: int
+    combination: int
     values: dict[str, Any]
-    config: Config
-
-    @property
-    def label(self) -> str:
-        return _label(self.values)
-
-    def tasks(self, folder: Path, seeds: int, threads: int, begun: Mapping[str, Run]) -> list[Task]:
-        """A run for each seed."""
-        tasks = []
-        for seed in seeds_from(self.config.seed, seeds):
-            name = member_name([str(self.number), *map(shown, self.values.values())], seed)
-            config = self.config.model_copy(update={"name": name, "seed": seed})
-            tasks.append(Task(f"{self.label}, seed {seed}", folder, config, begun.get(name), threads))
-        return tasks
+    seed: int
+    status: str
+    test_accuracy: float | None
+    best_test_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    epochs: int
+    epoch_seconds: float | None
+    run: str | None
+    reason: str | None = None
 
 
-class _Combination(Fields):
-    """As a config has it, and what tells its products from any others."""
+@dataclass(frozen=True)
+class CombinationResult:
+    """A combination's figures over the seeds whose runs were completed."""
 
     values: dict[str, Any]
-    config: dict[str, Any]
-    keys: list[str]
+    test_accuracy: list[float]
+    test_accuracy_mean: float | None
+    test_accuracy_std: float | None
+    test_accuracy_best: float | None
+    test_loss_mean: float | None
+    epoch_seconds_median: float | None
+    failed: int
+    runs: list[str | None]
 
 
-class _Plan(Fields):
-    kind: Literal["sweep"]
+@dataclass(frozen=True)
+class Sweep:
+    """``sweep.json``. ``model``, ``device`` and ``epochs`` are ``None`` where they are varied."""
+
+    config: str
     vary: dict[str, list[str]]
-    seeds: Count
-    threads: Count
-    jobs: Count
-    combinations: Annotated[list[_Combination], Field(min_length=1)]
+    seeds: int
+    jobs: int
+    combinations: list[CombinationResult]
+    runs: list[Row]
+    model: str | None = None
+    device: str | None = None
+    epochs: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep: to train, to resume, or complete already."""
+
+    label: str
+    combination: int
+    values: dict[str, Any]
+    folder: Path  # of the sweep
+    config: Config
+    begun: Run | None
+
+    def __str__(self) -> str:
+        return self.label
 
 
 def sweep(
@@ -84,83 +108,101 @@ def sweep(
     seeds: int,
     jobs: int,
     output: Path,
-    display: SweepDisplay,
-    stopped: Callable[[], bool] = lambda: False,
-    threads: int | None = None,
-) -> tuple[Run, dict[str, Any]]:
+    watch: Watch | None = None,
+    stopped: Stopped = never,
+) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
-    The runs lie in the sweep's folder, below ``output``, as ordinary runs. One that fails (its loss is not finite, say)
-    does not keep the others from being trained.
+    The runs lie in the sweep's folder, below ``output``. One that fails does not stop the others.
 
     Args:
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
-        jobs: runs at once, each in a process of its own. A script that asks for several has to be one that can be
-            imported (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
-        threads: CPU threads of each run, which decide a result's last bits; without it, each of so many jobs has an
-            equal share of PyTorch's.
+        jobs: runs at once, each in a process of its own. A script that asks for several must be importable
+            (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
 
-    Returns:
-        The sweep's run and what its ``sweep.json`` holds.
+    ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
+    among the jobs.
 
     Raises:
         RequestError: a field or a value is wrong; nothing is written then.
         RunError: a run failed, its process died, or something cannot be written.
-        Interrupted: ``stopped`` said so.
+        Interrupted: ``stopped`` returned true.
     """
     values = _parse_vary(vary)
-    threads = threads or max(1, torch.get_num_threads() // jobs)
-    combinations = _combinations(config, values)
-    for combination in combinations:
-        seeds_from(combination.config.seed, seeds)
-    plan = _Plan(
-        kind=KIND,
-        vary=values,
+    config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
+    with run.hold():
+        conclude_this = conclude(run, config, plan, varied)
+        return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude_this)
+
+
+def resume(
+    run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: "Callable[..., Callable[[list[Row]], R]]"
+) -> Finished[R]:
+    """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
+
+    ``jobs`` replaces the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
+    """
+    plan, config = run.plan(), run.config()
+    where = f"{run.folder / 'plan.json'}, combination"
+    varied = [configs.validate(one.config, f"{where} {i}") for i, one in enumerate(plan.combinations, 1)]
+    varied = [one.with_train(threads=one.train.threads or config.train.threads) for one in varied]
+    config, *varied = lifecycle.resolve([config, *varied], lifecycle.use_device(config))
+    for one, combination in zip(varied, plan.combinations, strict=True):
+        lifecycle.refuse_other_products(one, combination.keys, run.folder)
+        lifecycle.refuse_other_device(one, run)
+    _fetch_data(varied)
+    with run.hold():
+        conclude_this = conclude(run, config, plan, varied)
+        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude_this)
+
+
+# What is planned
+
+
+def create(
+    kind: Literal["comparison", "sweep"],
+    config: Config,
+    vary: dict[str, list[str]],
+    varied: Sequence[Config],
+    seeds: int,
+    jobs: int,
+    output: Path,
+) -> tuple[Run, Plan, list[Config]]:
+    """Check the config of every combination, fetch the data, and create the folder with the plan.
+
+    Returns:
+        The run, its plan, and the combinations' configs with resolved multipliers.
+    """
+    device = lifecycle.use_device(config)
+    for one in varied:
+        choose_device(one.device)
+        if one.seed + seeds - 1 > LAST_SEED:
+            raise RequestError(f"--seeds {seeds} from {one.seed} goes beyond the last, 2^63 - 1: use a smaller --seed")
+    varied = lifecycle.resolve(varied, device)
+    _fetch_data(varied)
+    plan = Plan(
+        kind=kind,
+        vary=vary,
         seeds=seeds,
-        threads=threads,
         jobs=jobs,
         combinations=[
-            _Combination(values=c.values, config=c.config.model_dump(), keys=setup.multiplier_keys(c.config))
-            for c in combinations
+            Combination(
+                values={field: _value(one, field) for field in vary},
+                config=one.model_dump(),
+                keys=lifecycle.content_keys(one),
+            )
+            for one in varied
         ],
     )
-    device = _prepare(config, combinations, threads)
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
         "plan.json": as_json(plan.model_dump()),
-        "summary.json": as_json(_summary("running", combinations, device, [])),
+        "summary.json": as_json(_summary("running", varied, device, [])),
     }
-    run = Run.create(output, f"{config.name}-sweep", files)
-    with run.hold():
-        return run, _sweep(run, config, plan, combinations, device, jobs, display, stopped)
-
-
-def resume(
-    run: Run, jobs: int | None, display: SweepDisplay, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, Any]:
-    """Go on with a sweep: finished runs are kept, those that were begun go on from their checkpoints.
-
-    ``jobs`` replaces the sweep's. Results, arguments and errors as `sweep`'s.
-    """
-    plan = run.plan(KIND, _Plan)
-    if plan is None:
-        raise RequestError(f"{run.folder} is not a sweep: mbm runs list shows those there are")
-    config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
-    combinations = []
-    for number, one in enumerate(plan.combinations, 1):
-        varied = configs.of_document(one.config, f"{run.folder / 'plan.json'}, combination {number}")
-        setup.refuse_other_products(varied, one.keys, run.folder)
-        setup.refuse_other_device(varied, run)
-        combinations.append(Combination(number, one.values, varied))
-    device = _prepare(config, combinations, plan.threads)
-    with run.hold():
-        return _sweep(run, config, plan, combinations, device, jobs or plan.jobs, display, stopped)
-
-
-def _label(values: Mapping[str, Any]) -> str:
-    """A combination in one line."""
-    return ", ".join(map(shown, values.values()))
+    name = "compare" if kind == "comparison" else "sweep"
+    return Run.create(output, f"{config.name}-{name}", files), plan, varied
 
 
 def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
@@ -180,17 +222,38 @@ def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
     return values
 
 
-def _combinations(config: Config, vary: Mapping[str, Sequence[str]]) -> list[Combination]:
-    """Every combination, the values of the last field innermost; each config is checked as a whole."""
-    text, combinations = configs.dump(config), []
-    known: dict[str, list[str]] = {}
-    for number, choice in enumerate(itertools.product(*vary.values()), 1):
+def split_at_commas(text: str) -> list[str]:
+    """Split ``A,B,...``; a comma within brackets, braces or quotes belongs to its value, as in a YAML list.
+
+    Raises:
+        RequestError: a bracket or a quote is not closed.
+    """
+    # The YAML scanner knows where a value ends; the texts between its commas are kept as they are.
+    opening, closing = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken), yaml.FlowSequenceEndToken
+    values, start, depth = [], 0, 0
+    try:
+        for token in yaml.scan(f"[{text}]"):
+            at = token.start_mark.index - 1
+            depth += isinstance(token, opening) - isinstance(token, (closing, yaml.FlowMappingEndToken))
+            if depth == 1 and isinstance(token, yaml.FlowEntryToken):
+                values.append(text[start:at].strip())
+                start = at + 1
+    except yaml.YAMLError as error:
+        raise RequestError(f"{text!r} is not a list A,B,... ({getattr(error, 'problem', error)})") from None
+    return [*values, text[start:].strip()]
+
+
+def _combinations(config: Config, vary: Mapping[str, Sequence[str]]) -> list[Config]:
+    """Return the config of every combination, the values of the last field innermost."""
+    text, known = configs.dump(config), dict[str, str]()
+    combinations = []
+    for choice in itertools.product(*vary.values()):
         asked = [f"{field}={value}" for field, value in zip(vary, choice, strict=True)]
         one = configs.parse(text, f"--vary {' '.join(asked)}", asked, flag="--vary")
-        same = known.setdefault(configs.dump(one), asked)
-        if same is not asked:
-            raise RequestError(f"--vary: {' '.join(asked)} is the same as {' '.join(same)}, which is asked for, too")
-        combinations.append(Combination(number, {field: _value(one, field) for field in vary}, one))
+        same = known.setdefault(configs.dump(one), " ".join(asked))
+        if same != " ".join(asked):
+            raise RequestError(f"--vary: {' '.join(asked)} is the same as {same}, which is asked for, too")
+        combinations.append(one)
     return combinations
 
 
@@ -203,208 +266,241 @@ def _value(config: Config, field: str) -> Any:
     return value
 
 
-def _prepare(config: Config, combinations: Sequence[Combination], threads: int) -> torch.device:
-    """Check what can be checked before the first run, and have the data fetched once; gives the config's device."""
-    device = setup.prepare(config, threads)
-    for combination in combinations:
-        try:
-            setup.prepare(combination.config)
-        except RequestError as error:
-            raise RequestError(f"--vary: with {combination.label}: {error}") from None
-    for root in {combination.config.data.root for combination in combinations}:
-        fetch_mnist(Path(root) if root else None)
-    return device
+def _fetch_data(varied: Sequence[Config]) -> None:
+    """Have the data fetched once, before several runs ask for it."""
+    for dataset, root in {(config.data.dataset, config.data.root) for config in varied}:
+        DATASETS[dataset].fetch(Path(root) if root else None)
 
 
-def _sweep(
+def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
+    """Return the runs in the order in which they are computed: a comparison's seed by seed, for their pairs."""
+    begun, members = _begun(run), []
+    for number, (combination, config) in enumerate(zip(plan.combinations, varied, strict=True), 1):
+        for seed in range(config.seed, config.seed + plan.seeds):
+            values = [shown(value) for value in combination.values.values()]
+            first = config.model.name if plan.kind == "comparison" else str(number)
+            name = _member_name([first, *values], seed)
+            named = config.model_copy(update={"name": name, "seed": seed})
+            label = f"{', '.join(values)}, seed {seed}"
+            members.append(Member(label, number, combination.values, run.folder, named, begun.get(name)))
+    return members if plan.kind == "sweep" else sorted(members, key=lambda member: member.config.seed)
+
+
+def _begun(run: Run) -> dict[str, Run]:
+    """Return the runs that were begun in the folder, by their configs' names."""
+    return {one.config().name: one for one in list_runs(run.folder)}
+
+
+def _member_name(parts: Sequence[str], seed: int) -> str:
+    """Return ``<part>-<part>-seed<seed>`` as a config's name; a digest keeps parts apart that had to be changed."""
+    text = "-".join(parts)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:NAME_LENGTH]
+    if name != text:
+        name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+    return f"{name}-seed{seed}"
+
+
+def shown(value: Any) -> str:
+    """Write a config's value as a person does."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# What is computed
+
+
+def carry_out(
     run: Run,
     config: Config,
-    plan: _Plan,
-    combinations: Sequence[Combination],
-    device: torch.device,
+    plan: Plan,
+    varied: Sequence[Config],
     jobs: int,
-    display: SweepDisplay,
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
-    begun = members(run.folder)
-    planned = [(c, task) for c in combinations for task in c.tasks(run.folder, plan.seeds, plan.threads, begun)]
-    tasks = {task.config.name: (combination, task) for combination, task in planned}
-    rows: dict[str, dict[str, Any]] = {}
-    summaries: list[dict[str, Any]] = []
+    watch: Watch,
+    stopped: Stopped,
+    conclude: Callable[[list[Row]], R],
+) -> Finished[R]:
+    """Compute the runs of a plan that are not complete, then conclude from the rows of all.
 
-    def keep(name: str, finished: Run | None, reason: str | None) -> None:
-        rows[name] = _row(*tasks[name], finished, reason)
-        if finished is not None:
-            summaries.append(finished.summary())
+    Raises:
+        RunsFailed: some did; a sweep concludes without them, a comparison cannot.
+        RunError: a worker process died.
+        Interrupted: ``stopped`` returned true.
+    """
+    members = _members(run, plan, varied)
+    device = lifecycle.use_device(config)
+    rows: dict[str, Row] = {}
+    summaries: list[Summary] = []
 
-    for name, (_, task) in tasks.items():
-        if task.begun is not None and _is_complete(task.begun, task.config):
-            keep(name, task.begun, None)
+    def keep(member: Member, made: Run | None, reason: str | None = None) -> Row:
+        name = member.config.name
+        rows[name] = _row(member, made, reason)
+        if made is not None:
+            summaries.append(made.summary())
+        return rows[name]
 
-    def summarize(status: str, **more: Any) -> None:
-        run.write_json("summary.json", {**_summary(status, combinations, device, summaries), **more})
+    def summarize(status: str, reason: str | None = None) -> None:
+        run.write_json("summary.json", replace(_summary(status, varied, device, summaries), reason=reason))
 
-    def done(task: Task, outcome: Outcome) -> None:
-        name = task.config.name
-        finished = Run(run.folder / outcome.run) if outcome.run else members(run.folder).get(name)
-        keep(name, finished, outcome.reason)
+    def done(member: Member, outcome: Outcome) -> None:
+        made = Run(run.folder / outcome.result) if outcome.result else _begun(run).get(member.config.name)
+        if made is not None and made.summary().status == "stopped":  # its process died
+            made.write_json("summary.json", replace(made.summary(), status="failed", reason=outcome.reason))
+        row = keep(member, made, outcome.reason)
         summarize("running")
-        display.run_done(task.label, rows[name])
+        watch.done(member.label, row)
 
-    summarize("running")
-    try:
-        seeds = f"{plan.seeds} seed{'s'[: plan.seeds != 1]}"
-        what = f"{config.name}: {len(combinations)} combinations of {', '.join(plan.vary)}, {seeds}"
-        display.start(what, len(tasks), len(rows))
-        todo = [task for name, (_, task) in tasks.items() if name not in rows]
-        if jobs == 1:
-            work_here(todo, lambda task, part: display.progress(task.label, part), done, stopped)
-        else:
-            work_in_processes(todo, jobs, lambda task, part: display.progress(task.label, part), done, stopped)
-        result = _result(config, plan, combinations, device, [rows[name] for name in tasks])
-        _write(run, result)
-        failed = [row for row in result["runs"] if row["status"] == "failed"]
+    with lifecycle.computing(run, watch, summarize, lambda: f"after {len(rows)} of {len(members)} runs"):
+        for member in members:
+            if member.begun is not None and train.is_complete(member.begun.summary(), member.config):
+                keep(member, member.begun)
+        what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
+        watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
+        todo = [member for member in members if member.config.name not in rows]
+        try:
+            launch(todo, train_member, jobs, lambda member, part: watch.progress(member.label, part), done, stopped)
+        except RunError as error:
+            raise RunError(str(error), f"To resume: mbm resume {run.folder}") from error
+        failed = [row for row in rows.values() if row.status == "failed"]
+        ordered = [rows[member.config.name] for member in members]
+        finished = Finished(run, conclude(ordered)) if not failed or plan.kind == "sweep" else None
         if failed:
-            display.finish(result, run.folder)
-            raise RunError(f"{len(failed)} of {len(tasks)} runs failed, the first one: {failed[0]['reason']}")
+            raise RunsFailed(
+                f"{len(failed)} of {len(members)} runs failed, the first one: {failed[0].reason}",
+                f"To resume: mbm resume {run.folder}",
+                finished,
+            )
         summarize("completed")
-    except (Interrupted, BrokenPipeError):  # nobody reads the output any more
-        summarize("interrupted")
-        raise Interrupted(
-            f"interrupted after {len(rows)} of {len(tasks)} runs; to go on: mbm sweep --resume {run.folder}"
-        ) from None
-    except RunError as error:
-        summarize("failed", reason=str(error))
-        raise RunError(str(error), f"To go on with the sweep: mbm sweep --resume {run.folder}") from error
-    except Exception as error:
-        summarize("failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        display.close()
-    display.finish(result, run.folder)
-    return result
+    assert finished is not None
+    return finished
 
 
-def _is_complete(run: Run, config: Config) -> bool:
-    summary = run.summary()
-    return summary["status"] == "completed" and summary["epochs"] >= config.train.epochs
+def train_member(member: Member, tell: Tell, stopped: Stopped) -> str:
+    """Train a member, or resume it; return its folder's name."""
+    watch = _MemberWatch(member.config.train.epochs, tell)
+    data = shared_data(member.config, lifecycle.use_device(member.config))
+    if member.begun is None:
+        return train.train(member.config, member.folder, watch, stopped, data).run.name
+    return train.resume(member.begun, None, watch, stopped, data, member.config).run.name
 
 
-def _row(combination: Combination, task: Task, run: Run | None, reason: str | None = None) -> dict[str, Any]:
-    """What became of a run; ``reason`` tells why it failed."""
-    summary = run.summary() if run else {}
+def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
+    """Load the config's data, unless it is what the run before had."""
+    data = config.data
+    return _load(data.dataset, device, data.root, data.train_limit, data.test_limit)
+
+
+@lru_cache(maxsize=1)
+def _load(
+    dataset: str, device: torch.device, root: str | None, train_limit: int | None, test_limit: int | None
+) -> tuple[Split, Split]:
+    return DATASETS[dataset].load(device, Path(root) if root else None, train_limit, test_limit)
+
+
+class _MemberWatch(Watch):
+    """Turns the progress of an epoch into that of its run."""
+
+    def __init__(self, epochs: int, tell: Tell) -> None:
+        self.epochs, self.tell = epochs, tell
+
+    def progress(self, label: str, fraction: float, step: Progress | None = None) -> None:
+        epoch = int(label.removeprefix("epoch ").partition("/")[0])
+        self.tell((epoch - 1 + fraction) / self.epochs)
+
+
+def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:
+    """Return a run's result; ``reason`` says why it failed."""
+    summary = run.summary() if run else None
     last = (run.metrics() if run else [])[-1:] or [{}]
-    seconds = summary.get("epoch_seconds", [])
-    row = {
-        "combination": combination.number,
-        "values": combination.values,
-        "seed": task.config.seed,
-        "status": "failed" if reason else summary["status"],
-        "test_accuracy": summary.get("test_accuracy"),
-        "best_test_accuracy": summary.get("best_test_accuracy"),
-        "test_loss": last[0].get("test_loss"),
-        "train_loss": last[0].get("train_loss"),
-        "epochs": summary.get("epochs", 0),
-        "epoch_seconds": float(np.median(seconds)) if seconds else None,
-        "run": run.name if run else None,
-    }
-    return {**row, "reason": reason} if reason else row
+    seconds = summary.epoch_seconds if summary else []
+    return Row(
+        combination=member.combination,
+        values=member.values,
+        seed=member.config.seed,
+        status="failed" if reason or summary is None else summary.status,
+        test_accuracy=summary.test_accuracy if summary else None,
+        best_test_accuracy=summary.best_test_accuracy if summary else None,
+        test_loss=last[0].get("test_loss"),
+        train_loss=last[0].get("train_loss"),
+        epochs=summary.epochs if summary else 0,
+        epoch_seconds=float(np.median(seconds)) if seconds else None,
+        run=run.name if run else None,
+        reason=reason,
+    )
 
 
-def _result(
-    config: Config,
-    plan: _Plan,
-    combinations: Sequence[Combination],
-    device: torch.device,
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    # What is varied has no single value; the rows tell theirs.
-    common = {"model": config.model.name, "device": device.type, "epochs": config.train.epochs}
-    varied = {"model.name": "model", "device": "device", "train.epochs": "epochs"}
-    for field in plan.vary:
-        common.pop(varied.get(field, field), None)
-    summaries = [_over_seeds(c, [row for row in rows if row["combination"] == c.number]) for c in combinations]
-    planned = plan.model_dump(include={"vary", "seeds", "threads", "jobs"})
-    return {"config": config.name, **common, **planned, "combinations": summaries, "runs": list(rows)}
+def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: Sequence[Summary]) -> Summary:
+    """Summarize all runs in the form of one, so that ``mbm runs list`` shows comparisons and sweeps, too."""
+    best = [run.best_test_accuracy for run in runs if run.best_test_accuracy is not None]
+    return Summary(
+        status=status,
+        multiplier=", ".join(dict.fromkeys(str(config.model.multiplier) for config in varied)),
+        device=device.type,
+        epochs=sum(run.epochs for run in runs),
+        test_accuracy=None,
+        best_test_accuracy=max(best, default=None),
+        epoch_seconds=[seconds for run in runs for seconds in run.epoch_seconds],
+        train_seconds=[seconds for run in runs for seconds in run.train_seconds],
+        total_seconds=sum(run.total_seconds for run in runs),
+    )
 
 
-def _over_seeds(combination: Combination, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A combination's figures over the seeds whose runs were completed; fractions and seconds."""
-    completed = [row for row in rows if row["status"] == "completed"]
-    accuracies = [row["test_accuracy"] for row in completed]
-    return {
-        "values": combination.values,
-        "test_accuracy": accuracies,
-        "test_accuracy_mean": float(np.mean(accuracies)) if accuracies else None,
-        "test_accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
-        "test_accuracy_best": max((row["best_test_accuracy"] for row in completed), default=None),
-        "test_loss_mean": float(np.mean([row["test_loss"] for row in completed])) if completed else None,
-        "epoch_seconds_median": float(np.median([row["epoch_seconds"] for row in completed])) if completed else None,
-        "failed": len(rows) - len(completed),
-        "runs": [row["run"] for row in rows],
-    }
+# What comes out
 
 
-def _write(run: Run, result: dict[str, Any]) -> None:
-    run.write_json("sweep.json", result)
-    run.write("sweep.csv", _csv(result))
-    drawn = [one for one in result["combinations"] if one["test_accuracy"]]
-    if drawn:
-        lines = _lines(drawn, list(result["vary"]))
-        if lines:
-            picture = plots.sweep_lines(lines, REPORTED)
-        else:
-            title = ", ".join(result["vary"])
-            picture = plots.sweep_ranges([(_label(one["values"]), one["test_accuracy"]) for one in drawn], title)
-        run.write("sweep.png", picture)
+def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config]) -> Callable[[list[Row]], Sweep]:
+    """Return what writes a sweep's result from its rows."""
+
+    def write(rows: list[Row]) -> Sweep:
+        combinations = [
+            _over_seeds(one.values, [row for row in rows if row.combination == number])
+            for number, one in enumerate(plan.combinations, 1)
+        ]
+        # What is varied has no single value; the rows have theirs.
+        result = Sweep(
+            config=config.name,
+            vary=plan.vary,
+            seeds=plan.seeds,
+            jobs=plan.jobs,
+            combinations=combinations,
+            runs=rows,
+            model=None if "model.name" in plan.vary else config.model.name,
+            device=None if "device" in plan.vary else lifecycle.use_device(config).type,
+            epochs=None if "train.epochs" in plan.vary else config.train.epochs,
+            threads=None if "train.threads" in plan.vary else config.train.threads,
+        )
+        run.write_json("sweep.json", result)
+        run.write("sweep.csv", _csv(result))
+        return result
+
+    return write
 
 
-def _csv(result: dict[str, Any]) -> str:
-    """A row a run; a field that is null is empty."""
+def _over_seeds(values: dict[str, Any], rows: Sequence[Row]) -> CombinationResult:
+    completed = [row for row in rows if row.status == "completed"]
+
+    def mean_of(field: str, mean: Callable[..., Any] = np.mean) -> float | None:
+        return float(mean([getattr(row, field) for row in completed])) if completed else None
+
+    accuracies = [row.test_accuracy for row in completed if row.test_accuracy is not None]
+    return CombinationResult(
+        values=values,
+        test_accuracy=accuracies,
+        test_accuracy_mean=mean_of("test_accuracy"),
+        test_accuracy_std=float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        test_accuracy_best=mean_of("best_test_accuracy", np.max),
+        test_loss_mean=mean_of("test_loss"),
+        epoch_seconds_median=mean_of("epoch_seconds", np.median),
+        failed=len(rows) - len(completed),
+        runs=[row.run for row in rows],
+    )
+
+
+def _csv(result: Sweep) -> str:
+    """Write a line a run; a field that is null is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*result["vary"], *CSV_FIELDS])
-    for row in result["runs"]:
-        values = ["" if value is None else shown(value) for value in row["values"].values()]
-        writer.writerow([*values, *(row[field] for field in CSV_FIELDS)])
+    writer.writerow([*result.vary, *CSV_FIELDS])
+    for row in result.runs:
+        fields = asdict(row)
+        values = ["" if value is None else shown(value) for value in row.values.values()]
+        writer.writerow([*values, *(fields[field] for field in CSV_FIELDS)])
     return text.getvalue()
-
-
-def _lines(combinations: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[plots.SweepLine] | None:
-    """Accuracy against truncated bits, a line a family, where that is what the sweep is about; else ``None``."""
-    if MULTIPLIER not in fields:
-        return None
-    lines: dict[tuple[str, bool, str], plots.SweepLine] = {}
-    for one in combinations:
-        try:
-            multiplier = Multiplier.parse(one["values"][MULTIPLIER])
-        except ValueError:  # several, by layer
-            return None
-        family, rounded = multiplier.family, multiplier.result_bits is not None
-        others = _label({field: value for field, value in one["values"].items() if field != MULTIPLIER})
-        name = ", ".join(filter(None, (f"{family}-tT-rR" if rounded else family, others)))
-        line = lines.setdefault((family, rounded, others), plots.SweepLine(family, name, rounded, {}))
-        # User's multipliers have no truncated bits; and some differ in the result's bits alone.
-        if family not in FAMILIES or multiplier.truncate in line.accuracies:
-            return None
-        line.accuracies[multiplier.truncate] = one["test_accuracy"]
-    has_line = any(len(line.accuracies) > 1 for line in lines.values())
-    return list(lines.values()) if has_line and len(lines) <= plots.MOST_LINES else None
-
-
-def _summary(
-    status: str, combinations: Sequence[Combination], device: torch.device, runs: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """In the form of a training run's, so that ``mbm runs list`` shows sweeps, too."""
-    best = [run["best_test_accuracy"] for run in runs if run["best_test_accuracy"] is not None]
-    return {
-        "status": status,
-        "multiplier": ", ".join(dict.fromkeys(str(one.config.model.multiplier) for one in combinations)),
-        "device": device.type,
-        "epochs": sum(run["epochs"] for run in runs),
-        "test_accuracy": None,
-        "best_test_accuracy": max(best, default=None),
-        "epoch_seconds": [seconds for run in runs for seconds in run["epoch_seconds"]],
-        "train_seconds": [seconds for run in runs for seconds in run["train_seconds"]],
-        "total_seconds": sum(run["total_seconds"] for run in runs),
-    }

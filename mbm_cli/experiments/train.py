@@ -4,54 +4,56 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mbm_cli import config as configs
-from mbm_cli import plots
 from mbm_cli.config import Config
-from mbm_cli.data import Split, epoch_order
-from mbm_cli.environment import environment
-from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import setup
-from mbm_cli.experiments.memory import is_out_of_memory, out_of_memory
-from mbm_cli.models import describe_layers
-from mbm_cli.render import Display
-from mbm_cli.runs import Run, as_json
-from mbm_cli.training import PartOfEpoch, Trainer, learning_rates
+from mbm_cli.data import epoch_order
+from mbm_cli.device import environment
+from mbm_cli.errors import RequestError, RunError
+from mbm_cli.experiments import lifecycle
+from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.models import MODELS, describe_layers
+from mbm_cli.runs import Run, Summary, as_json
+from mbm_cli.training import PartOfEpoch, Progress, Split, Trainer, learning_rates
+
+
+@dataclass(frozen=True)
+class Trained(Finished[Summary]):
+    """A training run: its folder, its summary as the result, a dictionary of metrics an epoch."""
+
+    metrics: list[dict[str, Any]]
 
 
 def train(
     config: Config,
     output: Path,
-    display: Display,
-    stopped: Callable[[], bool] = lambda: False,
-    threads: int | None = None,
+    watch: Watch | None = None,
+    stopped: Stopped = never,
     data: tuple[Split, Split] | None = None,
-) -> tuple[Run, dict[str, Any]]:
-    """Run an experiment in a new run folder below ``output``.
+) -> Trained:
+    """Train the config's network in a new run folder below ``output``.
 
     Args:
-        stopped: asked before every step.
-        threads: CPU threads; PyTorch's choice without it.
+        stopped: called before every step.
         data: the training and the test set, where they are loaded already.
 
-    Returns:
-        The run and its summary.
-
     Raises:
-        RequestError: the device is not there; nothing is written then.
+        RequestError: the device or a multiplier is wrong; nothing is written then.
         RunError: the data cannot be had, the folder cannot be written, or the loss is not finite.
-        Interrupted: ``stopped`` said so.
+        Interrupted: ``stopped`` returned true.
     """
     started = time.perf_counter()
-    device = setup.prepare(config, threads)
-    data = data or setup.load_data(config, device)
+    config, device = lifecycle.begin(config)
+    data = data or lifecycle.load_data(config, device)
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
@@ -59,35 +61,43 @@ def train(
     }
     run = Run.create(output, config.name, files)
     with run.hold():
-        return run, _train(run, config, device, data, display, stopped, started)
+        return _Training(run, config, device, data, watch or Watch(), stopped, started).run_epochs()
 
 
 def resume(
     run: Run,
-    epochs: int | None,
-    display: Display,
-    stopped: Callable[[], bool] = lambda: False,
+    epochs: int | None = None,
+    watch: Watch | None = None,
+    stopped: Stopped = never,
     data: tuple[Split, Split] | None = None,
-) -> dict[str, Any]:
-    """Go on with a run from its last checkpoint, or from the beginning if it has none; returns the summary.
+    config: Config | None = None,
+) -> Trained:
+    """Resume a run from its last checkpoint, or from the beginning if it has none.
 
-    A run that is complete is left as it is. ``epochs`` replaces the config's. Arguments and errors as ``train``.
+    A complete run is returned as it is. ``epochs`` replaces the config's; ``config`` is the run's, where it has been
+    read and resolved already. Otherwise as `train`.
     """
     started = time.perf_counter()
     run.refuse_several()
-    with run.hold():  # from before anything is read or changed
-        config = configs.parse(run.config_text(), str(run.folder / "config.yaml"))
+    with run.hold():  # before anything is read or changed
+        config = config or run.config()
         if epochs is not None:
-            config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
-        summary = run.summary()
-        if epochs is not None:
+            config = config.with_train(epochs=epochs)
             _refuse_fewer(epochs, run)
-        if summary["status"] == "completed" and summary["epochs"] >= config.train.epochs:
-            display.finish(summary, run.folder)
-            return summary
-        device = setup.prepare_to_resume(config, run)
-        data = data or setup.load_data(config, device)
-        return _train(run, config, device, data, display, stopped, started, resumed=True)
+        summary = run.summary()
+        if is_complete(summary, config):
+            return Trained(run, summary, run.metrics())
+        lifecycle.refuse_other_device(config, run)
+        config, device = lifecycle.begin(config)
+        data = data or lifecycle.load_data(config, device)
+        training = _Training(run, config, device, data, watch or Watch(), stopped, started)
+        training.note_resume()
+        return training.run_epochs()
+
+
+def is_complete(summary: Summary, config: Config) -> bool:
+    """Return whether a run has all epochs of its config."""
+    return summary.status == "completed" and summary.epochs >= config.train.epochs
 
 
 def _refuse_fewer(epochs: int, run: Run) -> None:
@@ -95,144 +105,151 @@ def _refuse_fewer(epochs: int, run: Run) -> None:
     done = len(checkpoint["metrics"]) if checkpoint else 0
     part = " and a part of the next" if checkpoint and checkpoint.get("part") else ""
     if epochs < done + bool(part):
-        raise RequestError(f"the run has {done} epochs{part} already: --epochs {epochs} would take some back")
+        raise RequestError(f"the run has {done} epochs{part} already: --epochs {epochs} would discard some")
 
 
-def _train(
-    run: Run,
-    config: Config,
-    device: torch.device,
-    data: tuple[Split, Split],
-    display: Display,
-    stopped: Callable[[], bool],
-    started: float,
-    resumed: bool = False,
-) -> dict[str, Any]:
-    if device.type == "cuda":
-        gc.collect()  # CUDA graphs of an earlier run in this process keep their memory until their cycles are found
-        torch.cuda.reset_peak_memory_stats(device)
-    trainer = setup.build_trainer(config, device, data)
-    checkpoint = run.checkpoint()
-    part = _restore(run, config, checkpoint, trainer, device) if checkpoint else None
-    if resumed:
-        recorded = run.environment()
-        again = [*recorded.get("resumed", []), environment(device)]
-        run.write_json("environment.json", {**recorded, "resumed": again})
-        run.write("config.yaml", configs.dump(config))
-    metrics = checkpoint["metrics"] if checkpoint else []
-    record = _Record(run, config, device, trainer, metrics, started)
-    if checkpoint:
-        record.started -= checkpoint["total_seconds"]
-        run.write_metrics(metrics)  # whoever was killed may have written the checkpoint alone
-    record.summarize("running")
-    try:
-        images = f"{len(data[0]):,} training and {len(data[1]):,} test images"
-        what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {_describe(device)}, {images}"
-        display.start(what, describe_layers(trainer.model, data[0].images.shape[1:]), config.train.epochs)
-        _epochs(record, part, len(data[0]), display, stopped)
-        title = f"{config.name}: {config.model.name}, {config.model.multiplier}"
-        run.write("curves.png", plots.curves(metrics, title))
-        summary = record.summarize("completed")
-    except (Interrupted, KeyboardInterrupt, BrokenPipeError):  # or nobody reads the output any more
-        record.summarize("interrupted")
-        raise Interrupted(f"interrupted in {record.epoch}; to go on: mbm train --resume {run.folder}") from None
-    except Exception as error:
-        if is_out_of_memory(error):
-            error = RunError(out_of_memory(config, device))
-        if not isinstance(error, RunError):
-            record.summarize("failed", reason=f"{type(error).__name__}: {error}")
-            raise
-        failure = RunError(f"{record.epoch}: {error} (run: {run.folder})")
-        record.summarize("failed", reason=str(failure))
-        raise failure from error
-    finally:
-        display.close()
-    display.finish(summary, run.folder)
-    return summary
+class _Training:
+    """A run that is being computed, and what is written of it."""
 
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        device: torch.device,
+        data: tuple[Split, Split],
+        watch: Watch,
+        stopped: Stopped,
+        started: float,
+    ) -> None:
+        self.run, self.config, self.device, self.data = run, config, device, data
+        self.watch, self.stopped = watch, stopped
+        if device.type == "cuda":
+            gc.collect()  # the CUDA graphs of an earlier run in this process keep their memory until they are collected
+            torch.cuda.reset_peak_memory_stats(device)
+        self.trainer = lifecycle.build_trainer(config, device, data)
+        self.metrics: list[dict[str, Any]] = []  # of the epochs that have ended
+        self.part: PartOfEpoch | None = None
+        self.started = started  # moved back by the time before an interruption
+        checkpoint = run.checkpoint()
+        if checkpoint:
+            self.part = _restore(run, config, checkpoint, self.trainer, device)
+            self.metrics = checkpoint["metrics"]
+            self.started -= checkpoint["total_seconds"]
+            run.write_metrics(self.metrics)  # a run killed after its checkpoint lacks the last line
 
-def _epochs(
-    record: "_Record",
-    part: PartOfEpoch | None,
-    images: int,
-    display: Display,
-    stopped: Callable[[], bool],
-) -> None:
-    """Those that are left to be trained."""
-    config, trainer, metrics = record.config, record.trainer, record.metrics
-    steps, epochs = trainer.steps, config.train.epochs
-    for epoch in range(len(metrics) + 1, epochs + 1):
-        order = epoch_order(images, config.seed, epoch)
-        first = (epoch - 1) * steps
-        result = trainer.epoch(
-            order,
-            learning_rates(config.optimizer.lr, config.optimizer.schedule, first, steps, epochs * steps),
-            partial(display.progress, epoch),
-            stopped,
-            lambda part: record.keep(metrics, part),
-            config.train.checkpoint_every,
-            part,
+    def note_resume(self) -> None:
+        """Record what the run is resumed with."""
+        recorded = self.run.environment()
+        again = [*recorded.get("resumed", []), environment(self.device)]
+        self.run.write_json("environment.json", {**recorded, "resumed": again})
+        self.run.write("config.yaml", configs.dump(self.config))
+
+    def run_epochs(self) -> Trained:
+        """Train the remaining epochs."""
+        with lifecycle.computing(self.run, self.watch, self.summarize, lambda: f"in {self.epoch}"), self._failures():
+            train, test = self.data
+            what = f"{self.config.name}: {self.config.model.name} with {self.config.model.multiplier} on "
+            what += f"{_describe(self.device)}, {len(train):,} training and {len(test):,} test images"
+            layers = describe_layers(self.trainer.model, train.images.shape[1:])
+            self.watch.begin(what, "epoch", self.config.train.epochs, len(self.metrics), layers)
+            for epoch in range(len(self.metrics) + 1, self.config.train.epochs + 1):
+                self._run_epoch(epoch)
+            return Trained(self.run, self.summarize("completed"), self.metrics)
+
+    def _run_epoch(self, epoch: int) -> None:
+        train, steps, epochs = self.config.train, self.trainer.steps, self.config.train.epochs
+        label = f"epoch {epoch}/{epochs}"
+
+        def report(progress: Progress) -> None:
+            self.watch.progress(label, progress.step / progress.steps, progress)
+
+        optimizer, first = self.config.optimizer, (epoch - 1) * steps
+        result = self.trainer.epoch(
+            epoch_order(len(self.data[0]), self.config.seed, epoch),
+            learning_rates(optimizer.lr, optimizer.schedule, first, steps, epochs * steps),
+            report,
+            self.stopped,
+            partial(self._keep, self.metrics),
+            train.checkpoint_every,
+            self.part,
         )
-        part = None
+        self.part = None
         row = {"epoch": epoch, **asdict(result)}
         # First, and with the metrics in it: whatever fails from here on, nothing contradicts the checkpoint.
-        record.keep([*metrics, row])
-        metrics.append(row)
-        record.run.write_metrics(metrics)
-        record.summarize("running")
-        display.epoch(row)
-
-
-@dataclass
-class _Record:
-    """What is written of a run while it goes on."""
-
-    run: Run
-    config: Config
-    device: torch.device
-    trainer: Trainer
-    metrics: list[dict[str, Any]]  # of the epochs that have ended
-    started: float  # as if there had been no pause
+        self._keep([*self.metrics, row])
+        self.metrics.append(row)
+        self.run.write_metrics(self.metrics)
+        self.summarize("running")
+        self.watch.done(label, row)
 
     @property
     def epoch(self) -> str:
-        """The one at hand, in words."""
+        """The current epoch, in words."""
         epochs = self.config.train.epochs
         return f"epoch {min(len(self.metrics) + 1, epochs)} of {epochs}"
 
-    def summarize(self, status: str, **more: Any) -> dict[str, Any]:
+    def summarize(self, status: str, reason: str | None = None) -> Summary:
         seconds = time.perf_counter() - self.started
-        summary = {**_summary(status, self.config, self.device, self.metrics, seconds), **more}
+        summary = _summary(status, self.config, self.device, self.metrics, seconds, reason)
         self.run.write_json("summary.json", summary)
         return summary
 
-    def keep(self, metrics: list[dict[str, Any]], part: PartOfEpoch | None = None) -> None:
-        seconds = time.perf_counter() - self.started
-        self.run.write_checkpoint(
-            _checkpoint(metrics, part, seconds, setup.multiplier_keys(self.config), self.trainer, self.device)
-        )
+    def _keep(self, metrics: list[dict[str, Any]], part: PartOfEpoch | None = None) -> None:
+        """Write a checkpoint: plain tensors and numbers, which ``torch.load(weights_only=True)`` reads."""
+        device, trainer = self.device, self.trainer
+        checkpoint = {
+            "epoch": len(metrics),
+            "metrics": metrics,
+            "part": None if part is None else {"step": part.step, "logits": part.logits, "seconds": part.seconds},
+            "total_seconds": time.perf_counter() - self.started,
+            "multipliers": lifecycle.content_keys(self.config),
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            },
+        }
+        self.run.write_checkpoint(checkpoint)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Name the epoch and the run in what a run fails with; answer a full memory with batches that fit."""
+        try:
+            yield
+        except Exception as error:
+            failure = RunError(_batch_that_fits(self.config, self.device)) if _is_out_of_memory(error) else error
+            if not isinstance(failure, RunError):
+                raise
+            raise RunError(f"{self.epoch}: {failure} (run: {self.run.folder})") from error
 
 
 def _summary(
-    status: str, config: Config, device: torch.device, metrics: list[dict[str, Any]], total_seconds: float
-) -> dict[str, Any]:
+    status: Any,
+    config: Config,
+    device: torch.device,
+    metrics: list[dict[str, Any]],
+    total_seconds: float,
+    reason: str | None = None,
+) -> Summary:
     accuracies = [m["test_accuracy"] for m in metrics]
-    return {
-        "status": status,
-        "multiplier": str(config.model.multiplier),
-        "device": device.type,
-        "epochs": len(metrics),
-        "test_accuracy": accuracies[-1] if accuracies else None,
-        "best_test_accuracy": max(accuracies, default=None),
-        "epoch_seconds": [m["epoch_seconds"] for m in metrics],
-        "train_seconds": [m["train_seconds"] for m in metrics],
-        "total_seconds": total_seconds,
-        "peak_memory_bytes": peak_memory(device),
-    }
+    return Summary(
+        status=status,
+        multiplier=str(config.model.multiplier),
+        device=device.type,
+        epochs=len(metrics),
+        test_accuracy=accuracies[-1] if accuracies else None,
+        best_test_accuracy=max(accuracies, default=None),
+        epoch_seconds=[m["epoch_seconds"] for m in metrics],
+        train_seconds=[m["train_seconds"] for m in metrics],
+        total_seconds=total_seconds,
+        peak_memory_bytes=peak_memory(device),
+        reason=reason,
+    )
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what PyTorch held at most during this run, on the CPU what the process did, in its whole life."""
+    """Return bytes: on a GPU the most that PyTorch held during this run, on the CPU the process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -246,39 +263,15 @@ def _describe(device: torch.device) -> str:
     return f"the CPU ({threads} thread{'s'[: threads != 1]})"
 
 
-def _checkpoint(
-    metrics: list[dict[str, Any]],
-    part: PartOfEpoch | None,
-    total_seconds: float,
-    multipliers: list[str],
-    trainer: Trainer,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Plain tensors and numbers, as ``torch.load(weights_only=True)`` reads them."""
-    return {
-        "epoch": len(metrics),
-        "metrics": metrics,
-        "part": None if part is None else {"step": part.step, "logits": part.logits, "seconds": part.seconds},
-        "total_seconds": total_seconds,
-        "multipliers": multipliers,
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "random": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        },
-    }
-
-
 def _restore(
     run: Run, config: Config, checkpoint: dict[str, Any], trainer: Trainer, device: torch.device
 ) -> PartOfEpoch | None:
-    """Put everything back as it was, and tell where within an epoch that is.
+    """Restore the state of a checkpoint; return the finished part of its epoch.
 
     Raises:
-        RunError: it is not a checkpoint of this run, or a multiplier's file is not what it was.
+        RunError: it is not a checkpoint of this run, or a multiplier's file has changed.
     """
-    setup.refuse_other_products(config, checkpoint["multipliers"], run.folder)
+    lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
     try:
         trainer.model.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -292,3 +285,47 @@ def _restore(
         raise RunError(
             f"{run.folder / 'checkpoint.pt'} is not a checkpoint of this run: delete it to start again"
         ) from error
+
+
+# Out of memory
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _batch_that_fits(config: Config, device: torch.device) -> str:
+    """Say which batch sizes fit: the largest halves with which a step works, tried out."""
+    asked = {"data.batch_size": config.data.batch_size, "data.eval_batch_size": config.data.eval_batch_size}
+    fits = {field: _largest(config, device, batch, field == "data.batch_size") for field, batch in asked.items()}
+    smaller = [f"{field}={fits[field]}" for field in fits if 0 < fits[field] < asked[field]]
+    where = "the GPU's memory" if device.type == "cuda" else "memory"
+    if not smaller:
+        return f"{where} is full, and a smaller batch does not help: close what else uses it"
+    return f"{where} is too small for this batch, but these would fit: --set {' --set '.join(smaller)}"
+
+
+def _largest(config: Config, device: torch.device, batch: int, training: bool) -> int:
+    while batch > 0:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            _try_step(config, device, batch, training)
+            return batch
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            batch //= 2
+    return 0
+
+
+def _try_step(config: Config, device: torch.device, batch: int, training: bool) -> None:
+    model = MODELS[config.model.name](config.model.multiplier).to(device).train(training)
+    with torch.set_grad_enabled(training):
+        logits = model(torch.zeros(batch, 1, 28, 28, device=device))
+        loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=device))
+        if training:
+            loss.backward()

@@ -1,98 +1,75 @@
-"""Hundreds of epochs, and dozens of runs, in one process: its memory, and the GPU's, does not grow.
+"""Train hundreds of epochs, and dozens of runs, in one process: memory does not grow.
 
 ``python tests/stress/memory.py [EPOCHS [DEVICE]]`` trains 300 epochs on a small part of MNIST, then a tenth as many
-runs one after the other, as a comparison does, on ``cpu`` or ``cuda``.
+runs one after the other, on ``cpu`` or ``cuda``.
 
-What may grow is small: the metrics, of which each epoch adds a dictionary (some KiB, with what is written of it), and
-what the C library's allocator keeps between pieces that are in use, which settles. A tensor of an epoch that was kept
-would show: the logits of the 256 training images alone are 10 KiB, the weights and the optimizer's state 720 KiB, the
-images 780 KiB. So after the warm-up, 300 epochs may add 8 MiB (28 KiB each), and 30 runs as much (280 KiB each); on a
-GPU, whose allocator tells exact numbers, nothing.
+After the warm-up, 300 epochs or 30 runs may add 8 MiB: an epoch's metrics are some KiB, and the C library's allocator
+keeps memory between pieces in use. A tensor kept from each epoch or run would exceed that: the logits of the 256
+training images are 10 KiB, the weights and the optimizer's state 720 KiB. Of a GPU's memory nothing may be added.
 """
 
 import gc
+import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import torch
+# OpenMP's idle threads would spin on cores that other processes need.
+os.environ["GOMP_SPINCOUNT"] = "0"
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from mbm_cli.config import load
-from mbm_cli.experiments import setup
-from mbm_cli.experiments import train as experiment
-from mbm_cli.render import Display
+import torch  # noqa: E402
 
-SETTINGS = ["data.train_limit=256", "data.test_limit=100", "train.checkpoint_every=2", "train.deterministic=true"]
-GROWTH = 8 << 20  # bytes, over 300 epochs or 30 runs, and over fewer
-WARM_UP = 10  # epochs
-WARM_UP_RUNS = 3
-FULL = 300
+from mbm_cli import cli  # noqa: E402
+
+LIMIT = 8 << 20  # bytes
 
 
-def used(device: str) -> dict[str, int]:
-    """Bytes that this process holds, and of the GPU's memory its tensors."""
+def mbm(*arguments: object) -> None:
+    """Run `mbm` in this process."""
+    sys.argv = ["mbm", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, f"mbm ended with {end.code}"
+
+
+def used() -> tuple[int, int]:
+    """Return the bytes of this process's memory, and of the GPU's that its tensors occupy."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"process": pages * 4096}
-    if device == "cuda":
-        torch.cuda.synchronize()
-        found["device"] = torch.cuda.memory_allocated()
-    return found
+    return pages * os.sysconf("SC_PAGE_SIZE"), torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-class Watch(Display):
-    """Looks at the memory after each epoch."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seen: list[dict[str, int]] = []
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        self.seen.append(used(self.device))
+def check(what: str, seen: list[tuple[int, int]], warm_up: int) -> None:
+    """Compare medians of as many looks as the warm-up had, from its end and from the end of all."""
+    before, after = ([median(one) for one in zip(*looks)] for looks in (seen[warm_up : 2 * warm_up], seen[-warm_up:]))
+    process, device = after[0] - before[0], after[1] - before[1]
+    print(f"{len(seen)} {what}: process {process / 1024:+,.0f} KiB, GPU {device / 1024:+,.0f} KiB", flush=True)
+    assert process <= LIMIT and device <= 0, "memory grows"
 
 
-def growth(seen: list[dict[str, int]], warm_up: int) -> dict[str, int]:
-    """From behind the warm-up to the end; medians of as many looks as the warm-up had, which none of them can sway."""
-    before, after = seen[warm_up : 2 * warm_up], seen[-warm_up:]
-    return {name: int(median(one[name] for one in after) - median(one[name] for one in before)) for name in seen[0]}
+def main(epochs: int = 300, device: str = "cpu") -> None:
+    small = ["--quiet", "--device", device, "--threads", 1, "--set", "data.train_limit=256"]
+    small += ["--set", "data.test_limit=100", "--set", "train.checkpoint_every=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        train = ["train", "--output", folder, *small]
+        after_epochs = []
 
+        def look(event: str, arguments: tuple[object, ...]) -> None:
+            # An epoch ends with its metrics, written under another name and then renamed.
+            if event == "os.rename" and os.path.basename(str(arguments[1])) == "metrics.jsonl":
+                after_epochs.append(used())
 
-def of_epochs(epochs: int, device: str, folder: Path) -> dict[str, int]:
-    watch = Watch(device)
-    experiment.train(_config(device, epochs), folder / "epochs", watch, threads=1)
-    return growth(watch.seen, min(WARM_UP, epochs // 3))
-
-
-def of_runs(runs: int, device: str, folder: Path) -> dict[str, int]:
-    config = _config(device, 2)
-    data = setup.load_data(config, torch.device(device))
-    seen = []
-    for _ in range(runs):
-        experiment.train(config, folder / "runs", Display(), threads=1, data=data)
-        seen.append(used(device))
-    return growth(seen, min(WARM_UP_RUNS, runs // 3))
-
-
-def _config(device: str, epochs: int) -> Any:
-    return load("lenet-mbm", [*SETTINGS, f"device={device}", f"train.epochs={epochs}"])
-
-
-def main(epochs: int = FULL, device: str = "cpu") -> int:
-    failures, began = 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        for what, measure, number in (("epochs", of_epochs, epochs), ("runs", of_runs, max(4, epochs // 10))):
-            grown = measure(number, device, Path(temporary))
-            fine = grown["process"] <= GROWTH and grown.get("device", 0) <= 0
-            failures += not fine
-            words = ", ".join(f"{name} {size / 1024:+,.0f} KiB" for name, size in grown.items())
-            print(f"{number} {what} on {device}: {words}{'' if fine else ': FAILED, it grows'}", flush=True)
-    print(f"memory.py: {failures} failures, {time.monotonic() - began:.0f} s")
-    return int(failures > 0)
+        sys.addaudithook(look)
+        mbm(*train, "--epochs", epochs)
+        check(f"epochs on {device}", after_epochs, min(10, epochs // 3))
+        after_runs = []
+        for _ in range(max(4, epochs // 10)):
+            mbm(*train, "--epochs", 2)
+            after_runs.append(used())
+        check(f"runs on {device}", after_runs, min(3, len(after_runs) // 3))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:2]), *sys.argv[2:3]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Which arguments of a convolution fit together, and the output's shape that follows."""
+"""The shape of a convolution's output, and the checks that its arguments fit together."""
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ def conv2d_output_shape(
     dilation: list[int],
     groups: int,
 ) -> list[int]:
-    """The shape (N, O, H', W') of the output; every backend asks here before it touches memory.
+    """Return the output's shape, (N, O, H', W'). Every backend calls this before it touches memory.
 
     Raises:
         RuntimeError: where ``torch.nn.functional.conv2d`` raises one.

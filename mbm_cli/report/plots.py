@@ -1,9 +1,10 @@
-"""Figures, as PNG bytes, readable at the width of a paper's column and in greyscale."""
+"""Pictures of results, as PNG bytes, readable at the width of a paper's column and in greyscale."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from textwrap import fill
 from typing import Any
 
@@ -12,6 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from mbm_cli.experiments.characterize import Characterization, Characterized, Pairs, TruncationErrors
+from mbm_cli.experiments.compare import Comparison
+from mbm_cli.experiments.evaluate import Evaluated, Evaluation
+from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
+from mbm_cli.experiments.train import Trained
+from mbm_cli.multipliers.float32 import FAMILIES
+from mbm_cli.multipliers.names import Multiplier
+from mbm_cli.runs import Summary
 
 COLUMN = 8 / 2.54  # inches: the width of a paper's column
 # From the palette of Okabe and Ito, with line styles that differ too.
@@ -25,11 +36,87 @@ TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 # Errors below zero are blue, above it orange; it gets lighter all the way, so that signs survive in greyscale.
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
-MAP_ROWS = 6  # multipliers below one another
+MAP_ROWS = 6  # multipliers in a column
+# Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
+# in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
+REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
+
+
+@singledispatch
+def pictures(result: Any, made: Any) -> dict[str, bytes]:
+    """Draw what an experiment made; return PNG files by name, none for results without a picture."""
+    return {}
+
+
+@pictures.register
+def _(result: Summary, made: Trained) -> dict[str, bytes]:
+    config = made.run.config()
+    return {"curves.png": curves(made.metrics, f"{config.name}: {config.model.name}, {result.multiplier}")}
+
+
+@pictures.register
+def _(result: Comparison, made: object) -> dict[str, bytes]:
+    return {"compare.png": comparison(result)}
+
+
+@pictures.register
+def _(result: Sweep, made: object) -> dict[str, bytes]:
+    drawn = [one for one in result.combinations if one.test_accuracy]
+    if not drawn:
+        return {}
+    lines = _lines(drawn, list(result.vary))
+    if lines:
+        return {"sweep.png": sweep_lines(lines, REPORTED)}
+    ranges = [(_label(one.values), one.test_accuracy) for one in drawn]
+    return {"sweep.png": sweep_ranges(ranges, ", ".join(result.vary))}
+
+
+@pictures.register
+def _(result: Evaluation, made: Evaluated) -> dict[str, bytes]:
+    return {"confusion.png": confusions(made.confusions)}
+
+
+@pictures.register
+def _(result: EpochProfile, made: object) -> dict[str, bytes]:
+    return {"profile.png": epoch_profile(result)}
+
+
+@pictures.register
+def _(result: Characterization, made: Characterized) -> dict[str, bytes]:
+    drawn = {"characterize.png": characterization(made.pairs)}
+    if result.sweep:
+        drawn["sweep-truncate.png"] = truncation_sweep(result.sweep)
+    return drawn
+
+
+def _lines(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> "list[SweepLine] | None":
+    """Return accuracy against truncated bits, a line a family, if the sweep varies little else; else ``None``."""
+    if MULTIPLIER not in fields:
+        return None
+    lines: dict[tuple[str, bool, str], SweepLine] = {}
+    for one in combinations:
+        try:
+            multiplier = Multiplier.parse(one.values[MULTIPLIER])
+        except ValueError:  # several, by layer
+            return None
+        family, rounded = multiplier.family, multiplier.result_bits is not None
+        others = _label({field: value for field, value in one.values.items() if field != MULTIPLIER})
+        name = ", ".join(filter(None, (f"{family}-tT-rR" if rounded else family, others)))
+        line = lines.setdefault((family, rounded, others), SweepLine(family, name, rounded, {}))
+        # Multipliers from files have no truncated bits, and some differ in the result's bits alone.
+        if family not in FAMILIES or multiplier.truncate in line.accuracies:
+            return None
+        line.accuracies[multiplier.truncate] = one.test_accuracy
+    has_line = any(len(line.accuracies) > 1 for line in lines.values())
+    return list(lines.values()) if has_line and len(lines) <= MOST_LINES else None
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    return ", ".join(map(shown, values.values()))
 
 
 def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
-    """Loss and accuracy, training and test, over the epochs of a run's metrics."""
+    """Draw loss and accuracy, training and test, over the epochs of a run's metrics."""
     figure = Figure(figsize=(6.4, 2.8), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     numbers = [epoch["epoch"] for epoch in epochs]
@@ -47,16 +134,16 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
     return _png(figure)
 
 
-def comparison(result: dict[str, Any]) -> bytes:
-    """Test accuracy and training loss over epochs: the mean over seeds, with a band from the lowest to the highest."""
-    multipliers = result["multipliers"]
-    one_epoch = result["epochs"] == 1  # no band has a width then: multipliers stand side by side, with bars
+def comparison(result: Comparison) -> bytes:
+    """Draw test accuracy and training loss over epochs: means over seeds, with bands from the lowest to the highest."""
+    multipliers = result.multipliers
+    one_epoch = result.epochs == 1  # then bands have no width: multipliers stand side by side, with bars
     are_short = max(map(len, multipliers)) <= LEGEND_INSIDE
     has_room = are_short and not one_epoch
     figure = Figure(figsize=(6.4, 3.0 if has_room else 3.3 + 0.2 * len(multipliers)), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for i, multiplier in enumerate(multipliers):
-        runs = [run["metrics"] for run in result["runs"] if run["multiplier"] == multiplier]
+        runs = [run["metrics"] for run in result.runs if run["multiplier"] == multiplier]
         epochs = [i] if one_epoch else [m["epoch"] for m in runs[0]]
         color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": _plain(multiplier)}
@@ -78,7 +165,7 @@ def comparison(result: dict[str, Any]) -> bytes:
         else:
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    title = f"{result['model']}, {result['seeds']} seed{'s'[: result['seeds'] != 1]}"
+    title = f"{result.model}, {result.seeds} seed{'s'[: result.seeds != 1]}"
     if has_room:
         accuracy.legend(title=title)
     else:
@@ -88,28 +175,28 @@ def comparison(result: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def epoch_profile(result: dict[str, Any]) -> bytes:
-    """Where an epoch's time went: a bar a phase, and a bar a convolution (forward, backward)."""
+def epoch_profile(result: EpochProfile) -> bytes:
+    """Draw where an epoch's time went: a bar a phase, and two a convolution (forward, backward)."""
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     phases, layers = figure.subplots(1, 2)
-    names = list(result["phases"])[::-1]
-    phases.barh(names, [result["phases"][name] for name in names], color="#0072B2")
+    names = list(result.phases)[::-1]
+    phases.barh(names, [result.phases[name] for name in names], color="#0072B2")
     phases.set_xlabel("seconds")
     phases.set_title("phases of an epoch", fontsize="medium")
-    labels = [layer["name"] for layer in result["layers"]][::-1]
+    labels = [layer.name for layer in result.layers][::-1]
     positions = np.arange(len(labels))
     for offset, part, color, hatch in ((0.2, "forward", "#D55E00", None), (-0.2, "backward", "#56B4E9", "//")):
-        values = [layer[f"{part}_seconds"] for layer in result["layers"]][::-1]
+        values = [getattr(layer, f"{part}_seconds") for layer in result.layers][::-1]
         layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
     layers.set_yticks(positions, labels)
     layers.set_xlabel("seconds")
-    layers.set_title(_plain(f"convolutions, {result['multiplier']}"), fontsize="medium")
+    layers.set_title(_plain(f"convolutions, {result.multiplier}"), fontsize="medium")
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return _png(figure)
 
 
 def confusions(counts: dict[str, np.ndarray]) -> bytes:
-    """A matrix of counts for each multiplier, int (classes, classes), label by answer; drawn below one another."""
+    """Draw a matrix of counts for each multiplier, int (classes, classes), label by answer, below one another."""
     figure = Figure(figsize=(COLUMN, 2.9 * len(counts)), layout="constrained")
     panels = figure.subplots(len(counts), squeeze=False)[:, 0]
     for axes, (multiplier, matrix) in zip(panels, counts.items(), strict=True):
@@ -133,7 +220,7 @@ def confusions(counts: dict[str, np.ndarray]) -> bytes:
 class SweepLine:
     """A line of `sweep_lines`: the test accuracies (fractions) of some seeds, by truncated bits.
 
-    ``rounded`` tells that bits of the result are dropped, too.
+    ``rounded``: bits of the result are dropped, too.
     """
 
     family: str
@@ -143,11 +230,11 @@ class SweepLine:
 
 
 def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], tuple[float, float]]) -> bytes:
-    """Test accuracy against truncated bits: means over seeds, with a band from the lowest to the highest.
+    """Draw test accuracy against truncated bits: means over seeds, with bands from the lowest to the highest.
 
     Args:
-        lines: at most MOST_LINES. The exact product alone is a level across the figure.
-        reported: improvements of area and power by family and truncated bits; written below those that were varied.
+        lines: at most MOST_LINES. The exact product alone is a horizontal line across the figure.
+        reported: improvements of area and power by family and truncated bits, written below the points that have them.
     """
     figure = Figure(figsize=(COLUMN, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -192,7 +279,7 @@ def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], t
 def _write_below(
     axes: Axes, marked: dict[int, dict[str, float]], reported: Mapping[tuple[str, int], tuple[float, float]]
 ) -> None:
-    """Improvements below the points that have them, in a part of the axes that is kept free of data."""
+    """Write improvements below their points, in a part of the axes that is kept free of data."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
     floor = low - 0.45 * (high - low)
@@ -210,9 +297,9 @@ def _write_below(
 
 
 def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str) -> bytes:
-    """Test accuracy of combinations, each with its seeds' accuracies (fractions): the mean, and lowest to highest.
+    """Draw test accuracies of combinations (fractions, by seed): the mean, and a bar from the lowest to the highest.
 
-    Of very many combinations those with the highest means are drawn.
+    Of more than MOST_RANGES combinations those with the highest means are drawn.
     """
     best = sorted(combinations, key=lambda one: -np.mean(one[1]))[:MOST_RANGES]
     drawn = [one for one in combinations if one in best]
@@ -236,37 +323,33 @@ def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str
 
 
 def _plain(text: str) -> str:
-    """As it is drawn literally: a file's name may have a $, which means mathematics, or bytes that are no text."""
+    """Escape what Matplotlib would interpret: a file's name may have a $, or bytes that are not text."""
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def _wrapped(name: str, width: int) -> str:
-    """A multiplier's or a combination's name in lines of so many characters; of a file without its folder."""
+    """Wrap the name of a multiplier or a combination; drop the folder of a file."""
     if re.match(r"(lut|python|c):", name):
         kind, _, reference = name.partition(":")
         name = f"{kind}:{reference.rpartition('/')[2]}"
     return fill(_plain(name), width, max_lines=3, placeholder=" ...")
 
 
-def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
-    """Where multipliers are wrong, and how often by how much: for each a map over the operands' fractions, a histogram.
-
-    Args:
-        errors: for each multiplier its name, the fractions of a and of b (in [0, 1); NaN for an operand without one)
-            and the relative errors of their products in percent.
-    """
+def characterization(errors: Sequence[Pairs]) -> bytes:
+    """Draw where multipliers are wrong, and by how much: a map over the operands' fractions and a histogram each."""
     blocks = 1 if len(errors) <= MAP_ROWS else 2
     rows = -(-len(errors) // blocks)
     figure = Figure(figsize=(5.0 * blocks, 2.1 * rows + 0.1), layout="constrained")
     axes = figure.subplots(rows, 2 * blocks, squeeze=False, width_ratios=[1.0, 1.1] * blocks)
     for unused in axes.reshape(-1, 2)[len(errors) :].flat:
         unused.remove()
-    for (name, x, y, error), (where, how_often) in zip(errors, axes.reshape(-1, 2), strict=False):
+    for one, (where, how_often) in zip(errors, axes.reshape(-1, 2), strict=False):
+        name, error = one.name, one.error
         unit, power = "%", 1.0
         if 0 < np.abs(error).max() < 0.01:
             exponent = int(np.floor(np.log10(np.abs(error).max())))
             unit, power = f"$10^{{{exponent}}}$ %", 10.0**exponent
-        values = _error_map(x, y, error / power)
+        values = _error_map(one.a, one.b, error / power)
         limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
         image = where.imshow(
             values, origin="lower", extent=(0, 1, 0, 1), cmap=ERRORS, vmin=-limit, vmax=limit, interpolation="nearest"
@@ -290,7 +373,7 @@ def characterization(errors: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndar
 
 
 def _error_map(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Mean errors over the cells of the unit square, x from row to row; NaN where no pair lies."""
+    """Return mean errors over the cells of the unit square, x along the rows; NaN where there is no pair."""
     known = ~(np.isnan(x) | np.isnan(y))
     # As many cells as can have a few pairs each, and no more than an 8-bit integer's fractions.
     cells = 1 << min(7, max(1, int(np.log2(max(known.sum(), 1)) - 2) // 2))
@@ -300,16 +383,16 @@ def _error_map(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def truncation_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Bias, mean and peak error of families against truncated bits (figure 8 a to c of the multipliers' paper)."""
+def truncation_sweep(rows: Sequence[TruncationErrors]) -> bytes:
+    """Draw bias, mean and peak error of families against truncated bits (figure 8 a to c of the multipliers' paper)."""
     figure = Figure(figsize=(4.2, 5.4), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
-    families = list(dict.fromkeys(row["family"] for row in rows))
+    families = list(dict.fromkeys(row.family for row in rows))
     for i, family in enumerate(families):
-        points = [row for row in rows if row["family"] == family]
+        points = [row for row in rows if row.family == family]
         color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         for axes, measure in zip(panels, ("bias", "mean", "peak"), strict=True):
-            truncated, values = zip(*((point["truncate"], point[measure]) for point in points), strict=True)
+            truncated, values = zip(*((point.truncate, getattr(point, measure)) for point in points), strict=True)
             axes.plot(truncated, values, color=color, linestyle=line, marker=marker, markersize=4, label=family)
     for axes, label in zip(panels, ("bias (%)", "mean error (%)", "peak error (%)"), strict=True):
         axes.set_ylabel(label)

@@ -1,13 +1,16 @@
-"""Lookup tables: the fractions of all products of two m-bit fractions, in files and in memory."""
+"""Tables: the fractions of all products of two m-bit fractions, in files and in memory."""
 
 import hashlib
 import io
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # Entries of a .bin file are bytes, those of a .npy file 16-bit words: fraction and carry must fit.
 MOST_BITS = {".bin": 7, ".npy": 11}
@@ -43,26 +46,30 @@ class Table:
             )
         object.__setattr__(self, "digest", hashlib.sha256(self.entries.tobytes()).hexdigest())
 
-    def repeated(self, bits: int) -> "Table":
-        """The same multiplier as a table of that many bits, if it has fewer: operands' further bits change nothing."""
-        times = 1 << max(0, bits - self.bits)
-        if times == 1:
-            return self
-        entries = self.entries.repeat(times, axis=0).repeat(times, axis=1)
-        return Table(bits, entries << (bits - self.bits))
+    def tensor(self) -> Tensor:
+        """Return the table as the operators take it: int16 (2^m + 1, 2^m), on the CPU.
 
-    @property
-    def significands(self) -> np.ndarray:
-        """The products of the operands' significands, float32 (2^m, 2^m), from 1 to below 4."""
-        bits = (127 << 23) + (self.entries.astype(np.int32) << (23 - self.bits))
-        return bits.view(np.float32)
+        A row for each fraction of b, because a kernel looks many fractions of a up for one b, then a row of zeros.
+        m is at least 2, so that a row is whole words: the entries of a smaller table are repeated.
+        """
+        entries, bits = self.entries, max(self.bits, 2)
+        if bits > self.bits:
+            entries = entries.repeat(2, axis=0).repeat(2, axis=1) << 1
+        rows = np.concatenate([entries.T, np.zeros((1, 1 << bits), np.uint16)])
+        return torch.from_numpy(np.ascontiguousarray(rows).view(np.int16))
+
+
+@lru_cache(maxsize=32)
+def tensor_on(table: Table, device: torch.device) -> Tensor:
+    """Return ``table.tensor()`` on a device; the last ones are kept, because functions are called again and again."""
+    return table.tensor().to(device)
 
 
 def read(path: Path) -> Table:
-    """The table in a file: ``.bin``, 2^(2m) bytes (m up to 7), or ``.npy``, uint16 of that many (m up to 11).
+    """Read a table: ``.bin``, 2^(2m) bytes (m up to 7), or ``.npy``, uint16 of that many (m up to 11).
 
     Raises:
-        ValueError: there is no such file, or it holds no such table; the message names the file and the fault.
+        ValueError: the file is missing or holds something else; the message names the file and the fault.
     """
     if path.suffix not in MOST_BITS:
         raise ValueError(f"{path}: a table is a .bin or a .npy file")
@@ -76,10 +83,10 @@ def read(path: Path) -> Table:
         else:
             entries = np.load(io.BytesIO(content), allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise ValueError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or 'it is no .npy file'}") from None
-    except Exception as error:  # what numpy raises for a damaged header is not one kind
+        raise ValueError(f"{path} cannot be read: {error.strerror or 'not a .npy file'}") from None
+    except Exception as error:  # numpy raises errors of many kinds for a damaged header
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as .npy: {said}") from None
     if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:

@@ -1,0 +1,248 @@
+"""The lifecycle that all experiments share: how they begin, report progress, are interrupted, fail and end."""
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import torch
+from torch import nn
+
+from mbm_cli.config import Config, OptimizerConfig
+from mbm_cli.data import DATASETS
+from mbm_cli.device import choose_device, set_arithmetic
+from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
+from mbm_cli.models import MODELS, Layer
+from mbm_cli.multipliers import content
+from mbm_cli.multipliers.code import check_magnitude
+from mbm_cli.multipliers.names import Multiplier
+from mbm_cli.ops import multiply
+from mbm_cli.runs import Run
+from mbm_cli.training import Progress, Split, Trainer
+
+OUTPUT_GONE = (errno.EPIPE, errno.EIO)  # a reader who left, a terminal that was closed
+Stopped = Callable[[], bool]  # whether the user asked to stop
+
+
+def never() -> bool:
+    return False
+
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Finished(Generic[R]):
+    """What an experiment leaves: its folder, and its result, which becomes JSON."""
+
+    run: Run
+    result: R
+
+
+class RunsFailed(RunError):
+    """Some runs of a sweep failed; ``finished`` holds the result of the others."""
+
+    def __init__(self, message: str, hint: str, finished: "Finished[Any] | None") -> None:
+        super().__init__(message, hint)
+        self.finished = finished
+
+
+class Watch:
+    """Receives the progress of an experiment. This one ignores it; `mbm_cli.report.progress` has some that show it."""
+
+    def status(self, doing: str) -> None:
+        """Report in a few words what is being done now."""
+
+    def begin(
+        self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
+    ) -> None:
+        """Report what is computed, in how many epochs or runs, of which some may be done."""
+
+    def progress(self, label: str, fraction: float, step: Progress | None = None) -> None:
+        """Report, a few times a second, how much of an epoch or a run is done, 0 to 1; runs overlap."""
+
+    def done(self, label: str, row: Any) -> None:
+        """Report the end of an epoch (its metrics) or of a run (its row)."""
+
+    def close(self) -> None:
+        """End the display, whatever happened."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+# How an experiment begins
+
+
+def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
+    """Read the content of the configs' multipliers, each once, and check everything about them.
+
+    Raises:
+        RequestError: a file is missing or wrong, a function does not multiply, or the network lacks a layer.
+    """
+    read: dict[Multiplier, Multiplier] = {}
+
+    def read_once(multiplier: Multiplier) -> Multiplier:
+        if multiplier not in read:
+            read[multiplier] = content.resolve(multiplier)
+            check_function(read[multiplier], device)
+        return read[multiplier]
+
+    resolved = []
+    for config in configs:
+        try:
+            multiplier = content.resolve_layers(config.model.multiplier, read_once)
+            with torch.device("meta"):
+                MODELS[config.model.name](multiplier)
+        except ValueError as error:
+            raise RequestError(f"model.multiplier: {error}") from None
+        resolved.append(config.with_multiplier(multiplier))
+    return resolved
+
+
+def check(config: Config) -> None:
+    """Check what `resolve` does, on the CPU.
+
+    Raises:
+        RequestError: as `resolve`.
+    """
+    resolve([config], torch.device("cpu"))
+
+
+def check_function(multiplier: Multiplier, device: torch.device) -> None:
+    """Compile a function in C and check that it multiplies; other functions are checked when they are read.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if multiplier.family == "c":
+        check_magnitude(lambda a, b: multiply(a.to(device), b.to(device), multiplier).cpu(), str(multiplier))
+
+
+def use_device(config: Config) -> torch.device:
+    """Choose the config's device; set threads and the libraries' arithmetic in this process.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    device = choose_device(config.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    set_arithmetic(config.train.deterministic)
+    return device
+
+
+def begin(config: Config) -> tuple[Config, torch.device]:
+    """Use the config's device; return the config with its multipliers resolved and its threads recorded.
+
+    Raises:
+        RequestError: as `use_device` and `resolve`.
+    """
+    device = use_device(config)
+    (resolved,) = resolve([config], device)
+    return resolved.with_train(threads=torch.get_num_threads()), device
+
+
+def refuse_other_device(config: Config, run: Run) -> None:
+    """Refuse to resume a run on another type of device, unless its config was edited to name one.
+
+    Raises:
+        RequestError: the types differ.
+    """
+    device = choose_device(config.device).type
+    before = str(run.environment().get("device", device)).partition(":")[0]
+    if config.device == "auto" and before != device:
+        anyway = f"or set device: {device} in its config.yaml, which changes the last bits of its results"
+        raise RequestError(
+            f"{run.folder} was begun on {before}, but this machine offers {device}: resume it on the other one, "
+            + ("or start a new one" if run.has_several else anyway)
+        )
+
+
+def content_keys(config: Config) -> list[str]:
+    """Return the content keys that identify the products of the config's multipliers, which must be resolved."""
+    return [multiplier.key for multiplier in config.model.multiplier.distinct()]
+
+
+def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None:
+    """Refuse to continue with a multiplier whose file has changed.
+
+    Raises:
+        RunError: the keys differ.
+    """
+    if content_keys(config) != keys:
+        raise RunError(
+            f"{config.model.multiplier} differs from the multiplier that {folder} was trained with: "
+            "restore its file, or config.yaml, or train a new run"
+        )
+
+
+def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
+    """Load the config's training and test set on the device.
+
+    Raises:
+        RunError: the data cannot be had.
+    """
+    data = config.data
+    root = Path(data.root) if data.root else None
+    return DATASETS[data.dataset].load(device, root, data.train_limit, data.test_limit)
+
+
+def build_model(config: Config, device: torch.device) -> nn.Module:
+    """Build the network with the initial weights that the seed decides, the same on every device."""
+    torch.manual_seed(config.seed)
+    return MODELS[config.model.name](config.model.multiplier).to(device)
+
+
+def build_trainer(config: Config, device: torch.device, data: tuple[Split, Split]) -> Trainer:
+    """Build the network, its optimizer, and the loop that trains it on the data."""
+    model = build_model(config, device)
+    optimizer = _build_optimizer(config.optimizer, model, device)
+    use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
+    return Trainer(model, optimizer, *data, config.data.batch_size, config.data.eval_batch_size, cuda_graph=use_graph)
+
+
+def _build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    # A tensor on the device, so that a step changes the learning rate without a copy from the host.
+    lr = torch.tensor([config.lr], device=device)
+    parameters, decay = model.parameters(), config.weight_decay
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=True
+        )
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
+
+
+# How it ends
+
+
+@contextmanager
+def computing(run: Run, watch: Watch, summarize: Callable[..., object], where: Callable[[], str]) -> Iterator[None]:
+    """Keep ``summary.json`` true while a run is computed: ``running``, then ``interrupted`` or ``failed``.
+
+    The caller, who holds the run, writes ``completed``.
+
+    Args:
+        summarize: called with a status, and ``reason=`` for a failure; writes the summary.
+        where: says how far the run has come.
+
+    Raises:
+        Interrupted: the user stopped, or closed what reads the output; the message says how to resume.
+    """
+    summarize("running")
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Interrupted) or (isinstance(error, OSError) and error.errno in OUTPUT_GONE):
+            summarize("interrupted")
+            raise Interrupted(f"interrupted {where()}; to resume: mbm resume {run.folder}") from None
+        summarize("failed", reason=str(error) if isinstance(error, MbmError) else f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        watch.close()

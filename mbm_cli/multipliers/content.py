@@ -1,0 +1,101 @@
+"""Content of multipliers: what their names refer to, read in one place and handed to operators as arguments."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mbm_cli.multipliers import code, tables
+from mbm_cli.multipliers.code import Function
+from mbm_cli.multipliers.float32 import reference_product
+from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
+from mbm_cli.multipliers.tables import Table
+
+TABLE = "table"  # the handle of every product that a table defines
+
+
+def resolve(multiplier: Multiplier | str) -> Multiplier:
+    """Return the multiplier with its content read: a table, a tabulated Python function, or a C function's source.
+
+    A multiplier that has its content, or needs none, is returned as it is. A Python function is run.
+
+    Raises:
+        ValueError: not a multiplier's name, or the file is missing or wrong.
+    """
+    if isinstance(multiplier, str):
+        multiplier = Multiplier.parse(multiplier)
+    if not isinstance(multiplier, Multiplier):
+        raise ValueError(f"a multiplier is a Multiplier or its name, not {multiplier!r}")
+    if not multiplier.is_file or multiplier.content is not None:
+        return multiplier
+    content: Table | Function
+    if multiplier.family == "lut":
+        content = tables.read(Path(os.path.expanduser(multiplier.file)))
+    elif multiplier.family == "c":
+        content = code.read_c(multiplier.file, multiplier.function)
+    else:
+        content = code.read_python(multiplier.file, multiplier.function, multiplier.bits)
+    return replace(multiplier, content=content)
+
+
+def resolve_layers(
+    multiplier: Multiplier | LayerMultipliers | Mapping[str, Multiplier | str] | str,
+    resolve: Callable[[Multiplier], Multiplier] = resolve,
+) -> Multiplier | LayerMultipliers:
+    """Resolve a multiplier, or each distinct multiplier of several by layer, once.
+
+    Raises:
+        ValueError: as `resolve`; or a mapping has no default.
+    """
+    if isinstance(multiplier, Mapping):
+        multiplier = LayerMultipliers.of_mapping(multiplier)
+    if not isinstance(multiplier, LayerMultipliers):
+        return resolve(Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier)
+    read = {one: resolve(one) for one in multiplier.distinct()}
+    layers = tuple((layer, read[one]) for layer, one in multiplier.layers)
+    return LayerMultipliers(read[multiplier.default], layers)
+
+
+def operands(multiplier: Multiplier, device: torch.device) -> tuple[str, Tensor | None]:
+    """Return what the operators take for a resolved multiplier: its handle, and its table on the device if it has one.
+
+    The handle is a short form, ``table``, or the source of a function in C.
+    """
+    if isinstance(multiplier.content, Table):
+        return TABLE, tables.tensor_on(multiplier.content, device)
+    return handle_of(multiplier), None
+
+
+def handle_of(multiplier: Multiplier) -> str:
+    """Return the text that names a resolved multiplier's product to the operators."""
+    if isinstance(multiplier.content, Function):
+        return multiplier.content.handle
+    return TABLE if multiplier.content is not None else str(multiplier)
+
+
+@lru_cache(maxsize=256)
+def of_handle(handle: str) -> Multiplier:
+    """Return the multiplier of an operator's handle; a table's content is the operator's tensor.
+
+    Raises:
+        ValueError: not a handle.
+    """
+    if handle == TABLE:
+        return Multiplier("lut", file=TABLE)
+    if handle.startswith("c:"):
+        function = Function.of_handle(handle)
+        return Multiplier("c", file="function.h", function=function.name, content=function)
+    return Multiplier.parse(handle)
+
+
+def export(multiplier: Multiplier, bits: int) -> Table:
+    """Tabulate a resolved multiplier for operands of so many fraction bits; its products are cut to as many.
+
+    Raises:
+        ValueError: more bits than a table may have; or a function in C, which has no model.
+    """
+    return code.tabulate(lambda a, b: reference_product(a, b, multiplier), bits, str(multiplier))

@@ -1,0 +1,293 @@
+"""Names of multipliers: text to `Multiplier` and back. Reads no file, runs no code, imports no PyTorch."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, Self
+
+from mbm_cli.errors import clip, did_you_mean
+from mbm_cli.multipliers.float32 import FAMILIES, FRACTION_BITS
+
+FILES = {  # families whose product a file defines, and how they are named
+    "lut": "lut:FILE",
+    "python": "python:FILE.py:function",
+    "c": "c:FILE.h:function",
+}
+CODE = ("python", "c")  # families that run what is in the file
+DEFAULT = "default"
+
+_SHORT_FORM = re.compile(r"(?P<family>[a-z]+)(?:-(?P<parameter>[tk])(?P<n>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?")
+_INTEGER_FORM = re.compile(r"\w+-int\d+(-t\d+)?")
+_BITS = re.compile(r"(?P<reference>.*)@(?P<bits>[0-9]{1,3})", re.DOTALL)
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./~-](?:[A-Za-z0-9_./~*?@-]|:(?! ))*")
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """A float32 multiplier: a family of products with its parameters, or a file that defines the product.
+
+    Attributes:
+        family: ``exact``, ``mitchell``, ``mbm`` or ``drum``; ``lut``, ``python`` or ``c`` for a file.
+        truncate: low fraction bits dropped from each operand, 0..22. ``drum`` with k leading bits drops 24 - k.
+        result_bits: fraction bits kept in the product, 1..23; ``None`` keeps all 23.
+        file, function, bits: of a file, as written: its path, the function in it, the fraction bits of its table.
+        content: what the file holds, once `mbm_cli.resolve` has read it: a ``Table``, or a ``Function`` in C.
+
+    Raises:
+        ValueError: a family or a number outside of these.
+    """
+
+    family: str
+    truncate: int = 0
+    result_bits: int | None = None
+    file: str = ""
+    function: str = ""
+    bits: int | None = None
+    content: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.is_file:
+            return
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown multiplier family {self.family!r}: the families are {', '.join(FAMILIES)}")
+        allowed = FAMILIES[self.family].truncations
+        if type(self.truncate) is not int or self.truncate not in allowed:
+            if FAMILIES[self.family].parameter == "k":
+                raise ValueError(
+                    f"{self.family} keeps {FRACTION_BITS + 1 - allowed[-1]} to {FRACTION_BITS + 1 - allowed[0]} "
+                    f"leading bits, for example {self.family}-k6"
+                )
+            raise ValueError(f"truncate is {self.truncate}, but {allowed[0]} to {allowed[-1]} fraction bits can go")
+        if self.result_bits is None:
+            return
+        if type(self.result_bits) is not int or not 1 <= self.result_bits <= FRACTION_BITS:
+            raise ValueError(f"result_bits is {self.result_bits}, but 1 to {FRACTION_BITS} fraction bits can be kept")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse a multiplier's name; read nothing.
+
+        ``family[-tT][-rR]`` and ``drum-kK[-rR]`` are short forms, for example ``mbm-t16-r7``. ``lut:FILE`` names a
+        table, ``python:FILE.py:function`` a function to tabulate (for 7-bit fractions, or m with ``@m`` behind it),
+        ``c:FILE.h:function`` a function to compile.
+
+        Raises:
+            ValueError: the text has none of these forms, or a number is out of range.
+        """
+        family, colon, reference = text.partition(":")
+        if colon and family in FILES:
+            return cls._parse_file(family, reference)
+        match = _SHORT_FORM.fullmatch(text)
+        if match is None and _INTEGER_FORM.fullmatch(text):
+            raise ValueError(f"{text!r} multiplies integers, which mbm characterize measures; convolutions take floats")
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not a multiplier: write family[-tT][-rR] with a family of "
+                f"{', '.join(FAMILIES)}, for example mbm, mbm-t8 or mbm-t16-r7, or {', '.join(FILES.values())}"
+            )
+        family, number = match["family"], int(match["n"] or 0)
+        if match["parameter"] and family in FAMILIES and FAMILIES[family].parameter != match["parameter"]:
+            raise ValueError(
+                f"{text!r} is not a multiplier: {family} takes -{FAMILIES[family].parameter}, not -"
+                + match["parameter"]
+            )
+        truncate = FRACTION_BITS + 1 - number if match["parameter"] == "k" else number
+        return cls(family, truncate, None if match["r"] is None else int(match["r"]))
+
+    @classmethod
+    def _parse_file(cls, family: str, reference: str) -> Self:
+        if family == "lut":
+            return cls(family, file=reference)
+        bits = _BITS.fullmatch(reference) if family == "python" else None
+        file, _, function = (bits["reference"] if bits else reference).rpartition(":")
+        if not file or not _IDENTIFIER.fullmatch(function):
+            raise ValueError(f"{family}:{reference}: write the file and its function, {FILES[family]}")
+        return cls(family, file=file, function=function, bits=int(bits["bits"]) if bits else None)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file defines the product."""
+        return self.family in FILES
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the product is IEEE 754's own, with nothing dropped from operands or result."""
+        return self.family == "exact" and self.truncate == 0 and self.result_bits in (None, FRACTION_BITS)
+
+    @property
+    def key(self) -> str:
+        """Content key: equal keys are equal products, whatever happens to files. Files must have been resolved."""
+        if not self.is_file:
+            return str(self)
+        if self.content is None:
+            raise ValueError(f"{self} has not been read: mbm_cli.resolve reads it")
+        return f"{self.family}:{self.content.digest}"
+
+    @property
+    def located(self) -> str:
+        """The name with the file's absolute path, which is valid in any folder."""
+        return str(self) if not self.is_file else self._name(os.path.abspath(os.path.expanduser(self.file)))
+
+    def __str__(self) -> str:
+        if self.is_file:
+            return self._name(self.file)
+        parameter = FAMILIES[self.family].parameter
+        number = FRACTION_BITS + 1 - self.truncate if parameter == "k" else self.truncate
+        operands = f"-{parameter}{number}" if number else ""
+        result_bits = "" if self.result_bits is None else f"-r{self.result_bits}"
+        return f"{self.family}{operands}{result_bits}"
+
+    def _name(self, file: str) -> str:
+        function = f":{self.function}" if self.function else ""
+        return f"{self.family}:{file}{function}{'' if self.bits is None else f'@{self.bits}'}"
+
+    def distinct(self) -> "list[Multiplier]":
+        """Return this multiplier alone, in the form of `LayerMultipliers.distinct`."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class LayerMultipliers:
+    """Multipliers by the layers' names.
+
+    Attributes:
+        default: for the layers that nothing else names.
+        layers: names or patterns (``*``, ``?``, ``[...]``) with their multipliers; a name wins over a pattern, an
+            earlier pattern over a later one.
+    """
+
+    default: Multiplier
+    layers: tuple[tuple[str, Multiplier], ...]
+
+    @classmethod
+    def of_mapping(cls, mapping: Mapping[str, Multiplier | str]) -> Self:
+        """Convert a mapping from layer names and patterns to multipliers, with one for ``default``.
+
+        Raises:
+            ValueError: a value is not a multiplier, or there is no default.
+        """
+        if DEFAULT not in mapping:
+            raise ValueError(f"multipliers by layer need one for the other layers: {DEFAULT}: mbm")
+        parsed = {
+            layer: Multiplier.parse(value) if isinstance(value, str) else value for layer, value in mapping.items()
+        }
+        wrong = [layer for layer, value in parsed.items() if not isinstance(value, Multiplier)]
+        if wrong:
+            raise ValueError(f"the multiplier of {wrong[0]} is {mapping[wrong[0]]!r}, not a short form such as mbm-t8")
+        return cls(parsed.pop(DEFAULT), tuple(parsed.items()))
+
+    def of(self, layer: str) -> Multiplier:
+        """Return the multiplier of the layer with this name."""
+        named = dict(self.layers)
+        if layer in named:
+            return named[layer]
+        return next((m for pattern, m in self.layers if fnmatchcase(layer, pattern)), self.default)
+
+    def unmatched(self, layers: list[str]) -> list[str]:
+        """Return the names and patterns that match none of these layers."""
+        return [p for p, _ in self.layers if p not in layers and not any(fnmatchcase(layer, p) for layer in layers)]
+
+    def distinct(self) -> list[Multiplier]:
+        """Return each multiplier once."""
+        return list(dict.fromkeys(self.mapping().values()))
+
+    def mapping(self) -> dict[str, Multiplier]:
+        return {**dict(self.layers), DEFAULT: self.default}
+
+    @property
+    def located(self) -> dict[str, str]:
+        """The mapping as a config has it, with absolute paths of files."""
+        return {layer: multiplier.located for layer, multiplier in self.mapping().items()}
+
+    def __str__(self) -> str:
+        """Write the mapping as a config can have it: ``{conv1: exact, default: mbm}``."""
+        return "{" + ", ".join(f"{_word(layer)}: {_word(str(m))}" for layer, m in self.mapping().items()) + "}"
+
+    @property
+    def is_exact(self) -> bool:
+        return all(multiplier.is_exact for multiplier in self.mapping().values())
+
+
+def multiplier_of(value: object) -> Multiplier | LayerMultipliers:
+    """Convert what a config may hold: a name, a mapping such as ``{family: mbm, truncate: 8}``, or one by layer.
+
+    Raises:
+        ValueError: something else, with what is allowed.
+    """
+    if isinstance(value, LayerMultipliers):
+        return value
+    if isinstance(value, dict) and (DEFAULT in value or not value.keys() & _FIELDS.keys()):
+        return LayerMultipliers.of_mapping({layer: _one_of(one) for layer, one in value.items()})
+    return _one_of(value)
+
+
+def _one_of(value: object) -> Multiplier:
+    if isinstance(value, Multiplier):
+        return value
+    if isinstance(value, dict):
+        value = _short_form(value)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"must be a short form such as mbm-t8 or a mapping such as {{family: mbm}} or "
+            f"{{conv1: exact, {DEFAULT}: mbm}}, not {clip(json.dumps(value, default=str), 60)}"
+        )
+    try:
+        return Multiplier.parse(value)
+    except ValueError as error:
+        family = value.partition("-")[0].partition(":")[0]
+        hint = "" if family in FAMILIES or family in FILES else did_you_mean(family, FAMILIES)
+        raise ValueError(clip(str(error), 250) + hint) from None
+
+
+# Fields of a multiplier's mapping, and how its short form writes them.
+_FIELDS = {"family": "", "truncate": "-t", "leading_bits": "-k", "result_bits": "-r"}
+
+
+def _short_form(fields: dict[str, object]) -> str:
+    given = {name: value for name, value in fields.items() if value is not None and (name, value) != ("truncate", 0)}
+    unknown = [name for name in given if name not in _FIELDS]
+    if unknown or "family" not in given:
+        problem = f"unknown field {unknown[0]!r}" if unknown else "family is missing"
+        raise ValueError(f"{problem}: a multiplier's fields are {', '.join(_FIELDS)}")
+    if given["family"] not in FAMILIES:
+        raise ValueError(
+            f"family must be {' | '.join(FAMILIES)}, not {given['family']!r}{did_you_mean(given['family'], FAMILIES)}"
+        )
+    for name, value in given.items():
+        if name != "family" and (type(value) is not int or value < 0):
+            raise ValueError(f"{name} must be null or a whole number, not {value!r}")
+    return "".join(f"{prefix}{given[name]}" for name, prefix in _FIELDS.items() if name in given)
+
+
+def _word(text: str) -> str:
+    """Quote a word that YAML could misread."""
+    return text if _PLAIN_WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+class Name(NamedTuple):
+    """A kind of multiplier as users name it."""
+
+    name: str
+    what: str
+    example: str
+
+
+NAMES = (
+    *(
+        Name(
+            f"{name}-{family.parameter}N[-rR]" if family.parameter == "k" else f"{name}[-{family.parameter}N][-rR]",
+            family.what,
+            family.example,
+        )
+        for name, family in FAMILIES.items()
+    ),
+    Name("lut:FILE", "a table: .bin (up to 7 fraction bits) or .npy (up to 11)", "lut:mbm.bin"),
+    Name(
+        "python:FILE.py:function[@M]", "a function in Python, tabulated for M fraction bits", "python:my.py:product@7"
+    ),
+    Name("c:FILE.h:function", "a function in C on the bit patterns, compiled", "c:my.h:product"),
+)

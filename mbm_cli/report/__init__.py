@@ -1,0 +1,1 @@
+"""What a person looks at: tables, progress and pictures. Only the command line imports it."""

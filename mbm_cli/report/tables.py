@@ -1,0 +1,374 @@
+"""Results of experiments as tables, in at most 100 columns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import singledispatch
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+
+from mbm_cli.experiments.characterize import Characterization, Errors
+from mbm_cli.experiments.compare import Column, Comparison, Interval
+from mbm_cli.experiments.doctor import Check
+from mbm_cli.experiments.evaluate import Evaluated, Evaluation
+from mbm_cli.experiments.lifecycle import Finished
+from mbm_cli.experiments.profile_conv import ConvProfile
+from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.sweep import Sweep, shown
+from mbm_cli.experiments.train import Trained
+from mbm_cli.models import Layer
+from mbm_cli.report.text import NARROW, console, percent, table
+from mbm_cli.runs import Run
+
+# Heading, width, value of an epoch's metrics; together they fit 80 columns.
+_EPOCH_COLUMNS = (
+    ("epoch", 7, lambda m, epochs: f"{m['epoch']}/{epochs}"),
+    ("train\nloss", 7, lambda m, _: f"{m['train_loss']:.4f}"),
+    ("train\naccuracy", 8, lambda m, _: percent(m["train_accuracy"])),
+    ("test\nloss", 7, lambda m, _: f"{m['test_loss']:.4f}"),
+    ("test\naccuracy", 8, lambda m, _: percent(m["test_accuracy"])),
+    ("train s", 7, lambda m, _: f"{m['train_seconds']:.2f}"),
+    ("eval s", 6, lambda m, _: f"{m['eval_seconds']:.2f}"),
+    ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
+)
+# On terminals with fewer columns than the key.
+_FEWER_EPOCH_COLUMNS = {NARROW: (0, 4), 80: (0, 1, 4, 5)}
+
+
+def layer_table(layers: Sequence[Layer]) -> Table:
+    """Make the table of a network's layers."""
+
+    def shape(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes))
+
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            layer.multiplier,
+            f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
+            f"{layer.parameters:,}",
+            f"{layer.multiplications:,}",
+        )
+        for layer in layers
+    ]
+    rows.append(
+        ("", "all", "", "", f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}")
+    )
+    columns = ("layer", "kind", "multiplier", "shape", "parameters", "mults/image")
+    return table(None, columns, rows, left=4)
+
+
+def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:
+    """Make rows of epochs in columns of fixed width, so that rows printed one by one are aligned."""
+    made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
+    fewer = next((columns for below, columns in _FEWER_EPOCH_COLUMNS.items() if width < below), None)
+    columns = _EPOCH_COLUMNS if fewer is None else [_EPOCH_COLUMNS[i] for i in fewer]
+    for name, size, _ in columns:
+        made.add_column(name, justify="right", width=size, no_wrap=True)
+    for m in metrics:
+        made.add_row(*(value(m, epochs) for _, _, value in columns))
+    return made
+
+
+# Results: what a command prints at its end
+
+
+def print_result(made: Finished[Any]) -> None:
+    """Print what an experiment made, and where."""
+    screen = console()
+    if isinstance(made, Trained):
+        lines = _result_lines(made)
+        if screen.is_terminal:
+            screen.print(Panel("\n".join(lines), expand=False))
+        else:
+            screen.print(*lines, sep="\n", soft_wrap=True)
+        return
+    screen.print(table_of(made.result))
+    notes = made.notes if isinstance(made, Evaluated) else []
+    screen.print(*notes, f"run: {made.run.folder}", sep="\n", soft_wrap=True)
+
+
+def print_run(run: Run) -> None:
+    """Print a run: its summary, its result, its epochs, its config."""
+    screen, summary, metrics = console(), run.summary(), run.metrics()
+    print_runs([{"run": str(run.folder), **asdict(summary)}])
+    if summary.reason:
+        screen.print(f"{summary.status}: {summary.reason}\n", soft_wrap=True)
+    if run.has_several:
+        for name, kind in {"compare.json": Comparison, "sweep.json": Sweep}.items():
+            if (run.folder / name).exists():
+                screen.print(table_of(run.read(kind, name)))
+    if metrics:
+        screen.print(epoch_table(metrics, run.config().train.epochs, screen.width))
+    screen.print("\n" + run.config_text(), soft_wrap=True)
+
+
+def _result_lines(made: Trained) -> list[str]:
+    summary = made.result
+    return [
+        f"test accuracy {percent(summary.test_accuracy)} after {_count(summary.epochs, 'epoch')} "
+        f"with {summary.multiplier} on {summary.device} (best {percent(summary.best_test_accuracy)})",
+        f"{median(summary.epoch_seconds):.2f} s an epoch, {summary.total_seconds:.1f} s in all",
+        f"run: {made.run.folder}",
+    ]
+
+
+@singledispatch
+def table_of(of: Any) -> Any:
+    """Return the table, or tables, of a result."""
+    raise TypeError(f"no table for {type(of).__name__}")
+
+
+@table_of.register
+def _(of: Comparison) -> Group:
+    def epochs_to(goal: str) -> Callable[[Column], str]:
+        return lambda c: ", ".join("-" if count is None else str(count) for count in c.epochs_to[goal])
+
+    measures: list[tuple[str, Callable[[Column], str]]] = [
+        ("test accuracy, mean, %", lambda c: f"{100 * c.test_accuracy_mean:.2f}"),
+        ("  standard deviation", lambda c: _number(c.test_accuracy_std, "{:.2f}", 100)),
+        ("  best", lambda c: f"{100 * c.test_accuracy_best:.2f}"),
+        ("  difference to exact (95 %)", lambda c: _interval(c.accuracy_difference, 100, "+.2f")),
+        ("training loss, last epoch", lambda c: f"{c.train_loss_mean:.4f}"),
+        ("test loss, last epoch", lambda c: f"{c.test_loss_mean:.4f}"),
+        *((f"epochs to {100 * float(goal):.0f} %, each seed", epochs_to(goal)) for goal in of.columns[0].epochs_to),
+        ("trained exact, evaluated so, %", lambda c: f"{100 * mean(c.trained_exact_evaluated_here):.2f}"),
+        ("trained so, evaluated exact, %", lambda c: f"{100 * mean(c.trained_here_evaluated_exact):.2f}"),
+        ("s an epoch, median", lambda c: f"{c.epoch_seconds_median:.3f}"),
+        ("  ratio to exact (95 %)", lambda c: _interval(c.epoch_seconds_ratio, 1, ".2f")),
+        ("  forward convolutions, %", lambda c: f"{100 * c.convolution_share:.0f}"),
+        ("images/s, median", lambda c: f"{c.images_per_second_median:,.0f}"),
+        ("peak memory, MiB", lambda c: f"{c.peak_memory_bytes / 2**20:,.0f}"),
+    ]
+    rows = [(name, *(measure(column) for column in of.columns)) for name, measure in measures]
+    title = f"{of.model} on {of.device}, {_count(of.epochs, 'epoch')}, {_count(of.seeds, 'seed')}"
+    return Group(table(title, ("", *of.multipliers), rows), *of.verdicts)
+
+
+def _interval(interval: Interval | None, scale: float, form: str) -> str:
+    if interval is None:
+        return "-"
+    bounds = [
+        format(scale * value, form) for value in (interval.mean, interval.low, interval.high) if value is not None
+    ]
+    return bounds[0] if len(bounds) == 1 else f"{bounds[0]} ({bounds[1]} to {bounds[2]})"
+
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "-" if value is None else form.format(scale * value)
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s'[: number != 1]}"
+
+
+@table_of.register
+def _(of: Sweep) -> Table:
+    fields = list(of.vary)
+    short = [field.rpartition(".")[2] for field in fields]
+    rows = [
+        (
+            *map(shown, row.values.values()),
+            _number(row.test_accuracy_mean, "{:.2f}", 100),
+            _number(row.test_accuracy_std, "{:.2f}", 100),
+            _number(row.test_accuracy_best, "{:.2f}", 100),
+            _number(row.test_loss_mean, "{:.4f}"),
+            _number(row.epoch_seconds_median, "{:.2f}"),
+            f"{len(row.test_accuracy)}/{len(row.runs)}",
+        )
+        for row in of.combinations
+    ]
+    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "runs")
+    names = short if len(set(short)) == len(short) else fields
+    common = [part for part in (of.model, of.device, of.epochs and _count(of.epochs, "epoch")) if part]
+    at_once = f", {of.jobs} runs at once" if of.jobs > 1 else ""
+    title = f"{of.config}: {', '.join(common)}, {_count(of.seeds, 'seed')}{at_once}"
+    return table(title, (*names, *columns), rows, left=len(fields))
+
+
+@table_of.register
+def _(of: Evaluation) -> Table:
+    rows = [
+        (
+            row.multiplier,
+            f"{100 * row.test_accuracy:.2f}",
+            "trained with it" if i == 0 else f"{row.difference:+.2f}",
+            _number(row.test_loss, "{:.4f}"),
+        )
+        for i, row in enumerate(of.evaluations)
+    ]
+    columns = ("multiplier", "test accuracy, %", "difference, points", "test loss")
+    return table(f"{Path(of.run).name}, trained with {of.trained_with}", columns, rows)
+
+
+@table_of.register
+def _(of: EpochProfile) -> Group:
+    on_gpu = of.device == "cuda"
+    scale, unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
+    clocked, kernels = of.clocked_epoch_seconds, of.phase_kernels
+    lines = [f"an epoch as training runs it: {of.epoch_seconds:.3f} s"]
+    if of.busy_seconds is not None:
+        how = "replayed from CUDA graphs" if of.cuda_graph else "step by step"
+        idle = max(0.0, 1 - of.busy_seconds / of.epoch_seconds)
+        lines[0] += f" ({how}; the GPU was idle for {100 * idle:.0f} % of it)"
+    if of.cuda_graph:
+        lines.append(f"the same step by step: {of.eager_epoch_seconds:.3f} s")
+    lines.append(
+        f"step by step with a clock at each phase: {clocked:.3f} s ({100 * of.clock_overhead:+.1f} %); "
+        "the phases below are of that one"
+    )
+    phases = [
+        (
+            name,
+            f"{seconds:.3f}",
+            f"{100 * seconds / clocked:.1f} %",
+            *([f"{kernels[name]:.3f}" if name in kernels else ""] if kernels else []),
+        )
+        for name, seconds in of.phases.items()
+    ]
+    layers = [
+        (
+            layer.name,
+            f"{layer.multiplications:,}",
+            f"{layer.forward_seconds:.3f}",
+            _number(layer.macs_per_second, "{:.2f}", 1 / scale),
+            _number(layer.share_of_ceiling, "{:.0f} %", 100),
+            f"{layer.backward_seconds:.3f}",
+            layer.backward_library,
+        )
+        for layer in of.layers
+    ]
+    costliest = [
+        (row.name[:60], f"{row.calls:,}", f"{row.seconds:.3f}", f"{100 * row.share:.1f} %") for row in of.costliest
+    ]
+    return Group(
+        f"{of.config}: {of.model} with {of.multiplier} on {of.device_name}",
+        *lines,
+        table("phases", ("phase", "s", "of the epoch", *(["kernels alone s"] if kernels else [])), phases),
+        table(
+            "convolutions" + (" (their kernels)" if on_gpu else ""),
+            ("layer", "mults/image", "forward s", unit, "of ceiling", "backward s", "backward by"),
+            layers,
+        ),
+        table(
+            f"costliest {'kernels' if on_gpu else 'operators'} of {of.profiled_steps} steps",
+            ("name", "calls", "s", "share"),
+            costliest,
+        ),
+    )
+
+
+@table_of.register
+def _(of: ConvProfile) -> Group:
+    on_gpu = of.device == "cuda"
+    scale, unit = (1e6, "us") if on_gpu else (1e3, "ms")
+    rate_scale, rate_unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
+    ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
+    where = of.device_name if on_gpu else f"the CPU ({of.device_name}, threads: {of.threads})"
+
+    def time(seconds: float) -> str:
+        return f"{scale * seconds:,.{1 if on_gpu else 2}f}"
+
+    shapes = [(row.name, row.shape, str(row.batch)) for row in of.convolutions]
+    forward = [
+        (
+            f"{row.multiplications / 1e6:,.1f}",
+            time(row.forward_seconds),
+            time(row.exact_forward_seconds),
+            f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
+            f"{row.macs_per_second / rate_scale:.2f}",
+            f"{100 * row.share_of_ceiling:.0f} %",
+        )
+        for row in of.convolutions
+    ]
+    ways = ("torch_nn_grad", "two_calls", "one_call")
+    backward = [[time(row.backward_seconds[way]) for way in ways] for row in of.convolutions]
+    columns = ("layer", "convolution", "batch")
+    return Group(
+        table(
+            f"forward: {of.multiplier} on {where}; ceiling on registers: {ceiling}",
+            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
+            [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
+            left=2,
+        ),
+        table(
+            "backward, exact, three ways to both gradients; training makes one call",
+            (*columns, f"torch.nn.grad {unit}", f"two calls {unit}", f"one call {unit}"),
+            [(*shape, *values) for shape, values in zip(shapes, backward, strict=True)],
+            left=2,
+        ),
+    )
+
+
+@table_of.register
+def _(of: Characterization) -> Group:
+    def row(m: Errors) -> tuple[str, ...]:
+        figures = (_percentage(value) for value in (m.bias, m.mean, m.peak, m.std))
+        worst = " x ".join(f"{operand:.8g}" for operand in m.worst)
+        return (m.name, *figures, worst, f"{'all ' * m.exhaustive}{m.pairs:,}")
+
+    columns = ("multiplier", "bias", "mean", "peak", "std", "worst pair", "pairs")
+    made = table("relative error, %", columns, [row(m) for m in of.multipliers])
+    for column in made.columns[1:]:
+        column.no_wrap = True  # a long name wraps instead
+    if all(m.exhaustive for m in of.multipliers):
+        return Group(made)
+    return Group(made, f"pairs are all there are, or drawn at random with seed {of.seed}")
+
+
+def _percentage(value: float) -> str:
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.0e}"
+
+
+def print_runs(runs: Sequence[dict[str, Any]]) -> None:
+    """Print a list of runs: their summaries as dictionaries, each with its folder under ``run``.
+
+    A damaged run has little more than that. Names are there to be copied, so on a narrow terminal other columns go.
+    """
+    screen = console()
+    rows = [
+        (
+            Path(run["run"]).name,
+            run["status"],
+            run.get("multiplier", "-"),
+            run.get("device", "-"),
+            str(run.get("epochs", "-")),
+            percent(run.get("test_accuracy")),
+            f"{median(run['epoch_seconds']):.2f}" if run.get("epoch_seconds") else "-",
+        )
+        for run in runs
+    ]
+    columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
+    widths = [2 + max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    widths[2] = min(widths[2], 12)  # multipliers can be broken
+    everything, most = range(len(columns)), (0, 1, 5)
+    fits = next((shown for shown in (everything, most) if 1 + sum(widths[i] for i in shown) <= screen.width), None)
+    shown = fits or most
+    made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], min(4, len(shown) - 1))
+    for column in made.columns:
+        column.no_wrap = column.header != columns[2]
+    made.narrow = 0 if fits else screen.width + 1
+    screen.print(made)
+
+
+def print_check(screen: Console, check: Check) -> None:
+    """Print a line of `mbm doctor`."""
+    if screen.width < NARROW:
+        screen.print(f"{'PROBLEM' if check.problem else 'ok'} {check.name}: {check.found}")
+        if check.problem:
+            screen.print(check.problem)
+        return
+    made = Table.grid(padding=(0, 2))
+    made.add_column(width=7)
+    made.add_column(width=16)
+    made.add_column(overflow="fold")
+    made.add_row("PROBLEM" if check.problem else "ok", check.name, check.found)
+    if check.problem:
+        made.add_row("", "", check.problem)
+    screen.print(made)

@@ -1,0 +1,61 @@
+"""Text for people: a console that fits 100 columns, and tables that fit narrow terminals. Imports no PyTorch."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+WIDTH = 100
+NARROW = 40  # below so many columns a row is written as lines
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, where Rich would end the process without clean-up."""
+        raise BrokenPipeError
+
+
+def console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console on standard output (or error) that never exceeds 100 columns."""
+    made = _Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=False)
+    if made.width > WIDTH or not made.is_terminal:
+        made.width = WIDTH
+    return made
+
+
+class TextTable(Table):
+    """A table that prints a line for each cell where columns would be unreadably narrow."""
+
+    narrow = NARROW
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width >= self.narrow:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield self.title
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for column, cell in zip(self.columns, row, strict=True):
+                if cell:
+                    yield f"{column.header}: {cell}" if column.header else cell
+            yield ""
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> TextTable:
+    """Make a table of text; the first ``left`` columns are words, the others numbers."""
+    made = TextTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def print_table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of words."""
+    console().print(table(None, columns, rows, left=len(columns)))
