@@ -18,16 +18,16 @@ test-docs: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest tests/docs
 
-# The pictures of the documents; those that show a GPU only where there is one.
+# The pictures of the documents; those that show a GPU are drawn only where there is one.
 docs-figures: $(VENV)/installed
 	$(VENV)/bin/python docs/figures.py
 
-# What is shipped: builds the sdist and the wheel, installs the wheel beside this environment's PyTorch, trains with it.
+# Builds the sdist and the wheel, installs the wheel beside this environment's PyTorch, trains with it.
 test-wheel: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest tests/wheel
 
-# The notebook from top to bottom on the CPU, small; notebook stores the outputs of a whole run on this machine in it.
+# The notebook from top to bottom on the CPU, small; `make notebook` stores the outputs of a whole run in it.
 test-notebook: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest tests/notebook
@@ -39,7 +39,7 @@ notebook: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
 
-# What kills, disks, memory and wrong input do to runs: docs/reliability.md tells what comes out.
+# Kills, full disks, memory and random input; docs/reliability.md has the results.
 stress: $(VENV)/installed
 	$(VENV)/bin/python tests/stress/kills.py
 	$(VENV)/bin/python tests/stress/disk.py

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,38 +101,33 @@ def compare(
     vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in columns]}
     run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output)
     with run.hold():
-        conclude_this = conclude(run, config, plan, varied)
-        return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude_this)
+        return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude)
 
 
-def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config]) -> Callable[[list[Row]], Comparison]:
-    """Return what writes a comparison's result from its rows."""
-
-    def write(rows: list[Row]) -> Comparison:
-        device = lifecycle.use_device(config)
-        data = sweep.shared_data(config, device)
-        steps = math.ceil(len(data[0]) / config.data.batch_size)
-        trained = [_Trained(row, Run(run.folder / str(row.run)), steps) for row in rows]
-        exact = [one for one in trained if one.row.combination == 1]
-        columns = []
-        for number, one in enumerate(varied, 1):
-            runs = [of_column for of_column in trained if of_column.row.combination == number]
-            columns.append(_column(one, runs, exact, varied[0], device, data[1]))
-        result = Comparison(
-            config=config.name,
-            model=config.model.name,
-            device=device.type,
-            multipliers=[column.multiplier for column in columns],
-            seeds=plan.seeds,
-            epochs=config.train.epochs,
-            columns=columns,
-            runs=[one.as_json() for one in trained],
-            verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
-        )
-        run.write_json("compare.json", result)
-        return result
-
-    return write
+def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]) -> Comparison:
+    """Write a comparison's result from its rows."""
+    device = lifecycle.use_device(config)
+    data = sweep.shared_data(config, device)
+    steps = math.ceil(len(data[0]) / config.data.batch_size)
+    trained = [_Trained(row, Run(run.folder / str(row.run)), steps) for row in rows]
+    exact = [one for one in trained if one.row.combination == 1]
+    columns = []
+    for number, one in enumerate(varied, 1):
+        runs = [of_column for of_column in trained if of_column.row.combination == number]
+        columns.append(_column(one, runs, exact, varied[0], device, data[1]))
+    result = Comparison(
+        config=config.name,
+        model=config.model.name,
+        device=device.type,
+        multipliers=[column.multiplier for column in columns],
+        seeds=plan.seeds,
+        epochs=config.train.epochs,
+        columns=columns,
+        runs=[one.as_json() for one in trained],
+        verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
+    )
+    run.write_json("compare.json", result)
+    return result
 
 
 class _Trained:

@@ -102,6 +102,10 @@ class Member:
         return self.label
 
 
+# Writes an experiment's result from the rows of all runs, and returns it.
+Conclude = Callable[[Run, Config, Plan, Sequence[Config], list[Row]], R]
+
+
 def sweep(
     config: Config,
     vary: Sequence[str],
@@ -132,13 +136,10 @@ def sweep(
     config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
     run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
     with run.hold():
-        conclude_this = conclude(run, config, plan, varied)
-        return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude_this)
+        return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude)
 
 
-def resume(
-    run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: "Callable[..., Callable[[list[Row]], R]]"
-) -> Finished[R]:
+def resume(run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
     ``jobs`` replaces the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
@@ -153,8 +154,7 @@ def resume(
         lifecycle.refuse_other_device(one, run)
     _fetch_data(varied)
     with run.hold():
-        conclude_this = conclude(run, config, plan, varied)
-        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude_this)
+        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude)
 
 
 # What is planned
@@ -316,7 +316,7 @@ def carry_out(
     jobs: int,
     watch: Watch,
     stopped: Stopped,
-    conclude: Callable[[list[Row]], R],
+    conclude: Conclude[R],
 ) -> Finished[R]:
     """Compute the runs of a plan that are not complete, then conclude from the rows of all.
 
@@ -361,7 +361,9 @@ def carry_out(
             raise RunError(str(error), f"To resume: mbm resume {run.folder}") from error
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
-        finished = Finished(run, conclude(ordered)) if not failed or plan.kind == "sweep" else None
+        finished = (
+            Finished(run, conclude(run, config, plan, varied, ordered)) if not failed or plan.kind == "sweep" else None
+        )
         if failed:
             raise RunsFailed(
                 f"{len(failed)} of {len(members)} runs failed, the first one: {failed[0].reason}",
@@ -446,32 +448,28 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
 # What comes out
 
 
-def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config]) -> Callable[[list[Row]], Sweep]:
-    """Return what writes a sweep's result from its rows."""
-
-    def write(rows: list[Row]) -> Sweep:
-        combinations = [
-            _over_seeds(one.values, [row for row in rows if row.combination == number])
-            for number, one in enumerate(plan.combinations, 1)
-        ]
-        # What is varied has no single value; the rows have theirs.
-        result = Sweep(
-            config=config.name,
-            vary=plan.vary,
-            seeds=plan.seeds,
-            jobs=plan.jobs,
-            combinations=combinations,
-            runs=rows,
-            model=None if "model.name" in plan.vary else config.model.name,
-            device=None if "device" in plan.vary else lifecycle.use_device(config).type,
-            epochs=None if "train.epochs" in plan.vary else config.train.epochs,
-            threads=None if "train.threads" in plan.vary else config.train.threads,
-        )
-        run.write_json("sweep.json", result)
-        run.write("sweep.csv", _csv(result))
-        return result
-
-    return write
+def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]) -> Sweep:
+    """Write a sweep's result from its rows."""
+    combinations = [
+        _over_seeds(one.values, [row for row in rows if row.combination == number])
+        for number, one in enumerate(plan.combinations, 1)
+    ]
+    # What is varied has no single value; the rows have theirs.
+    result = Sweep(
+        config=config.name,
+        vary=plan.vary,
+        seeds=plan.seeds,
+        jobs=plan.jobs,
+        combinations=combinations,
+        runs=rows,
+        model=None if "model.name" in plan.vary else config.model.name,
+        device=None if "device" in plan.vary else lifecycle.use_device(config).type,
+        epochs=None if "train.epochs" in plan.vary else config.train.epochs,
+        threads=None if "train.threads" in plan.vary else config.train.threads,
+    )
+    run.write_json("sweep.json", result)
+    run.write("sweep.csv", _csv(result))
+    return result
 
 
 def _over_seeds(values: dict[str, Any], rows: Sequence[Row]) -> CombinationResult:

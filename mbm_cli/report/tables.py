@@ -22,7 +22,7 @@ from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.sweep import Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
-from mbm_cli.report.text import NARROW, console, percent, table
+from mbm_cli.report.text import NARROW, TextTable, console, percent, table
 from mbm_cli.runs import Run
 
 # Heading, width, value of an epoch's metrics; together they fit 80 columns.
@@ -345,16 +345,15 @@ def print_runs(runs: Sequence[dict[str, Any]]) -> None:
         for run in runs
     ]
     columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-    widths = [2 + max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    widths[2] = min(widths[2], 12)  # multipliers can be broken
-    everything, most = range(len(columns)), (0, 1, 5)
-    fits = next((shown for shown in (everything, most) if 1 + sum(widths[i] for i in shown) <= screen.width), None)
-    shown = fits or most
-    made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], min(4, len(shown) - 1))
-    for column in made.columns:
-        column.no_wrap = column.header != columns[2]
-    made.narrow = 0 if fits else screen.width + 1
-    screen.print(made)
+
+    def of(shown: Sequence[int], left: int) -> TextTable:
+        made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], left)
+        for column in made.columns:
+            column.no_wrap = column.header != "multiplier"
+        return made
+
+    everything = of(range(len(columns)), 4)
+    screen.print(everything if everything.least_width() <= screen.width else of((0, 1, 5), 2))
 
 
 def print_check(screen: Console, check: Check) -> None:

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 
 WIDTH = 100
-NARROW = 40  # below so many columns a row is written as lines
+NARROW = 40  # below so many columns an epoch has two figures, and a check is written as lines
+WORD = 12  # characters of a longer word that are kept together; names of multipliers may be broken
+_FRAME, _FRAME_OF_COLUMN = 1, 2  # characters beside what a table holds
 
 
 def percent(fraction: float | None) -> str:
@@ -29,12 +32,20 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
 
 
 class TextTable(Table):
-    """A table that prints a line for each cell where columns would be unreadably narrow."""
+    """A table that prints a line for each cell where a column would be too narrow for its words and numbers."""
 
-    narrow = NARROW
+    def least_width(self) -> int:
+        """Return the width below which words or numbers would be broken, but for long names."""
+        return _FRAME + sum(_FRAME_OF_COLUMN + _least(column) for column in self.columns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if options.max_width >= self.narrow:
+        spare = options.max_width - self.least_width()
+        if spare >= 0:
+            # Rich would shrink the widest columns alone, and break the words in them.
+            for i, column in enumerate(sorted(self.columns, key=_wish)):
+                more = min(_wish(column), spare // (len(self.columns) - i))
+                column.width = _least(column) + more
+                spare -= more
             yield from super().__rich_console__(console, options)
             return
         if self.title:
@@ -44,6 +55,25 @@ class TextTable(Table):
                 if cell:
                     yield f"{column.header}: {cell}" if column.header else cell
             yield ""
+
+
+def _least(column: Column) -> int:
+    """Return the width of the longest word, at most WORD; of the widest cell where nothing wraps."""
+    if column.no_wrap:
+        return _widest(column)
+    return max((min(WORD, cell_len(word)) for text in _texts(column) for word in text.split()), default=0)
+
+
+def _widest(column: Column) -> int:
+    return max(map(cell_len, _texts(column)))
+
+
+def _wish(column: Column) -> int:
+    return _widest(column) - _least(column)
+
+
+def _texts(column: Column) -> list[str]:
+    return [str(column.header), *map(str, column.cells)]
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> TextTable:
