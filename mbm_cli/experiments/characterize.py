@@ -119,7 +119,8 @@ def characterize(
     place = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    multipliers = [_parse(name, place) for name in names]
+    parsed = {name: _parse(name, place) for name in dict.fromkeys(names)}
+    multipliers = [parsed[name] for name in names]
     families = [m.family for m in multipliers if isinstance(m, Multiplier) and m.family in FAMILIES]
     if sweep_truncate and not families:
         raise RequestError(f"--sweep-truncate is for {', '.join(FAMILIES)}: name one of them")

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -85,13 +85,14 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
     Raises:
         RequestError: a file is missing or wrong, a function does not multiply, or the network lacks a layer.
     """
-    read: dict[Multiplier, Multiplier] = {}
+    read: dict[str, Multiplier] = {}
 
     def read_once(multiplier: Multiplier) -> Multiplier:
-        if multiplier not in read:
-            read[multiplier] = content.resolve(multiplier)
-            check_function(read[multiplier], device)
-        return read[multiplier]
+        located = multiplier.located
+        if located not in read:
+            read[located] = content.resolve(multiplier)
+            check_function(read[located], device)
+        return replace(multiplier, content=read[located].content)
 
     resolved = []
     for config in configs:

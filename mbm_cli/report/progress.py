@@ -1,6 +1,7 @@
 """Progress of an experiment on a terminal, or as lines of a log."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from rich.console import Console
@@ -122,7 +123,8 @@ class Live(Lines):
     def close(self) -> None:
         super().close()
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):  # a terminal that was closed
+                self.bar.stop()
 
     def _facts(self, step: StepProgress | None) -> str:
         if step is None:

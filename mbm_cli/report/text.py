@@ -1,5 +1,7 @@
 """Text for people: a console that fits 100 columns, and tables that fit narrow terminals. Imports no PyTorch."""
 
+import errno
+import os
 from collections.abc import Sequence
 
 from rich import box
@@ -20,7 +22,7 @@ def percent(fraction: float | None) -> str:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, where Rich would end the process without clean-up."""
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def console(stderr: bool = False, quiet: bool = False) -> Console:

@@ -1,0 +1,74 @@
+"""The flags that commands share, and how a command takes them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option, Typer
+
+
+def _shipped_configs(incomplete: str) -> list[str]:
+    """Complete the name of a config without importing what reads configs."""
+    names = (entry.name for entry in (files("mbm_cli") / "configs").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name.removesuffix(".yaml") for name in names if name.startswith(incomplete))
+
+
+COUNT = 2**31 - 1
+CONFIG = {"help": "A YAML file, or a shipped config, for example cnn3-mbm.", "autocompletion": _shipped_configs}
+FIELD = {"metavar": "FIELD=VALUE", "help": "Override a field, for example optimizer.lr=0.002; repeatable."}
+VARY = {"metavar": "FIELD=A,B,...", "help": "Values, for example optimizer.lr=0.001,0.002; several: all combinations."}
+NAMES = {"metavar": "A,B,...", "help": "One or several multipliers, for example exact,mbm-t16-r7."}
+MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of unsigned integers mbm-int8, mbm-int16-t3."
+
+
+@dataclass
+class Options:
+    """The options that commands share; each command takes those that it names."""
+
+    config: Annotated[str, Option("--config", "-c", **CONFIG)] = "lenet-mbm"
+    multiplier: Annotated[str | None, Option(help="A multiplier, for example mbm-t8; see mbm multipliers list.")] = None
+    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of python:FILE.py:f, for example 5.")] = None
+    epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
+    jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Option(help="Where to compute, for example cpu.")] = None
+    seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
+    threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
+    set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
+    trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False
+    output: Annotated[Path, Option(help="Folder of the run folders, for example /data/runs.")] = Path("runs")
+    json: Annotated[bool, Option("--json", help="Print one JSON object, nothing else: --json > r.json.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors, for example in a script.")] = False
+    debug: Annotated[bool, Option("--debug", help="Show an error's traceback, for example to report it.")] = False
+
+
+MEASUREMENT = "bits device seed threads output json quiet"
+EXPERIMENT = f"config multiplier set_ {MEASUREMENT}"
+RunName = Annotated[str, Argument(metavar="RUN", help="A run's folder or name in --output, for example runs/RUN.")]
+Root = Annotated[Path | None, Option(help="Folder, for example /data; default: MBM_DATA_DIR or the cache.")]
+Target = Annotated[Path | None, Argument(metavar="FILE", help="Where to, for example mine.yaml; default: NAME.yaml.")]
+Version = Annotated[bool, Option("--version", help="Show the version, for example to report it.", is_eager=True)]
+Seeds = Annotated[int, Option(min=1, max=1000, help="How many seeds, for example 5, from the config's on.")]
+
+
+def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Callable[..., None]], Any]:
+    """Register a command that takes ``Options`` of the shared names, after flags of its own."""
+    taken = [field for field in fields(Options) if field.name in [*shared.split(), "debug"]]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in taken]
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def call(**given: Any) -> None:
+            function(Options(**{option.name: given.pop(option.name) for option in options}), **given)
+
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [*(parameter.replace(kind=keyword) for parameter in own), *options]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return group.command(name, help=f"{function.__doc__}\n\nFor example: {example}")(call)
+
+    return register
