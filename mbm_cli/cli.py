@@ -326,8 +326,8 @@ def _config(o: Options) -> Any:
     """Load the config with the flags as overrides; a flag wins over --set."""
     from mbm_cli.config import load, multiplier
 
-    name = _with_bits([o.multiplier or ""], o.bits)[0] or None
-    if name and multiplier(name) and not name.startswith("{"):
+    (name,) = [None] if (o.multiplier, o.bits) == (None, None) else _with_bits([o.multiplier or ""], o.bits)
+    if name is not None and multiplier(name) and not name.startswith("{"):
         name = json.dumps(name)  # a file's name may have characters that mean something in YAML
     flags = {"device": o.device, "seed": o.seed, "model.multiplier": name}
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads}
@@ -339,7 +339,7 @@ def _names(listed: str | None, bits: int | None) -> list[str]:
     """Split the multipliers of ``--multiplier A,B``."""
     from mbm_cli.experiments.sweep import split_at_commas
 
-    return _with_bits(split_at_commas(listed) if listed else [], bits)
+    return _with_bits([] if listed is None else split_at_commas(listed), bits)
 
 
 def _with_bits(names: list[str], bits: int | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Results of experiments as tables, in at most 100 columns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import singledispatch
 from pathlib import Path
 from statistics import mean, median
@@ -121,8 +121,9 @@ def _result_lines(made: Trained) -> list[str]:
 
 @singledispatch
 def table_of(of: Any) -> Any:
-    """Return the table, or tables, of a result."""
-    raise TypeError(f"no table for {type(of).__name__}")
+    """Return the table, or tables, of a result; without one of its own, a row for each field."""
+    rows = [(field.name.replace("_", " "), str(getattr(of, field.name))) for field in fields(of)]
+    return table(None, ("", ""), rows)
 
 
 @table_of.register

@@ -1,185 +1,151 @@
-"""The documents do what they say: `make test-docs` runs their commands and Python examples, and follows their links.
+"""The documents hold: `make test-docs` runs their commands and examples, applies their diffs and follows their links.
 
-Every fenced ```sh block of README.md and docs/*.md runs as it is written, in bash, in a temporary folder for each
-document that holds the examples and the configs of the project. `stand_in.py` runs in the place of the programs: it
-says which commands are run in a small size, and which are not run and why. Every ```python block runs as a program in
-the same folder. A ```diff block, whose line +++ names a file, still fits that file. Blocks of other kinds are not run.
+Fenced ```sh blocks of README.md and docs/*.md run in bash, in a folder for each document that holds the project's
+examples and configs. `small.sh` keeps the commands small. ```python blocks run in the same folder. A ```diff block must
+fit the file that its line +++ names. Other blocks are not run.
 """
 
-import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import torch
 
+from mbm_cli.multipliers import names
+
 ROOT = Path(__file__).parents[2]
 RUN_DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*RUN_DOCUMENTS, ROOT / "runs/README.md", *(ROOT / n for n in ("CONTRIBUTING.md", "CHANGELOG.md"))]
+DOCUMENTS = [*RUN_DOCUMENTS, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "runs/README.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-STAND_IN = Path(__file__).with_name("stand_in.py")
-PROGRAMS = ("mbm", "make", "pip", "pip3", "pipx", "uv", "git", "npm", "python", "python3", "jupyter", "pytest")
-SHELL = ("sh", "bash", "shell", "console")
+# In code spans and links; NAME in capitals stands for any.
+PATH = re.compile(r"\b(?:mbm_cli|kernels|tests|docs|configs|examples|notebooks)/[\w./-]*\w")
+SMALL = Path(__file__).with_name("small.sh")
+# A family's products by the kernel's definition, of pairs of bit patterns, on one lane.
+KERNEL = """
+#include "kernels/multiplier.h"
+#include <cstdio>
+#include <cstring>
 
-FEW = "--set data.train_limit=256 --set data.test_limit=200"
-FEW_SAMPLES = "--samples 20000"
+struct Lane {
+  using I = int;
+  using F = float;
+  static int call(int, int) { return 0; }
+  static float gather(const float*, int) { return 0; }
+};
 
-
-def blocks(document: Path, *languages: str) -> list:
-    """The fenced blocks of these languages, each as a parameter with its file and line."""
-    text = document.read_text(encoding="utf-8")
-    return [
-        pytest.param(document, match[2], id=f"{document.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}")
-        for match in FENCE.finditer(text)
-        if match[1] in languages
-    ]
-
-
-def all_blocks(*languages: str) -> list:
-    return [block for document in RUN_DOCUMENTS for block in blocks(document, *languages)]
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory) -> Path:
-    """A folder of programs that a shell finds first; each hands its arguments to stand_in.py."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name in PROGRAMS:
-        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{STAND_IN}" {name} "$@"\n')
-        (folder / name).chmod(0o755)
-    return folder
+int main(int, char** arguments) {
+  int family = 0, bits[2];
+  while (std::strcmp(mbm::FAMILY_NAMES[family], arguments[1])) family++;
+  mbm::Multiplier m = mbm::make_multiplier(mbm::Family(family), 16, 23);
+  while (std::scanf("%d %d", bits, bits + 1) == 2) {
+    float product = mbm::product<Lane>(mbm::from_bits<Lane>(bits[0]), mbm::from_bits<Lane>(bits[1]), m);
+    std::printf("%d\\n", mbm::bits<Lane>(product));
+  }
+}
+"""
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> Path:
-    """What the documents' folders lie in."""
-    folder = tmp_path_factory.mktemp("documents")
-    (folder / "commands.txt").touch()
-    return folder
+def blocks(*languages: str, of: list[Path] = RUN_DOCUMENTS) -> list:
+    """Return the fenced blocks of these languages as parameters: the document, and the text."""
+    found = []
+    for document in of:
+        text = document.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            if match[1] in languages:
+                found.append(pytest.param(document, match[2], id=f"{document.relative_to(ROOT)}:{line}"))
+    return found
 
 
-@pytest.fixture(scope="session")
-def folder_of(folders, programs) -> Callable[[Path], Path]:
-    """The folder in which a document's blocks run, one after the other. There is a run that RUN can stand for."""
-
-    def folder(document: Path) -> Path:
-        made = folders / document.stem
-        if not made.exists():
-            for name in ("examples", "configs"):
-                shutil.copytree(ROOT / name, made / name)
-        return made
-
-    bash("mbm train --quiet", folder(Path("before.md")), programs)
-    return folder
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[Path, Path]:
+    """Make a folder for each document, in which its blocks run one after the other."""
+    made = {document: tmp_path_factory.mktemp(document.stem) for document in RUN_DOCUMENTS}
+    for folder in made.values():
+        shutil.copytree(ROOT / "examples", folder / "examples")
+        shutil.copytree(ROOT / "configs", folder / "configs")
+    return made
 
 
-def bash(text: str, folder: Path, programs: Path) -> None:
-    """Run commands as if they were typed there, one after the other."""
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    done = tmp_path_factory.mktemp("commands") / "done.txt"
+    done.touch()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "MBM_DOCS_DONE": str(done), "MBM_DOCS_ROOT": str(ROOT), "COLUMNS": "100"}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("document", "text"), blocks("sh"))
+def test_commands_run(document, text, folders, environment):
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "MBM_DOCS_FOLDERS": str(folder.parent), "COLUMNS": "100"},
+        ["bash", "-euo", "pipefail", "-c", f'source "{SMALL}"\n{text}'],
+        cwd=folders[document],
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
-    print(done.stdout[-2000:])
     assert done.returncode == 0, f"\n{text}\nends with {done.returncode}: {done.stderr[-2000:]}"
 
 
-# ---- The tests
-
-
-@pytest.mark.parametrize(("document", "text"), all_blocks(*SHELL))
-def test_commands(document, text, programs, folder_of):
-    # A transcript has its commands behind a $.
-    if any(line.startswith("$ ") for line in text.splitlines()):
-        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
-    bash(text, folder_of(document), programs)
-
-
-@pytest.mark.parametrize(("document", "text"), all_blocks("python"))
-def test_python_examples(document, text, folder_of, monkeypatch):
-    monkeypatch.chdir(folder_of(document))
-    state = torch.get_rng_state()
-    try:
+@pytest.mark.parametrize(("document", "text"), blocks("python"))
+def test_python_examples_run(document, text, folders, monkeypatch):
+    monkeypatch.chdir(folders[document])
+    with torch.random.fork_rng():
         exec(compile(text, document.name, "exec"), {"__name__": "__main__"})
-    finally:
-        torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("document", [d for d in RUN_DOCUMENTS if blocks(d, "diff")], ids=lambda d: d.name)
-def test_changes_that_are_shown_still_fit(document, tmp_path):
-    """And the model's part of a family that they add computes what its definition says."""
-    for path, text in changed_files(document).items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text, encoding="utf-8")
-    if (tmp_path / "mbm_cli/multipliers.py").exists():
-        changed = load_module(tmp_path / "mbm_cli/multipliers.py")
-        name, family = list(changed.FAMILIES.items())[-1]
-        one, some = torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 2**-7, -1.5])
-        product = changed.reference_product(one, some, changed.Multiplier.parse(family.example))
-        assert family.example.startswith(name)
-        torch.testing.assert_close(product, one * some, rtol=0.3, atol=0.0)
-    compiler = shutil.which("c++")
-    if (tmp_path / "kernels/multiplier.h").exists() and compiler:
-        (tmp_path / "check.cpp").write_text(
-            '#include "kernels/multiplier.h"\n'
-            'static_assert(sizeof(mbm::FAMILY_NAMES) / sizeof(char*) == mbm::FUNCTION + 1, "a name for each family");\n'
-        )
-        subprocess.run([compiler, "-std=c++17", "-fsyntax-only", "-w", "check.cpp"], cwd=tmp_path, check=True)
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    """Apply the diffs of all documents to copies of their files; return the copies' folder."""
+    folder = tmp_path_factory.mktemp("changed")
+    for block in blocks("diff"):
+        document, text = block.values
+        header, *hunks = re.split(r"^@@.*\n", text, flags=re.MULTILINE)
+        path = header.strip().removeprefix("+++ ")
+        file = folder / path
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, file)
+        content = file.read_text(encoding="utf-8")
+        for hunk in hunks:
+            old, new = ("".join(f"{x[1:]}\n" for x in hunk.splitlines() if x[:1] in (kept, " ", "")) for kept in "-+")
+            assert content.count(old) == 1, f"{document.name}: {path} does not have these lines once:\n{old}"
+            content = content.replace(old, new)
+        file.write_text(content, encoding="utf-8")
+    return folder
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
-def test_links(document):
+def test_diffs_add_a_family_whose_kernel_equals_its_model(changed, monkeypatch):
+    model = runpy.run_path(str(changed / "mbm_cli/multipliers/float32.py"))
+    monkeypatch.setattr(names, "FAMILIES", model["FAMILIES"])
+    multiplier = names.Multiplier.parse(list(model["FAMILIES"].values())[-1].example)
+    assert multiplier.truncate == 16
+    a, b = torch.randint(-(2**31), 2**31, (2, 1000), generator=torch.Generator().manual_seed(0)).int()
+    product = model["reference_product"](a.view(torch.float32), b.view(torch.float32), multiplier)
+
+    (changed / "kernel.cpp").write_text(KERNEL, encoding="utf-8")
+    subprocess.run(["c++", "-std=c++17", "-w", "-o", "kernel", "kernel.cpp"], cwd=changed, check=True)
+    pairs = "\n".join(f"{x} {y}" for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    command = [changed / "kernel", multiplier.family]
+    printed = subprocess.run(command, input=pairs, capture_output=True, text=True, check=True).stdout
+    assert [int(line) for line in printed.split()] == product.view(torch.int32).tolist()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_resolve(document):
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r"(?:src|href|srcset)=\"([^\"]+)\"", text)
-    relative = [target for target in targets if not re.match(r"[a-z]+:", target)]
-    broken = [target for target in relative if not resolves(document, unquote(target))]
-    assert not broken, f"{document.relative_to(ROOT)} links to what is not there: {', '.join(broken)}"
-
-
-def test_every_picture_is_shown_and_small():
-    shown = " ".join(document.read_text(encoding="utf-8") for document in RUN_DOCUMENTS)
-    for picture in (ROOT / "docs/figures").iterdir():
-        assert f"figures/{picture.name}" in shown, f"no document shows {picture.name}"
-        assert picture.stat().st_size <= 150_000
-
-
-# ---- What they need
-
-
-def changed_files(document: Path) -> dict[str, str]:
-    """The files that a document's diff blocks change, by their paths, as they are then."""
-    files: dict[str, str] = {}
-    for parameter in blocks(document, "diff"):
-        lines = parameter.values[1].splitlines()
-        path = next(line.removeprefix("+++ ") for line in lines if line.startswith("+++ "))
-        if path not in files:
-            files[path] = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).exists() else ""
-        for hunk in re.split(r"^@@.*\n", parameter.values[1], flags=re.MULTILINE)[1:]:
-            old, new = (
-                "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] in (kept, " ", "")) for kept in "-+"
-            )
-            assert files[path].count(old) == 1, f"{document.name}: {path} has not once the lines\n{old}"
-            files[path] = files[path].replace(old, new)
-    return files
-
-
-def load_module(path: Path):
-    """A changed file of the package as a module beside the real one."""
-    specification = importlib.util.spec_from_file_location(f"changed_{path.stem}", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module
-    specification.loader.exec_module(module)
-    return module
+    local = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if not resolves(document, unquote(target))] == []
 
 
 def resolves(document: Path, target: str) -> bool:
@@ -191,3 +157,17 @@ def resolves(document: Path, target: str) -> bool:
         return True
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
     return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# The changelog also names what is gone.
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name != "CHANGELOG.md"], ids=lambda d: d.name)
+def test_named_files_exist(document):
+    named = {path for path in PATH.findall(document.read_text(encoding="utf-8")) if not re.search("NAME|FILE", path)}
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_every_picture_is_shown_and_small():
+    text = " ".join(document.read_text(encoding="utf-8") for document in RUN_DOCUMENTS)
+    for picture in (ROOT / "docs/figures").iterdir():
+        assert f"figures/{picture.name}" in text, f"no document shows {picture.name}"
+        assert picture.stat().st_size <= 150_000
