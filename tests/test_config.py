@@ -1,6 +1,7 @@
 """Reading, checking, overriding and writing experiments."""
 
 import os
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,6 @@ def refusal(text: str, *overrides: str) -> str:
     assert "\n" not in message
     assert len(message) < 400
     return message
-
-
-def field_of(config: Config, path: str) -> object:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
 
 
 # What ships
@@ -113,10 +108,6 @@ def test_unreadable_source_is_refused(tmp_path, monkeypatch, source, parts):
     assert "\n" not in str(error.value)
 
 
-def test_multipliers_file_is_not_read_by_parsing():
-    assert str(parse("name: x\nmodel: {multiplier: 'python:missing.py:f'}", "x").model.multiplier).startswith("python")
-
-
 # What is refused, and with which words
 
 
@@ -125,7 +116,6 @@ def test_multipliers_file_is_not_read_by_parsing():
     [
         ("# only a comment", ["is empty", "name, seed, device"]),
         ("[1, 2]", ["is [1, 2]", "mapping"]),
-        ("lenet", ["is 'lenet'", "mapping"]),
         ("&a [*a]", ["is [[", "mapping"]),
         ("name: x\nseed: [1", ["YAML", "line 2"]),
         ("name: x\n\tseed: 1", ["YAML", "line 2"]),
@@ -151,81 +141,70 @@ def test_text_that_is_not_a_config(text, parts):
 
 
 COUNT = "a whole number from 1 to 2147483647"
-RATE = "a finite number above 0"
+
+
+def wrong(field: str, value: str) -> str:
+    """Return the message for a config with that value, in YAML."""
+    section, _, name = field.rpartition(".")
+    line = f"{section}: {{{name}: {value}}}" if section else f"{field}: {value}"
+    return refusal(line if field == "name" else f"name: x\n{line}").removeprefix("my.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "allowed", "values"),
+    [
+        ("data", "a section with the fields dataset, root, batch_size", ["null", "3"]),
+        ("train", "a section with the fields epochs, threads,", ["[epochs]"]),
+        ("data.batch_size", COUNT, ["0", "-64", "true", "'3'", "3.0", "null", "3000000000"]),
+        ("data.train_limit", f"null (all) or {COUNT}", ["0", "1e3"]),
+        ("train.epochs", COUNT, ["0"]),
+        ("train.threads", "null (PyTorch's choice) or a whole number from 1 to 4096", ["0", "4097"]),
+        ("seed", "a whole number from 0 to 2^63 - 1", ["-1", str(2**63), "&a {b: *a}"]),
+        ("optimizer.lr", "a finite number above 0", ["-0.1", "0", ".nan", "1e999", "1" + "0" * 400, "'1'", "[0.1]"]),
+        ("optimizer.weight_decay", "a finite number, at least 0", ["-1"]),
+        ("train.deterministic", "true or false", ["1"]),
+        ("train.cuda_graph", "auto | off", ["on"]),
+        ("optimizer.schedule", "linear | cosine | none", ["null"]),
+        (
+            "name",
+            "a text of at most 64 letters, digits,",
+            ["null", "7", "2026-01-31", "''", "../x", '"x\\n"', "x" * 65],
+        ),
+        ("data.root", "null (the user's cache folder) or a folder", ["''", '"a\\0b"', '"\\ud800"', "3"]),
+    ],
+)
+def test_allowed_values_are_named(field, allowed, values):
+    for value in values:
+        assert wrong(field, value).startswith(f"{field} must be {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *(("true", "true"), ("'3'", "'3'"), ("3.0", "3.0"), ("null", "null"), (".nan", "NaN"), ("[x]", "['x']")),
+        *(("2026-01-31", '"2026-01-31"'), ('"x\\n"', r"'x\n'"), ("x" * 65, f"'{'x' * 56}...")),
+    ],
+)
+def test_value_is_shown_in_one_line(value, shown):
+    assert wrong("data.batch_size", value) == f"data.batch_size must be {COUNT}, not {shown}"
 
 
 @pytest.mark.parametrize(
     ("field", "value", "parts"),
     [
-        # names
         ("nmae", "y", ["unknown field 'nmae'", "name, seed", "did you mean name?"]),
-        ("optimiser", "{}", ["unknown field 'optimiser'", "did you mean optimizer?"]),
         ("lr", "1", ["unknown field 'lr'", "did you mean optimizer.lr?"]),
         ("data.batchsize", "1", ["'data.batchsize'", "eval_batch_size", "did you mean data.batch_size?"]),
         ("optimizer.epochs", "1", ["'optimizer.epochs'", "did you mean train.epochs?"]),
         ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, threads, deterministic"]),
         ('"a\\nb"', "1", [r"unknown field 'a\nb'"]),
-        # sections
-        ("data", "null", ["data must be a section with the fields dataset,", "not null"]),
-        ("train", "[epochs]", ["train must be a section", "not ['epochs']"]),
-        # whole numbers
-        ("data.batch_size", "0", [f"data.batch_size must be {COUNT}, not 0"]),
-        ("data.batch_size", "-64", [COUNT, "not -64"]),
-        ("data.batch_size", "true", [COUNT, "not true"]),
-        ("data.batch_size", "'3'", [COUNT, "not '3'"]),
-        ("data.batch_size", "3.0", [COUNT, "not 3.0"]),
-        ("data.eval_batch_size", "null", [COUNT, "not null"]),
-        ("data.train_limit", "0", [f"null (all) or {COUNT}, not 0"]),
-        ("data.test_limit", "1e3", ["null (all) or", "not 1000.0"]),
-        ("train.epochs", "3000000000", [f"train.epochs must be {COUNT}"]),
-        ("train.threads", "0", ["train.threads must be null (PyTorch's choice) or a whole number from 1 to 4096"]),
-        ("train.threads", "4097", ["from 1 to 4096, not 4097"]),
-        ("seed", "-1", ["seed must be a whole number from 0 to 2^63 - 1, not -1"]),
-        ("seed", str(2**63), ["from 0 to 2^63 - 1"]),
-        ("seed", "&a {b: *a}", ["from 0 to 2^63 - 1", "not {'b'"]),
-        # numbers
-        ("optimizer.lr", "-0.1", [f"optimizer.lr must be {RATE}, not -0.1"]),
-        ("optimizer.lr", "0", [RATE, "not 0"]),
-        ("optimizer.lr", ".nan", [RATE, "not NaN"]),
-        ("optimizer.lr", ".inf", [RATE, "not Infinity"]),
-        ("optimizer.lr", "1e999", [RATE]),
-        ("optimizer.lr", "1" + "0" * 400, [RATE, "..."]),
-        ("optimizer.lr", "'0.1'", [RATE, "not '0.1'"]),
-        ("optimizer.lr", "[0.1]", [RATE, "not [0.1]"]),
-        ("optimizer.weight_decay", "-1", ["optimizer.weight_decay must be a finite number, at least 0, not -1"]),
-        # switches and choices
-        ("train.deterministic", "1", ["train.deterministic must be true or false, not 1"]),
-        ("train.cuda_graph", "on", ["auto | off", "not true"]),
         ("device", "cdua", ["device must be auto | cpu | cuda, not 'cdua'; did you mean cuda?"]),
-        ("data.dataset", "mnsit", ["data.dataset must be mnist", "did you mean mnist?"]),
         ("model.name", "LeNet", ["lenet | cnn3, not 'LeNet'; did you mean lenet?"]),
-        ("optimizer.name", "adamm", ["adam | adamw | sgd", "did you mean adam?"]),
-        ("optimizer.schedule", "null", ["linear | cosine | none", "not null"]),
-        # texts
-        ("name", "null", ["name must be a text of at most 64 letters", "not null"]),
-        ("name", "7", ["name must be a text", "not 7"]),
-        ("name", "2026-01-31", ["name must be a text", 'not "2026-01-31"']),
-        ("name", "''", ["name must be a text", "not ''"]),
-        ("name", "../x", ["not '../x'"]),
-        ("name", '"x\\n"', [r"not 'x\n'"]),
-        ("name", "x" * 65, ["xxx..."]),
-        ("data.root", "''", ["data.root must be null (the user's cache folder) or a folder, not ''"]),
-        ("data.root", '"a\\0b"', ["data.root must be"]),
-        ("data.root", '"\\ud800"', ["data.root must be"]),
-        # multipliers
-        ("model.multiplier", "mbn-t8", ["'mbn'", "exact, mitchell, mbm", "did you mean mbm?"]),
-        ("model.multiplier", "mbm_t8", ["'mbm_t8'", "family[-tT][-rR]"]),
-        ("model.multiplier", "mbm-t23", ["model.multiplier: truncate is 23", "0 to 22"]),
-        ("model.multiplier", "mbm-r0", ["result_bits is 0", "1 to 23"]),
+        ("model.multiplier", "mbn-t8", ["model.multiplier: ", "'mbn'", "exact, mitchell, mbm", "did you mean mbm?"]),
         ("model.multiplier", "m" * 5000, ["mmm..."]),
         ("model.multiplier", "8", ["short form", "mapping", "not 8"]),
-        ("model.multiplier", "{family: mbm, truncate: 23}", ["truncate is 23"]),
-        ("model.multiplier", "{family: mbm, truncate: true}", ["truncate must be", "not True"]),
-        ("model.multiplier", "{family: mbn}", ["exact | mitchell | mbm", "did you mean mbm?"]),
-        ("model.multiplier", "{truncate: 8}", ["family is missing"]),
         ("model.multiplier", "{family: mbm, trunc: 8}", ["unknown field 'trunc'", "truncate"]),
         ("model.multiplier", "{conv1: mbm}", ["need one for the other layers: default: mbm"]),
-        # what belongs to sgd
         ("optimizer.momentum", "0.9", ["optimizer.momentum", "belongs to the optimizer sgd, not to adam"]),
         ("optimizer", "{name: adamw, nesterov: false}", ["optimizer.nesterov", "not to adamw"]),
         ("optimizer", "{name: sgd, nesterov: true}", ["optimizer.nesterov", "needs a momentum above 0"]),
@@ -233,10 +212,7 @@ RATE = "a finite number above 0"
     ],
 )
 def test_wrong_field_is_explained(field, value, parts):
-    section, _, key = field.rpartition(".")
-    line = f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}"
-    message = refusal(line if field == "name" else f"name: x\n{line}")
-    assert message.startswith("my.yaml: ")
+    message = wrong(field, value)
     assert [part for part in parts if part not in message] == []
 
 
@@ -255,11 +231,7 @@ def test_first_problem_is_explained_and_others_counted():
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("optimizer.lr", "1e-3", 0.001),
-        ("optimizer.lr", "1E3", 1000.0),
-        ("optimizer.lr", "1.5e3", 1500.0),
-        ("optimizer.lr", ".5", 0.5),
-        ("optimizer.lr", "2", 2.0),
+        *(("optimizer.lr", lr, float(lr)) for lr in ("1e-3", "1E3", "1.5e3", ".5", "2")),
         ("data.train_limit", "60_000", 60000),
         ("data.test_limit", "null", None),
         ("data.root", "/data/my set", "/data/my set"),
@@ -282,8 +254,9 @@ def test_first_problem_is_explained_and_others_counted():
 )
 def test_override_is_read_as_yaml(field, value, expected):
     config = load("lenet-exact", [f"{field}={value}"])
-    assert field_of(config, field) == expected
-    assert type(field_of(config, field)) is type(expected)
+    found = attrgetter(field)(config)
+    assert found == expected
+    assert type(found) is type(expected)
     assert parse(dump(config), "x") == config
 
 

