@@ -226,7 +226,7 @@ def split_at_commas(text: str) -> list[str]:
     """Split ``A,B,...``; a comma within brackets, braces or quotes belongs to its value, as in a YAML list.
 
     Raises:
-        RequestError: a bracket or a quote is not closed.
+        RequestError: a quote is not closed, or a value begins with a character that YAML reserves.
     """
     # The YAML scanner knows where a value ends; the texts between its commas are kept as they are.
     opening, closing = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken), yaml.FlowSequenceEndToken

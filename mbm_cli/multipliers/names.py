@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -233,7 +234,7 @@ def _one_of(value: object) -> Multiplier:
     if not isinstance(value, str):
         raise ValueError(
             f"must be a short form such as mbm-t8 or a mapping such as {{family: mbm}} or "
-            f"{{conv1: exact, {DEFAULT}: mbm}}, not {clip(json.dumps(value, default=str), 60)}"
+            f"{{conv1: exact, {DEFAULT}: mbm}}, not {clip(reprlib.repr(value), 60)}"
         )
     try:
         return Multiplier.parse(value)
