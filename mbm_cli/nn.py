@@ -1,7 +1,7 @@
 """``ApproxConv2d``, a drop-in for ``torch.nn.Conv2d``, and ``convert``, which replaces a model's convolutions by it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -43,6 +43,13 @@ class ApproxConv2d(nn.Conv2d):
             return nn.functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         arguments = self.stride, padding, self.dilation, self.groups
         return conv2d_of_operands(input, weight, bias, *arguments, self._handle, self.table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.table
+        super()._apply(fn, recurse)
+        if self.table is not before:  # made anew: no cast may change a table, and to_empty() may not lose it
+            _set_multiplier(self, self.multiplier)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, multiplier={self.multiplier}"

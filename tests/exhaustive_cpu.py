@@ -14,6 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from operands import in_range, wild
 from torch import Tensor
 
 from mbm_cli import _cpu, conv2d, multiply
@@ -38,23 +39,6 @@ def instruction_set(name: str) -> Iterator[None]:
         _cpu.use_instruction_set(_cpu.instruction_sets()[0])
 
 
-def wild(count: int, generator: torch.Generator) -> Tensor:
-    """Draw random bit patterns; an eighth are zeros, subnormals, extremes, infinities and NaN."""
-    anything = torch.randint(-(2**31), 2**31, (count,), generator=generator)
-    exponent = torch.tensor([0, 1, 127, 254, 255])[torch.randint(5, (count,), generator=generator)]
-    fraction = torch.tensor([0, 1, 2**22, 2**23 - 1])[torch.randint(4, (count,), generator=generator)]
-    edge = (anything & -(2**31)) | exponent << 23 | fraction
-    is_edge = torch.randint(8, (count,), generator=generator) == 0
-    return torch.where(is_edge, edge, anything).to(torch.int32).view(torch.float32)
-
-
-def in_range(count: int, generator: torch.Generator) -> Tensor:
-    """Draw random signs and fractions; every product is normal, so that convolutions take their fast path."""
-    exponent = torch.randint(64, 190, (count,), generator=generator)
-    sign_and_fraction = torch.randint(-(2**31), 2**31, (count,), generator=generator) & ~(255 << 23)
-    return (sign_and_fraction | exponent << 23).to(torch.int32).view(torch.float32)
-
-
 class Case(NamedTuple):
     """Random operands in one layout, broadcasting with one another, and how the backend multiplies them."""
 
@@ -65,26 +49,21 @@ class Case(NamedTuple):
     is_sum: bool  # of one product, hence 0.0 + product
 
 
-def cases(count: int, seed: int) -> list[Case]:
+def cases(count: int, seed: int) -> Iterator[Case]:
     """Return at least ``count`` products of either kind of operands in each layout."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        case
-        for kind, draw in (("wild", wild), ("in-range", in_range))
-        for case in _layouts(kind, count, partial(draw, generator=generator))
-    ]
-
-
-def _layouts(kind: str, count: int, draw: Callable[[int], Tensor]) -> Iterator[Case]:
-    a, b = draw(count), draw(count)
-    yield Case(f"{kind} elementwise", partial(multiply, a, b), a, b, False)
-    channels = count // 100
-    image, weight = draw(count).reshape(1, channels, 10, 10), draw(channels).reshape(channels, 1, 1, 1)
-    depthwise = partial(conv2d, image, weight, None, 1, 0, 1, channels)
-    yield Case(f"{kind} depthwise", depthwise, image, weight.squeeze(1), True)
-    side = math.ceil(math.sqrt(count))
-    row, column = draw(side).reshape(1, 1, 1, side), draw(side).reshape(side, 1, 1, 1)
-    yield Case(f"{kind} 1x1", partial(conv2d, row, column, None, 1, 0, 1, 1), row, column.squeeze(1), True)
+    channels, side = count // 100, math.ceil(math.sqrt(count))
+    for draw in (wild, in_range):
+        a, b = (draw(count, generator) for _ in range(2))
+        yield Case(f"{draw.__name__} elementwise", partial(multiply, a, b), a, b, False)
+        for layout, shape, weights, groups in (
+            ("depthwise", (1, channels, 10, 10), channels, channels),
+            ("1x1", (1, 1, 1, side), side, 1),
+        ):
+            image = draw(math.prod(shape), generator).reshape(shape)
+            weight = draw(weights, generator).reshape(-1, 1, 1, 1)
+            compute = partial(conv2d, image, weight, None, 1, 0, 1, groups)
+            yield Case(f"{draw.__name__} {layout}", compute, image, weight.squeeze(1), True)
 
 
 def differences(multiplier: Multiplier, case: Case) -> list[str]:

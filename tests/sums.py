@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from operands import in_pairs
 from torch import Tensor
 
+from mbm_cli.backends.shapes import conv2d_output_shape
 from mbm_cli.multipliers.float32 import reference_product
 
 
@@ -16,15 +18,27 @@ def same_sums(a: Tensor, b: Tensor) -> bool:
     return same_bits(torch.where(a.isnan(), torch.nan, a), torch.where(b.isnan(), torch.nan, b))
 
 
-def assert_sums_of_products(
-    output, input, weight, bias, stride, padding, dilation, groups, multiplier, rounding=2.0**-23
-) -> None:
-    """Check that float32 additions explain the difference from the sum in float64.
+def assert_sums_of_products(output: Tensor, *convolution) -> None:
+    """Check a convolution's output; its operands and arguments are those of `float64_sums`."""
+    assert_within_bound(output, *float64_sums(*convolution))
+
+
+def assert_within_bound(output: Tensor, total: Tensor, bound: Tensor, where: str = "") -> None:
+    finite = total.isfinite()
+    assert same_sums(output[~finite], total[~finite].float()), where
+    excess = ((output.double() - total).abs() - bound)[finite]
+    assert (excess <= 0).all(), f"{excess.max()} more than the bound {where}"
+
+
+def float64_sums(
+    input, weight, bias, stride, padding, dilation, groups, multiplier, rounding=2.0**-23
+) -> tuple[Tensor, Tensor]:
+    """Return the sums in float64, and how far float32 additions may be from them.
 
     N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, SIAM 2002, section 4.2.
 
     Args:
-        rounding: the largest relative error of an addition: 2^-23 in any direction, 2^-24 to nearest.
+        rounding: the largest relative error of an addition, 2^-23 in any direction or 2^-24 to nearest.
     """
     batch, _, *size = input.shape
     out_channels, group_channels, *kernel = weight.shape
@@ -34,15 +48,10 @@ def assert_sums_of_products(
     pixels = F.pad(input.reshape(batch, groups, 1, group_channels, -1), (1, 0))[..., pixel]
     weights = weight.reshape(1, groups, out_channels // groups, group_channels, -1, 1)
     products = torch.where(pixel > 0, reference_product(pixels, weights, multiplier), 0.0).double()
+    out_size = conv2d_output_shape(input, weight, bias, *in_pairs(stride, padding, dilation), groups)
+    total, magnitude = (x.sum((3, 4)).reshape(out_size) for x in (products, products.abs()))
     terms = group_channels * kernel[0] * kernel[1]
-    total = products.sum((3, 4)).reshape(output.shape)
-    magnitude = products.abs().sum((3, 4)).reshape(output.shape)
     if bias is not None:
         terms += 1
-        total += bias.reshape(-1, 1, 1)
-        magnitude += bias.reshape(-1, 1, 1).abs()
-    bound = terms * rounding / (1 - terms * rounding) * magnitude
-    finite = total.isfinite()
-    assert same_sums(output[~finite], total[~finite].float())
-    excess = ((output.double() - total).abs() - bound)[finite]
-    assert (excess <= 0).all(), f"{excess.max()} more than the bound"
+        total, magnitude = total + bias.reshape(-1, 1, 1), magnitude + bias.abs().reshape(-1, 1, 1)
+    return total, terms * rounding / (1 - terms * rounding) * magnitude

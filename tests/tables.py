@@ -1,4 +1,4 @@
-"""Multipliers defined by tables: random ones, which equal no family's, and tables of built-in multipliers."""
+"""Multipliers from files: random tables, which equal no family's, tables of built-ins, and the examples."""
 
 from pathlib import Path
 
@@ -8,6 +8,10 @@ from mbm_cli.multipliers import tables
 from mbm_cli.multipliers.content import export, resolve
 from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.multipliers.tables import Table
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+IN_PYTHON = f"python:{EXAMPLES / 'four_bits.py'}:product"
+IN_C = f"c:{EXAMPLES / 'mbm.h'}:mbm"
 
 
 def random_table(bits: int) -> Multiplier:

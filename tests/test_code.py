@@ -1,22 +1,18 @@
 """Functions that users write, in Python and in C."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from exhaustive_cpu import wild
+from operands import normal, wild
 from sums import same_bits
+from tables import EXAMPLES, IN_C, IN_PYTHON
 
 from mbm_cli import conv2d, multiply, resolve
 from mbm_cli.errors import RunError
 from mbm_cli.experiments.lifecycle import check_function
 from mbm_cli.multipliers.code import check_magnitude, tabulate
 from mbm_cli.multipliers.float32 import reference_product
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-IN_PYTHON = f"python:{EXAMPLES / 'four_bits.py'}:product"
-IN_C = f"c:{EXAMPLES / 'mbm.h'}:mbm"
 
 
 @pytest.fixture
@@ -34,36 +30,41 @@ def in_c(tmp_path):
 
 
 def test_the_python_example_cuts_to_four_bits():
-    a, b = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0))
+    a, b = normal((10_000,), (10_000,))
     assert same_bits(multiply(a, b, IN_PYTHON), multiply(a, b, "exact-t19-r7"))
     assert same_bits(multiply(a, b, f"{IN_PYTHON}@9"), multiply(a, b, "exact-t19"))
 
 
-PYTHON_FAULTS = {
-    "def f(a, b): return a +": "cannot be run: SyntaxError",
-    "import nothing_of_that_name": "cannot be run: ModuleNotFoundError",
-    "raise SystemExit(3)": "cannot be run: SystemExit: 3",
-    "g = 3": "has no function f",
-    "f = 3": "has no function f",
-    "def f(a): return a": "raises TypeError",
-    "def f(a, b): return [1]": "returns list",
-    "def f(a, b): return (a * b).double()": "returns torch.float64",
-    "def f(a, b): return (a * b)[1:]": "returns torch.float32",
-    "def f(a, b): return a + b": "is not a multiplier: ",
-    "def f(a, b): return (a * b).abs()": "is not a multiplier: -",
-    "def f(a, b): return a * b * 1.5": "a product of significands is in [1, 4)",
-    "def f(a, b): return a * b / 0": "is not a multiplier",
-}
-
-
-@pytest.mark.parametrize("text", PYTHON_FAULTS)
-def test_faults_of_python_functions_are_named(tmp_path, text):
-    path = tmp_path / "my.py"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(PYTHON_FAULTS[text])) as error:
-        resolve(f"python:{path}:f")
-    assert str(path) in str(error.value)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(a, b): return a +", "cannot be run: SyntaxError"),
+        ("import nothing_of_that_name", "cannot be run: ModuleNotFoundError"),
+        ("raise SystemExit(3)", "cannot be run: SystemExit: 3"),
+        ("g = 3", "has no function f"),
+        ("f = 3", "has no function f"),
+        ("def f(a): return a", "raises TypeError"),
+        ("def f(a, b): return [1]", "returns list"),
+        ("def f(a, b): return (a * b).double()", "returns torch.float64"),
+        ("def f(a, b): return (a * b)[1:]", "returns torch.float32"),
+        ("def f(a, b): return a + b", "is not a multiplier: "),
+        ("def f(a, b): return (a * b).abs()", "is not a multiplier: -"),
+        ("def f(a, b): return a * b * 1.5", "a product of significands is in [1, 4)"),
+        ("def f(a, b): return a * b / 0", "is not a multiplier"),
+    ],
+)
+def test_faults_of_python_functions_are_named(tmp_path, text, message):
+    (tmp_path / "my.py").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        resolve(f"python:{tmp_path / 'my.py'}:f")
+    assert str(tmp_path / "my.py") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_python_functions_are_tabulated_on_any_default_device():
+    with torch.device("meta"):
+        table = resolve(IN_PYTHON)
+    assert table == resolve(IN_PYTHON)
 
 
 @pytest.mark.parametrize("bits", [0, 12])
@@ -81,7 +82,7 @@ def test_the_c_example_is_mbm_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     a, b = wild(200_000, generator), wild(200_000, generator)
     assert same_bits(multiply(a, b, IN_C), multiply(a, b, "mbm"))
-    input, weight = torch.randn(2, 3, 9, 12, generator=generator), torch.randn(5, 3, 3, 3, generator=generator)
+    input, weight = normal((2, 3, 9, 12), (5, 3, 3, 3))
     for special in (1.0, 2.0**-140, torch.inf):
         input[0, 0, 4, 5] = special
         ours, built_in = (conv2d(input, weight, padding=1, multiplier=m) for m in (IN_C, "mbm"))
@@ -91,7 +92,7 @@ def test_the_c_example_is_mbm_bit_for_bit():
 def test_c_functions_round_to_nearest(in_c):
     product = "union { uint32_t u; float f; } x = {a}, y = {b}, p; p.f = x.f * y.f; return p.u;"
     name = in_c(f"static uint32_t f(uint32_t a, uint32_t b) {{ {product} }}")
-    pixels, weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.tensor([1 / 3, -1.1])
+    (pixels,), weights = normal((1000,)), torch.tensor([1 / 3, -1.1])
     sums = conv2d(pixels.reshape(1, 1, 1, -1), weights.reshape(2, 1, 1, 1), multiplier=name)
     assert same_bits(sums.reshape(2, 1000), pixels * weights.unsqueeze(1))
 
@@ -111,33 +112,29 @@ def test_c_functions_may_have_the_kernels_names(in_c, function):
     assert multiply(torch.tensor(1.0), torch.tensor(1.0), name) == 1.078125
 
 
-C_FAULTS = {
-    "uint32_t f(uint32_t a, uint32_t b) { return a + ; }": "f does not compile: function.h:2",
-    "uint32_t f(uint32_t a) { return a; }": "f does not compile",
-    "uint32_t g(uint32_t a, uint32_t b) { return a; }": "has no function f",
-    '#include "mine.h"\nuint32_t f(uint32_t a, uint32_t b) { return mine(a, b); }': "includes another file",
-    "uint32_t f(uint32_t a, uint32_t b) { return a; }": "f is not a multiplier: ",
-    "uint32_t f(uint32_t a, uint32_t b) { return a + b - 0x3F800000u; }": "zero times a number is zero",
-}
-
-
-@pytest.mark.parametrize("text", C_FAULTS)
-def test_faults_of_c_functions_are_named(in_c, text):
-    with pytest.raises(ValueError, match=re.escape(C_FAULTS[text])) as error:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uint32_t f(uint32_t a, uint32_t b) { return a + ; }", "f does not compile: function.h:2"),
+        ("uint32_t f(uint32_t a) { return a; }", "f does not compile"),
+        ("uint32_t g(uint32_t a, uint32_t b) { return a; }", "has no function f"),
+        ('#include "mine.h"\nuint32_t f(uint32_t a, uint32_t b) { return mine(a, b); }', "includes another file"),
+        ("uint32_t f(uint32_t a, uint32_t b) { return a; }", "f is not a multiplier: "),
+        ("uint32_t f(uint32_t a, uint32_t b) { return a + b - 0x3F800000u; }", "zero times a number is zero"),
+    ],
+)
+def test_faults_of_c_functions_are_named(in_c, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         check_function(resolve(in_c(text)), torch.device("cpu"))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("factor", "is_product"), [(0.3, True), (3.9, True), (5.0, False), (-1.0, False)])
-def test_products_may_err_by_a_factor_of_4(factor, is_product):
-    def product(a, b):
-        return a * b * factor
-
-    if is_product:
-        check_magnitude(product, "f")
-    else:
+def test_products_may_err_by_a_factor_of_4():
+    for factor in (0.3, 3.9):
+        check_magnitude(lambda a, b, factor=factor: a * b * factor, "f")
+    for factor in (0.2, 5.0, -1.0):
         with pytest.raises(ValueError, match="whose sign or size is not a product's"):
-            check_magnitude(product, "f")
+            check_magnitude(lambda a, b, factor=factor: a * b * factor, "f")
 
 
 def test_a_missing_compiler_is_named(in_c, tmp_path, monkeypatch):

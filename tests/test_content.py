@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,10 +77,12 @@ def test_layers_of_a_model_share_one_execution(counted, by_layer):
 
 def test_experiments_share_one_execution(counted):
     name, executions = counted
-    configs = [load("lenet-mbm", [f"model.multiplier={m}"]) for m in (name, f"{{conv1: '{name}', default: mbm}}")]
+    respelled = name.replace("my.py", "./my.py")
+    values = name, f"{{conv1: '{respelled}', default: '{name}'}}"
+    configs = [load("lenet-mbm", [f"model.multiplier={value}"]) for value in values]
     first, second = (config.model.multiplier for config in lifecycle.resolve(configs, CPU))
     assert executions() == 1
-    assert second.of("conv1") == first
+    assert second.of("conv1").content == second.default.content == first.content
 
 
 def test_multipliers_without_files_are_returned():
@@ -96,34 +97,26 @@ def test_other_values_are_rejected(value):
         resolve(value)
 
 
-def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+def test_keys_identify_content_wherever_it_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    tables.write(random_table(3).content, tmp_path / "table.bin")
-    assert resolve("lut:~/table.bin").content == random_table(3).content
-
-
-def test_keys_identify_content_wherever_it_lies(tmp_path):
-    table = random_table(3).content
-    for name, entries in (("a.bin", table.entries), ("b.npy", table.entries), ("c.bin", table.entries ^ 1)):
-        tables.write(Table(3, entries), tmp_path / name)
-    a, b, c = (resolve(f"lut:{tmp_path / name}").key for name in ("a.bin", "b.npy", "c.bin"))
-    assert a == b != c
+    entries = random_table(3).content.entries
+    for name, one in (("a.bin", entries), ("b.npy", entries), ("c.bin", entries ^ 1)):
+        tables.write(Table(3, one), tmp_path / name)
+    a, b, c = (resolve(f"lut:~/{name}").key for name in ("a.bin", "b.npy", "c.bin"))
+    assert a == b == random_table(3).key != c
     assert Multiplier("mbm", 8).key == "mbm-t8"
 
 
 def test_a_changed_file_is_another_multiplier(tmp_path):
-    """Functions read a name at each call; what was resolved before keeps its content."""
-    path, one = tmp_path / "table.bin", torch.ones(1)
-    products = []
-    for entry in (0, 1):
-        tables.write(Table(1, np.full((2, 2), entry, np.uint16)), path)
-        products.append(mbm_cli.multiply(one, one, f"lut:{path}").item())
-        if entry == 0:
-            before = resolve(f"lut:{path}")
-            layer = mbm_cli.ApproxConv2d(1, 1, 1, bias=False, multiplier=f"lut:{path}")
+    """Functions read a name at each call; what was resolved before keeps its content, even without the file."""
+    path, one = tmp_path / "table.bin", torch.ones(1, 1, 1, 1)
+    name = f"lut:{path}"
+    tables.write(Table(1, np.full((2, 2), 0, np.uint16)), path)
+    before, layer = resolve(name), convert(nn.Conv2d(1, 1, 1, bias=False), name)
     nn.init.ones_(layer.weight)
-    assert products == [1.0, 1.5]
-    assert before != resolve(f"lut:{path}")
-    assert mbm_cli.multiply(one, one, before) == layer(one.reshape(1, 1, 1, 1)) == 1.0
-    Path(path).unlink()
-    assert mbm_cli.multiply(one, one, before) == layer(one.reshape(1, 1, 1, 1)) == 1.0
+    assert mbm_cli.multiply(one, one, name) == 1.0
+    tables.write(Table(1, np.full((2, 2), 1, np.uint16)), path)
+    assert before != resolve(name)
+    assert mbm_cli.multiply(one, one, name) == mbm_cli.conv2d(one, one, multiplier=name) == 1.5
+    path.unlink()
+    assert mbm_cli.multiply(one, one, before) == layer(one) == 1.0

@@ -3,27 +3,28 @@
 import ctypes
 import ctypes.util
 import platform
+from contextlib import contextmanager
 
 import pytest
 import torch
-from exhaustive_cpu import MULTIPLIERS, cases, differences, instruction_set, wild
+from exhaustive_cpu import MULTIPLIERS, cases, differences, instruction_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_formats import MEMORY_FORMATS
+from operands import from_bits, normal, wild
 from sums import assert_sums_of_products, same_bits
 from tables import random_table
 from torch import Tensor
 
-from mbm_cli import _cpu
+from mbm_cli import Multiplier, _cpu, conv2d, multiply
 from mbm_cli.backends import cpu
-from mbm_cli.multipliers import FAMILIES, Multiplier, reference_product
-from mbm_cli.ops import conv2d, multiply
+from mbm_cli.multipliers.float32 import FAMILIES, reference_product
 
 # Every form of the fast arithmetic: none, one constant (halved by the carry, or gone: t >= 19), two (t = 17); t = 0,
 # where the correction has to be rounded; with and without result bits; drum exact and rounded.
 FORMS = ["exact-t8", "exact-r7", "mitchell", "mitchell-t16-r7", "mbm", "mbm-r7", "mbm-t1", "mbm-t16-r7", "mbm-t17"]
 FORMS += ["mbm-t17-r3", "mbm-t19", "mbm-t22-r1", "drum-k6", "drum-k20", "drum-k6-r3"]
-TABLES = [random_table(bits) for bits in (1, 3, 7, 8)]
+EACH_FORM = pytest.mark.parametrize("multiplier", [Multiplier.parse(name) for name in FORMS], ids=str)
 
 
 @pytest.fixture(scope="module", params=_cpu.instruction_sets())
@@ -34,7 +35,7 @@ def each_instruction_set(request):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small operations on two threads take long where the other core is busy; some tests below ask for more."""
+    """Compute on one thread: small operations on two take long where the other core is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,41 +43,38 @@ def one_thread():
 
 
 def grid(exponent: Tensor) -> Tensor:
-    """Every 7-bit fraction, with these exponents (127 that of 1) and alternating signs."""
+    """Return every 7-bit fraction, with these exponents (127 that of 1) and alternating signs."""
     fraction = torch.arange(128)
-    bits = -(fraction % 2 << 31) | exponent << 23 | fraction << 16
-    return bits.to(torch.int32).view(torch.float32)
+    return from_bits(-(fraction % 2 << 31) | exponent << 23 | fraction << 16)
 
 
-# Single products
-
-
-def test_an_instruction_set_is_chosen_by_name():
+def test_instruction_sets_are_chosen_by_name():
     assert _cpu.instruction_sets()[-1] == "portable"
     assert cpu.instruction_set() == _cpu.instruction_sets()[0]
     with pytest.raises(ValueError, match="does not run the instruction set sse9"):
         _cpu.use_instruction_set("sse9")
 
 
-@pytest.mark.parametrize("case", cases(100_000, seed=0), ids=lambda case: case.name.replace(" ", "-"))
+# Single products
+
+
+@pytest.mark.parametrize("case", list(cases(100_000, seed=0)), ids=lambda case: case.name)
 def test_random_products(case):
-    """A hundredth of what exhaustive_cpu.py compares: elementwise, and as sums of one product."""
     assert [found for multiplier in MULTIPLIERS for found in differences(multiplier, case)] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pair_of_7_bit_fractions(family):
-    """Elementwise, and as a 1x1 convolution on the fast path and on the exact one.
+    """Multiply elementwise, and as a 1x1 convolution on the fast path and on the exact one.
 
-    Every r where t is 0 or reaches what a 7-bit fraction holds; between, where mbm alone differs from t = 0, three.
+    Use every r where t is 0 or leaves at most 7 bits. Between, where only mbm differs from t = 0, three suffice.
     """
     a, b = grid(127 + torch.arange(128) % 11 - 5), grid(127 + torch.arange(128) % 13 - 6)
     row, column = a.reshape(1, 1, 1, 128), b.reshape(128, 1, 1, 1)
     row_with_infinity = torch.cat([row, torch.full((1, 1, 1, 1), torch.inf)], 3)  # rules the fast path out
     every_r, some_r = [None, *range(1, 24)], [None, 1, 8]
     truncations = FAMILIES[family].truncations
-    multipliers = [Multiplier(family, t, r) for t in truncations for r in (some_r if 1 <= t < 16 else every_r)]
-    for multiplier in multipliers:
+    for multiplier in (Multiplier(family, t, r) for t in truncations for r in (some_r if 1 <= t < 16 else every_r)):
         expected = reference_product(row, b.reshape(1, 128, 1, 1), multiplier)
         for name in _cpu.instruction_sets():
             with instruction_set(name):
@@ -88,11 +86,11 @@ def test_every_pair_of_7_bit_fractions(family):
                     assert same_bits(exact_path, expected), where
 
 
-@pytest.mark.parametrize("multiplier", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("exponent", [1, 2, 64, 126, 190, 253, 254])
 def test_convolutions_leave_the_fast_path_in_time(multiplier, exponent):
-    """Exponents whose sum is around the smallest and the largest that keep every product normal."""
-    row, multiplier = grid(torch.tensor(exponent)).reshape(1, 1, 1, 128), Multiplier.parse(multiplier)
+    """Use exponents whose sum is around the smallest and the largest that keep every product normal."""
+    row = grid(torch.tensor(exponent)).reshape(1, 1, 1, 128)
     others = [sum_ + 127 - exponent for sum_ in (-2, -1, 0, 1, 2, 3, 252, 253, 254, 255, 256)]
     for other in (e for e in others if 0 < e < 255):
         weight = grid(torch.tensor(other))
@@ -103,44 +101,29 @@ def test_convolutions_leave_the_fast_path_in_time(multiplier, exponent):
                 assert same_bits(sums, expected), f"{other} on {name}"
 
 
-def test_products_of_tensors_that_are_not_contiguous(each_instruction_set):
-    a = torch.randn(7, 5, 3).permute(2, 0, 1)[:, ::2]
-    b = torch.randn(5, 1).expand(5, 4).t()[:1]
-    multiplier = Multiplier.parse("mbm-t3")
-    assert same_bits(multiply(a, b, multiplier), reference_product(a, b, multiplier))
-    assert multiply(torch.ones(0, 3), torch.ones(3), multiplier).shape == (0, 3)
-    assert multiply(torch.tensor(1.5), torch.tensor(1.5), "mitchell").item() == 2.0
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 15, 16, 17, 31, 33])
-def test_products_that_fill_no_vector(each_instruction_set, count):
-    a, b = (wild(count, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    multiplier = Multiplier.parse("mbm")
-    assert same_bits(multiply(a, b, multiplier), reference_product(a, b, multiplier))
+def test_operands_of_any_layout_and_size(each_instruction_set):
+    strided = torch.randn(7, 5, 3).permute(2, 0, 1)[:, ::2], torch.randn(5, 1).expand(5, 4).t()[:1]
+    scalars, empty = (torch.tensor(1.5), torch.tensor(1.5)), (torch.ones(0, 3), torch.ones(3))
+    generator = torch.Generator().manual_seed(0)
+    # Counts that fill no vector.
+    wilds = [wild(2 * count, generator).chunk(2) for count in (1, 3, 4, 5, 15, 16, 17, 31, 33)]
+    for a, b in (strided, scalars, empty, *wilds):
+        assert same_bits(multiply(a, b, "mbm-t3"), reference_product(a, b, Multiplier("mbm", 3)))
 
 
 # Sums
 
-
-def _ordinary(x: Tensor, generator) -> None:
-    pass
-
-
-def _sparse(x: Tensor, generator) -> None:
-    x.relu_()
-
-
-def _far_apart(x: Tensor, generator) -> None:
-    x.mul_(torch.exp2(torch.randint(-90, 21, x.shape, generator=generator)))
-
-
-def _with_specials(x: Tensor, generator) -> None:
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0**-140, 2.0**-126, 2.0**100, -0.0])
-    chosen = special[torch.randint(len(special), x.shape, generator=generator)]
-    x.copy_(torch.where(torch.rand(x.shape, generator=generator) < 0.02, chosen, x))
-
-
-VALUES = [_ordinary, _sparse, _far_apart, _with_specials]
+SPECIAL = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0**-140, 2.0**-126, 2.0**100, -0.0])
+VALUES = {  # of tensors, from normally distributed ones and a generator
+    "ordinary": lambda x, _: x,
+    "sparse": lambda x, _: x.relu(),
+    "far apart": lambda x, g: x * torch.exp2(torch.randint(-90, 21, x.shape, generator=g)),
+    "special": lambda x, g: torch.where(
+        torch.rand(x.shape, generator=g) < 0.02, SPECIAL[torch.randint(len(SPECIAL), x.shape, generator=g)], x
+    ),
+}
+PARAMETERS = [(family, t) for family in FAMILIES for t in FAMILIES[family].truncations]
+TABLES = [random_table(bits) for bits in (1, 3, 7, 8)]
 
 
 def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -149,61 +132,60 @@ def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
 
 @st.composite
 def convolutions(draw):
-    """Operands and arguments of a convolution that has an output."""
+    """Draw operands and arguments of a convolution that has an output."""
     groups, group_channels, group_outputs = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)))
     kernel, stride, dilation, padding = (draw(pairs(*bounds)) for bounds in ((1, 4), (1, 5), (1, 3), (0, 5)))
     least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
     batch, size = draw(st.integers(1, 3)), [draw(st.integers(n, n + 20)) for n in least]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    input = torch.randn(batch, groups * group_channels, *size, generator=generator)
-    weight = torch.randn(groups * group_outputs, group_channels, *kernel, generator=generator)
+    shapes = (batch, groups * group_channels, *size), (groups * group_outputs, group_channels, *kernel)
+    input, weight = (
+        VALUES[draw(st.sampled_from(list(VALUES)))](torch.randn(shape, generator=generator), generator)
+        for shape in shapes
+    )
     bias = torch.randn(groups * group_outputs, generator=generator) if draw(st.booleans()) else None
-    for tensor in (input, weight):
-        draw(st.sampled_from(VALUES))(tensor, generator)
     input = MEMORY_FORMATS[draw(st.sampled_from(list(MEMORY_FORMATS)))](input)
-    family = draw(st.sampled_from(list(FAMILIES)))
-    fields = st.just(family), st.sampled_from(FAMILIES[family].truncations), st.none() | st.integers(1, 23)
-    multiplier = draw(st.builds(Multiplier, *fields).filter(lambda m: not m.is_exact) | st.sampled_from(TABLES))
-    return input, weight, bias, stride, padding, dilation, groups, multiplier
+    parameters, result_bits = draw(st.sampled_from(PARAMETERS)), draw(st.none() | st.integers(1, 23))
+    built_in = st.just(Multiplier(*parameters, result_bits)).filter(lambda multiplier: not multiplier.is_exact)
+    return input, weight, bias, stride, padding, dilation, groups, draw(built_in | st.sampled_from(TABLES))
 
 
 @settings(max_examples=150, deadline=None)
 @given(convolution=convolutions())
-def test_any_convolution(each_instruction_set, convolution):
+def test_random_convolutions(each_instruction_set, convolution):
     assert_sums_of_products(conv2d(*convolution), *convolution)
 
 
-@pytest.mark.parametrize("multiplier", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize(
-    ("input_shape", "weight_shape", "stride", "padding", "dilation", "groups"),
+    ("input_shape", "weight_shape", "arguments"),
     [
-        ((2, 1, 28, 28), (6, 1, 5, 5), 1, 2, 1, 1),
-        ((2, 6, 14, 14), (16, 6, 5, 5), 1, 0, 1, 1),
-        ((1, 16, 9, 7), (16, 1, 3, 3), 1, 1, 1, 16),  # depthwise
-        ((1, 3, 40, 40), (5, 3, 7, 7), 4, 3, 1, 1),  # several phases an axis
-        ((1, 2, 9, 9), (3, 2, 2, 2), 5, 0, 1, 1),  # pixels that no kernel element meets
-        ((1, 2, 3, 3), (3, 2, 7, 7), 1, 3, 1, 1),  # kernel larger than the image
-        ((1, 2, 20, 20), (3, 2, 3, 3), 2, 4, 4, 1),  # stride and dilation share a factor
-        ((1, 2, 1, 70), (3, 2, 1, 9), 1, 4, 1, 1),  # one-dimensional
-        ((1, 1, 64, 3), (9, 1, 3, 3), 1, 1, 1, 1),  # narrow
-        ((2, 64, 12, 12), (8, 64, 3, 3), 1, 1, 1, 1),  # planes too large for one job
+        ((2, 1, 28, 28), (6, 1, 5, 5), (1, 2, 1, 1)),
+        ((2, 6, 14, 14), (16, 6, 5, 5), (1, 0, 1, 1)),
+        ((1, 16, 9, 7), (16, 1, 3, 3), (1, 1, 1, 16)),  # depthwise
+        ((1, 3, 40, 40), (5, 3, 7, 7), (4, 3, 1, 1)),  # several phases an axis
+        ((1, 2, 9, 9), (3, 2, 2, 2), (5, 0, 1, 1)),  # pixels that no kernel element meets
+        ((1, 2, 3, 3), (3, 2, 7, 7), (1, 3, 1, 1)),  # kernel larger than the image
+        ((1, 2, 20, 20), (3, 2, 3, 3), (2, 4, 4, 1)),  # stride and dilation share a factor
+        ((1, 2, 1, 70), (3, 2, 1, 9), (1, 4, 1, 1)),  # one-dimensional
+        ((1, 1, 64, 3), (9, 1, 3, 3), (1, 1, 1, 1)),  # narrow
+        ((2, 64, 12, 12), (8, 64, 3, 3), (1, 1, 1, 1)),  # planes too large for one job
     ],
 )
-def test_kinds_of_convolution(
-    each_instruction_set, input_shape, weight_shape, stride, padding, dilation, groups, multiplier
-):
-    generator = torch.Generator().manual_seed(0)
-    input, weight = torch.randn(input_shape, generator=generator), torch.randn(weight_shape, generator=generator)
-    bias = torch.randn(weight_shape[0], generator=generator)
-    arguments = (stride, padding, dilation, groups, Multiplier.parse(multiplier))
-    assert_sums_of_products(conv2d(input, weight, bias, *arguments), input, weight, bias, *arguments)
+def test_kinds_of_convolution(each_instruction_set, input_shape, weight_shape, arguments, multiplier):
+    """Check the sums, and that the bias is added last, rounded to nearest, whatever its stride."""
+    input, weight, bias = normal(input_shape, weight_shape, (weight_shape[0], 2))
+    sums = conv2d(input, weight, None, *arguments, multiplier)
+    assert_sums_of_products(sums, input, weight, None, *arguments, multiplier)
+    expected = sums + bias[:, 0].reshape(-1, 1, 1)
+    for same in (bias[:, 0], bias[:, 0].contiguous()):
+        assert same_bits(conv2d(input, weight, same, *arguments, multiplier), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_kernel_elements_that_are_far_apart(each_instruction_set, axis):
+def test_kernel_elements_may_be_far_apart(each_instruction_set, axis):
     """All but one of them meet padding, which takes no memory."""
-    generator = torch.Generator().manual_seed(0)
-    input, weight = torch.randn(1, 1, 5, 5, generator=generator), torch.randn(1, 1, 3, 3, generator=generator)
+    input, weight = normal((1, 1, 5, 5), (1, 1, 3, 3))
     padding, dilation = [1, 1], [1, 1]
     padding[axis] = dilation[axis] = 2**31 - 1
     middle = weight.select(2 + axis, 1).unsqueeze(2 + axis)
@@ -211,54 +193,29 @@ def test_kernel_elements_that_are_far_apart(each_instruction_set, axis):
     assert same_bits(conv2d(input, weight, padding=padding, dilation=dilation), expected)
 
 
-@pytest.mark.parametrize("multiplier", FORMS)
-def test_ordinary_and_extreme_operands_side_by_side(each_instruction_set, multiplier):
-    """Underflow, overflow and infinities among ordinary operands, in one tile; some images and channels have none."""
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(3, 2, 6, 30, generator=generator)
-    weight = torch.randn(9, 2, 3, 3, generator=generator)
+@EACH_FORM
+def test_extreme_operands_among_ordinary_ones(each_instruction_set, multiplier):
+    """Put underflow, overflow and infinities into one tile; some images and channels have none."""
+    input, weight = normal((3, 2, 6, 30), (9, 2, 3, 3))
     input[1, 0, 2, 3:9] = torch.tensor([2.0**-140, 2.0**-126, 2.0**120, torch.inf, -0.0, -(2.0**-100)])
     weight[5, 1, 0] = torch.tensor([2.0**-126, 2.0**-60, 2.0**10])
-    arguments = (1, 1, 1, 1, Multiplier.parse(multiplier))
-    output = conv2d(input, weight, None, *arguments)
-    assert output[1].isinf().any()
-    assert_sums_of_products(output, input, weight, None, *arguments)
-
-
-@pytest.mark.parametrize("multiplier", FORMS)
-def test_a_nan_reaches_the_outputs_that_see_it(each_instruction_set, multiplier):
-    input, weight = torch.ones(2, 2, 9, 20), torch.ones(5, 2, 3, 3)
-    input[1, 1, 4, 7] = torch.nan
-    expected = torch.zeros(2, 5, 9, 20, dtype=torch.bool)
-    expected[1, :, 3:6, 6:9] = True
-    assert torch.equal(conv2d(input, weight, None, 1, 1, multiplier=multiplier).isnan(), expected)
-
-
-@pytest.mark.parametrize("multiplier", FORMS)
-@pytest.mark.parametrize("special", [torch.inf, torch.nan])
-def test_padding_contributes_nothing_not_zero_times_a_weight(each_instruction_set, multiplier, special):
-    input, weight = torch.ones(1, 1, 4, 20), torch.ones(2, 1, 3, 3)
-    weight[1, 0, 0, 0] = special  # meets padding at the outputs of the first row and column
     output = conv2d(input, weight, None, 1, 1, multiplier=multiplier)
-    expected = torch.zeros(2, 4, 20, dtype=torch.bool)
-    expected[1, 1:, 1:] = True
-    assert torch.equal(~output[0].isfinite(), expected)
+    assert output[1].isinf().any()
+    assert_sums_of_products(output, input, weight, None, 1, 1, 1, 1, multiplier)
 
 
-@pytest.mark.parametrize("multiplier", FORMS)
-def test_the_bias_is_added_to_the_nearest(each_instruction_set, multiplier):
-    generator = torch.Generator().manual_seed(0)
-    input, weight = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(7, 3, 3, 3, generator=generator)
-    bias = torch.randn(7, generator=generator)
-    sums = conv2d(input, weight, multiplier=multiplier)
-    assert same_bits(conv2d(input, weight, bias, multiplier=multiplier), sums + bias.reshape(-1, 1, 1))
-    strided = torch.stack([bias, torch.zeros(7)], 1)[:, 0]
-    assert same_bits(conv2d(input, weight, strided, multiplier=multiplier), sums + bias.reshape(-1, 1, 1))
+@EACH_FORM
+@pytest.mark.parametrize("special", [torch.inf, torch.nan])
+def test_special_operands_reach_the_outputs_that_see_them(each_instruction_set, multiplier, special):
+    input, weight = torch.ones(2, 2, 9, 20), torch.ones(5, 2, 3, 3)
+    input[1, 1, 4, 7] = weight[3, 0, 0, 0] = special  # this weight meets padding in the first row and column
+    expected = torch.zeros(2, 5, 9, 20, dtype=torch.bool)
+    expected[1, :, 3:6, 6:9] = expected[:, 3, 1:, 1:] = True
+    assert torch.equal(~conv2d(input, weight, None, 1, 1, multiplier=multiplier).isfinite(), expected)
 
 
 @pytest.mark.parametrize("multiplier", ["mbm", "mitchell", "exact-t8"])
-def test_a_zero_sum_is_positive(each_instruction_set, multiplier):
-    """A sum begins with 0.0."""
+def test_zero_sums_are_positive(each_instruction_set, multiplier):
     output = conv2d(torch.zeros(1, 1, 1, 20), -torch.ones(1, 1, 1, 1), multiplier=multiplier)
     assert same_bits(output, torch.zeros(1, 1, 1, 20))
 
@@ -266,77 +223,72 @@ def test_a_zero_sum_is_positive(each_instruction_set, multiplier):
 # Threads and the floating-point environment
 
 
-@pytest.mark.parametrize("multiplier", ["mbm", "mbm-t16-r7"])
-def test_the_bits_do_not_depend_on_threads_or_run(each_instruction_set, multiplier):
-    generator = torch.Generator().manual_seed(0)
-    input, weight = torch.randn(5, 6, 30, 30, generator=generator), torch.randn(16, 6, 5, 5, generator=generator)
-    a, b = torch.randn(2, 300_000, generator=generator)
-    first = conv2d(input, weight, None, 2, 1, multiplier=multiplier), multiply(a, b, multiplier)
-    for threads in (1, 2, 3, 2):
+@pytest.mark.parametrize("multiplier", ["mbm", "mbm-t16-r7", random_table(7)], ids=str)
+def test_bits_do_not_depend_on_threads_or_run(each_instruction_set, multiplier):
+    input, weight, a, b = normal((5, 6, 30, 30), (16, 6, 5, 5), (300_000,), (300_000,))
+    results = []
+    for threads in (1, 1, 2, 3, 2):
         torch.set_num_threads(threads)
-        again = conv2d(input, weight, None, 2, 1, multiplier=multiplier), multiply(a, b, multiplier)
-        assert all(same_bits(x, y) for x, y in zip(first, again, strict=True))
+        results.append((conv2d(input, weight, None, 2, 1, multiplier=multiplier), multiply(a, b, multiplier)))
+    assert all(same_bits(x, y) for again in results for x, y in zip(results[0], again, strict=True))
 
 
-def operands_for_the_environment() -> tuple[Tensor, Tensor]:
-    """Products that are subnormal, and products and sums that are rounded, on the fast path and on the exact one."""
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(64, 4, 16, 16, generator=generator)
+def awkward_operands() -> list[Tensor]:
+    """Return operands with subnormal products, and products and sums that are rounded, on both paths."""
+    input, weight, bias = normal((64, 4, 16, 16), (8, 4, 3, 3), (8,))
     input[::2] *= 2.0**-125
-    return input, torch.randn(8, 4, 3, 3, generator=generator)
-
-
-@pytest.fixture
-def flush_denormal():
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU cannot flush subnormals to zero")
-    torch.set_flush_denormal(False)
-    yield
-    torch.set_flush_denormal(False)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("multiplier", ["exact-t8", "exact-t1-r22", "mbm", "mbm-t1", "mitchell", "drum-k20"])
-def test_flushed_subnormals_change_nothing_here(each_instruction_set, flush_denormal, multiplier, threads):
-    """Nor does the caller find the mode changed."""
-    torch.set_num_threads(threads)
-    input, weight = operands_for_the_environment()
-    expected = conv2d(input, weight, multiplier=multiplier), multiply(input, weight[0, 0, 0, 0], multiplier)
-    torch.set_flush_denormal(True)
-    actual = conv2d(input, weight, multiplier=multiplier), multiply(input, weight[0, 0, 0, 0], multiplier)
-    subnormal = torch.tensor([2.0**-120]) * 2.0**-20
-    torch.set_flush_denormal(False)
-    assert all(same_bits(x, y) for x, y in zip(actual, expected, strict=True))
-    assert subnormal == 0, "the mode was lost"
-    assert torch.tensor([2.0**-120]) * 2.0**-20 != 0
+    return [input, weight, bias]
 
 
 ROUNDING = {"to nearest": 0x000, "down": 0x400, "up": 0x800, "toward zero": 0xC00}  # of x86
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the modes' numbers are those of x86")
-@pytest.mark.parametrize("mode", ROUNDING)
-@pytest.mark.parametrize("multiplier", ["exact-t8", "mbm", "mbm-t1", "mitchell", "drum-k20"])
-def test_the_rounding_mode_of_the_caller_changes_nothing_here(each_instruction_set, multiplier, mode):
-    """Nor does the caller find it changed."""
+@contextmanager
+def floating_point_mode(mode: str):
     library = ctypes.CDLL(ctypes.util.find_library("m"))
-    input, weight = operands_for_the_environment()
-    bias = torch.full((8,), 1 / 3)
-    expected = conv2d(input, weight, bias, multiplier=multiplier), multiply(input, weight[0, 0, 0, 0], multiplier)
     try:
-        library.fesetround(ROUNDING[mode])
-        actual = conv2d(input, weight, bias, multiplier=multiplier), multiply(input, weight[0, 0, 0, 0], multiplier)
-        mode_after = library.fegetround()
+        if mode in ROUNDING:
+            is_set = platform.machine() in ("x86_64", "AMD64") and library.fesetround(ROUNDING[mode]) == 0
+        else:
+            is_set = torch.set_flush_denormal(True)
+        if not is_set:
+            pytest.skip("this CPU has no such mode, or another number for it")
+        yield
     finally:
+        torch.set_flush_denormal(False)
         library.fesetround(ROUNDING["to nearest"])
-    assert mode_after == ROUNDING[mode]
-    assert all(same_bits(x, y) for x, y in zip(actual, expected, strict=True))
 
 
-def test_no_thread_is_left_rounding_toward_zero(each_instruction_set):
-    """drum with many bits sums toward zero, on all threads; what PyTorch computes on them afterwards must not."""
+def probe() -> Tensor:
+    """Compute numbers that differ from mode to mode."""
+    ones = torch.tensor([1.0, -1.0])
+    return torch.cat([ones * 2.0**-120 * 2.0**-20, ones + ones * 1e-9, ones + ones * 9e-8])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mode", ["flush subnormals", "down", "up", "toward zero"])
+@pytest.mark.parametrize("multiplier", ["exact-t8", "exact-t1-r22", "mbm", "mbm-t1", "mitchell", "drum-k20"])
+def test_modes_of_the_caller_change_no_bits(each_instruction_set, multiplier, mode, threads):
+    """Check that the mode is kept, too."""
+    torch.set_num_threads(threads)
+    input, weight, bias = awkward_operands()
+
+    def outputs() -> list[Tensor]:
+        return [conv2d(input, weight, bias, multiplier=multiplier), multiply(input, weight[0, 0, 0, 0], multiplier)]
+
+    expected, usual = outputs(), probe()
+    with floating_point_mode(mode):
+        before, actual, after = probe(), outputs(), probe()
+    assert all(same_bits(*pair) for pair in zip(actual, expected, strict=True))
+    assert same_bits(before, after)
+    assert not same_bits(before, usual)
+    assert same_bits(probe(), usual)
+
+
+def test_no_thread_keeps_rounding_toward_zero(each_instruction_set):
+    """drum with many bits sums toward zero, on all threads; PyTorch's later sums on them must be to nearest."""
     torch.set_num_threads(2)
-    a, b = torch.randn(2, 1 << 20, generator=torch.Generator().manual_seed(0))
+    a, b = normal((1 << 20,), (1 << 20,))
     expected = (a.double() + b.double()).float()
-    conv2d(*operands_for_the_environment(), multiplier="drum-k20")
+    conv2d(*awkward_operands(), multiplier="drum-k20")
     assert same_bits(a + b, expected)

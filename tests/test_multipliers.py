@@ -8,22 +8,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operands import from_bits
 
 from mbm_cli.multipliers.float32 import FAMILIES, reference_product
 from mbm_cli.multipliers.names import Multiplier
 
 INFINITY, NAN, SIGN = 0x7F800000, 0x7FC00000, 0x80000000
-EDGES = [
-    *[0x00000000, 0x00000001, 0x00400000, 0x007FFFFF],  # zero and subnormals
-    *[0x00800000, 0x00800001, 0x00FFFFFF],  # the smallest normal numbers
-    *[0x1FFFFFFF, 0x20000000, 0x20350000],  # squares around the smallest normal
-    *[0x3F000000, 0x3F7FFFFF, 0x3F800000, 0x3F800001],  # 0.5, around 1
-    *[0x3FBFFFFF, 0x3FC00000, 0x3FFFFFFF],  # around 1.5, whose fraction carries with itself; all-ones fraction
-    *[0x40490FDB, 0x5F7FFFFF, 0x5F800000],  # pi; squares around the largest
-    *[0x7F000000, 0x7F7FFFFF, INFINITY],
-    *[0x7F800001, NAN, 0x7FFFFFFF],  # a signalling NaN, the default one, another
-]
-EDGES += [SIGN | bits for bits in EDGES]
+FRACTIONS, EXPONENTS = (0, 1, 2**22, 2**23 - 1), (0, 1, 63, 64, 127, 190, 191, 254, 255)
+EDGES = [sign | e << 23 | f for sign in (0, SIGN) for e in EXPONENTS for f in FRACTIONS]
 # Products with exponents on both sides of 0 and of 255, with and without a carry, and in the middle of the range.
 EXPONENT_PAIRS = [
     *[(127, 127), (1, 1), (1, 125), (1, 126), (1, 127), (63, 63), (64, 64), (100, 27)],
@@ -96,20 +88,12 @@ def _cleared(bits: int, low: int) -> int:
     return bits if bits >> 23 & 255 == 255 else bits >> low << low
 
 
-def as_floats(bits: list[int]) -> torch.Tensor:
-    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
-
-
 def assert_reference_is_scalar_model(pairs: list[tuple[int, int]], multiplier: Multiplier) -> None:
-    a, b = zip(*pairs, strict=True)
-    product = reference_product(as_floats(a), as_floats(b), multiplier).view(torch.int32).tolist()
-    expected = [scalar_product(x, y, multiplier) for x, y in pairs]
-    wrong = [
-        f"{x:08x} * {y:08x} is {e:08x}, not {p & 0xFFFFFFFF:08x}"
-        for (x, y), p, e in zip(pairs, product, expected, strict=True)
-        if p & 0xFFFFFFFF != e
-    ]
-    assert not wrong, f"{multiplier}: {len(wrong)} of {len(pairs)} differ, first {wrong[0]}"
+    a, b = from_bits(torch.tensor(pairs)).T
+    products = reference_product(a, b, multiplier).view(torch.int32).tolist()
+    for (x, y), found in zip(pairs, products, strict=True):
+        product, expected = found & 0xFFFFFFFF, scalar_product(x, y, multiplier)
+        assert product == expected, f"{multiplier}: {x:08x} * {y:08x} is {expected:08x}, not {product:08x}"
 
 
 def boundary_fractions(t: int) -> list[tuple[int, int]]:
@@ -129,21 +113,17 @@ def boundary_fractions(t: int) -> list[tuple[int, int]]:
     [
         (1.0, 1.0, "mitchell", 1.0),
         (1.5, 1.5, "mitchell", 2.0),  # 1 + 0.5 + 0.5
-        (1.75, 1.5, "mitchell", 2.5),  # 2 * (0.75 + 0.5)
-        (-1.25, 1.5, "mitchell", -1.75),
+        (-1.75, 1.5, "mitchell", -2.5),  # 2 * (0.75 + 0.5)
         (1.0, 1.0, "mbm", 1.078125),  # c = 2^-4 + 2^-6
         (1.5, 1.5, "mbm", 2.078125),  # half of c, doubled by the carry
-        (1.9375, 1.9375, "mbm", 3.828125),
         (1.984375, 1.984375, "mbm", 3.9375),  # the correction would overflow: skipped
         (1.0, 1.96875, "mbm", 2.046875),  # renormalised: 31/32 + 5/64 is 1 + 3/64, of which half is the fraction
         (1.0, 1.0, "mbm-t22", 2.0),  # both fractions become 1/2, and nothing is left of c
         (1.0, 1.96875, "mbm-r5", 2.0),
         (1.75, 1.75, "mitchell-r1", 3.0),
-        (1.75, 1.75, "exact-t22", 2.25),
         (1.75, 1.75, "exact-t22-r1", 2.0),
         (1.0, 1.0, "drum-k2", 2.25),  # 1.5 * 1.5
         (1.75, -1.5, "drum-k3", -3.0625),  # 1.75 * -(1.5 + 0.25)
-        (1.0, 1.0, "drum-k2-r2", 2.0),
     ],
 )
 def test_products_by_hand(a, b, multiplier, product):
@@ -157,21 +137,16 @@ RESULT_BITS = (None, 1, 2, 7, 22, 23)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_of_edge_values(family):
     pairs = list(itertools.product(EDGES, EDGES))
-    truncations = FAMILIES[family].truncations
-    for t in truncations:
-        assert_reference_is_scalar_model(pairs, Multiplier(family, t, RESULT_BITS[t % len(RESULT_BITS)]))
-    for t, r in itertools.product({0, 1, 16} & {*truncations}, RESULT_BITS):
-        assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
+    for t in FAMILIES[family].truncations:
+        for r in RESULT_BITS if t in (0, 1, 16) else (RESULT_BITS[t % len(RESULT_BITS)],):
+            assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_around_thresholds_of_fraction_and_exponent(family):
     for t in FAMILIES[family].truncations:
-        pairs = [
-            (exponent_a << 23 | x, SIGN | exponent_b << 23 | y)
-            for x, y in boundary_fractions(t)
-            for exponent_a, exponent_b in EXPONENT_PAIRS
-        ]
+        combinations = itertools.product(boundary_fractions(t), EXPONENT_PAIRS)
+        pairs = [(e << 23 | x, SIGN | f << 23 | y) for (x, y), (e, f) in combinations]
         for r in (None, RESULT_BITS[1 + t % 5]):
             assert_reference_is_scalar_model(pairs, Multiplier(family, t, r))
 
@@ -188,14 +163,10 @@ def test_products_of_random_bit_patterns(parameters, result_bits, pairs):
 
 
 @pytest.mark.parametrize(
-    ("name", "bias", "mean", "peak", "peak_tolerance"),
-    [
-        ("mbm", -0.10, 2.58, 7.81, 0.01),
-        ("mitchell", -3.85, 3.85, 11.11, 0.01),
-        ("mbm-t20", -3.85, 6.91, 24.95, 0.1),
-    ],
+    ("name", "bias", "mean", "peak"),
+    [("mbm", -0.10, 2.58, 7.81), ("mitchell", -3.85, 3.85, 11.11), ("mbm-t20", -3.85, 6.91, 24.95)],
 )
-def test_errors_are_the_published_ones(name, bias, mean, peak, peak_tolerance):
+def test_errors_are_the_published_ones(name, bias, mean, peak):
     """Compare relative errors in percent over uniform random operands in [1, 2)."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(1 << 22, generator=generator) + 1 for _ in range(2))
@@ -203,7 +174,7 @@ def test_errors_are_the_published_ones(name, bias, mean, peak, peak_tolerance):
     error = 100 * (reference_product(a, b, Multiplier.parse(name)).double() / exact - 1)
     assert error.mean().item() == pytest.approx(bias, abs=0.01)
     assert error.abs().mean().item() == pytest.approx(mean, abs=0.01)
-    assert error.abs().max().item() == pytest.approx(peak, abs=peak_tolerance)
+    assert error.abs().max().item() == pytest.approx(peak, abs=0.1 if name == "mbm-t20" else 0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from exhaustive_cpu import instruction_set, wild
+from exhaustive_cpu import instruction_set
+from operands import normal, wild
 from sums import same_bits
 from tables import exported, random_table
 
@@ -29,7 +30,7 @@ def npy_header(shape: str) -> bytes:
 def test_products_of_tables_of_built_ins(tmp_path, family, bits):
     built_in, table = exported(family, bits, tmp_path / "table.npy")
     generator = torch.Generator().manual_seed(0)
-    input, weight = torch.randn(2, 3, 9, 12, generator=generator), torch.randn(5, 3, 3, 3, generator=generator)
+    input, weight = normal((2, 3, 9, 12), (5, 3, 3, 3))
     a, b = wild(20_000, generator), wild(20_000, generator)
     if family == "exact":  # which knows subnormals
         a, b = (torch.where(x.abs() < 2.0**-60, 1.0, x) for x in (a, b))
@@ -47,7 +48,7 @@ def test_products_of_random_tables(bits):
     table = random_table(bits)
     generator = torch.Generator().manual_seed(0)
     a, b = wild(50_000, generator), wild(50_000, generator)
-    pixels, weights = (torch.randn(n, generator=generator) for n in (300, 33))
+    pixels, weights = normal((300,), (33,))
     products, sums = reference_product(a, b, table), 0.0 + reference_product(pixels, weights.unsqueeze(1), table)
     for name in _cpu.instruction_sets():
         with instruction_set(name):
@@ -90,19 +91,14 @@ def test_bytes_of_a_bin_file(tmp_path):
     ("name", "content", "message"),
     [
         ("t.txt", b"", "is a .bin or a .npy file"),
-        ("t.bin", b"", "has 0 entries"),
-        ("t.bin", b"\0", "has 1 entries"),
-        ("t.bin", bytes(15), "has 15 entries"),
+        *[("t.bin", bytes(count), f"has {count} entries") for count in (0, 1, 15)],
         ("t.bin", bytes(1 << 16), "m from 1 to 7"),
         ("t.bin", b"\0\0\0\4", "entry 3 is 4, but a fraction of 1 bits and a carry are at most 3"),
-        ("t.npy", b"", "cannot be read as .npy"),
-        ("t.npy", b"\x93NUMPY\x01\x00", "cannot be read as .npy"),
-        ("t.npy", b"PK\x03\x04", "cannot be read as .npy"),
+        *[("t.npy", start, "cannot be read as .npy") for start in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04")],
+        *[("t.npy", npy_header(shape), "cannot be read as .npy") for shape in ("(16", "(1152921504606846976,)")],
         ("t.npy", npy_header("(16")[:80], "cannot be read as .npy"),
-        ("t.npy", npy_header("(16"), "cannot be read as .npy"),
-        ("t.npy", npy_header("(1152921504606846976,)"), "cannot be read as .npy"),
-        ("t.npy", np.zeros(16, np.uint8), "holds uint8"),
         ("t.npy", np.zeros(16, object), "cannot be read as .npy"),
+        ("t.npy", np.zeros(16, np.uint8), "holds uint8"),
         ("t.npy", np.zeros(15, np.uint16), "has 15 entries"),
         ("t.npy", np.full(16, 8, np.uint16), "entry 0 is 8"),
     ],
@@ -124,14 +120,14 @@ def test_other_files_are_rejected(tmp_path, name, content, message):
     [
         ("t.bin", 8, "at most 7 bits"),
         ("t.txt", 3, "name a .bin"),
-        ("no/t.bin", 3, "written"),
-        ("x" * 251 + ".bin", 3, "written"),
+        *[(name, 3, "cannot be written") for name in ("no/t.bin", "x" * 251 + ".bin", "folder.bin")],
     ],
 )
 def test_failed_writes_leave_no_file(tmp_path, name, bits, message):
+    (tmp_path / "folder.bin").mkdir()
     with pytest.raises(ValueError, match=message):
         tables.write(random_table(bits).content, tmp_path / name)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.bin"]
 
 
 @pytest.mark.parametrize("entries", [np.zeros((2, 2), np.int16), np.zeros((4, 4), np.uint16), np.zeros(4, np.uint16)])

@@ -89,8 +89,9 @@ def read_python(file: str, function: str, bits: int | None) -> Table:
     if not callable(product):
         raise ValueError(f"{path} has no function {function}")
     name = f"{path}:{function}"
-    _check_scaling(product, bits, name)
-    return tabulate(product, bits, name)
+    with torch.device("cpu"):  # whatever the caller's default device is
+        _check_scaling(product, bits, name)
+        return tabulate(product, bits, name)
 
 
 def _existing(file: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Entries of a .bin file are bytes, those of a .npy file 16-bit words: fraction and carry must fit.
 MOST_BITS = {".bin": 7, ".npy": 11}
@@ -59,9 +60,15 @@ class Table:
         return torch.from_numpy(np.ascontiguousarray(rows).view(np.int16))
 
 
-@lru_cache(maxsize=32)
 def tensor_on(table: Table, device: torch.device) -> Tensor:
     """Return ``table.tensor()`` on a device; the last ones are kept, because functions are called again and again."""
+    if is_in_torch_dispatch_mode():  # whose tensors, fake ones for example, are of no use outside it
+        return table.tensor().to(device)
+    return _kept_tensor(table, device)
+
+
+@lru_cache(maxsize=32)
+def _kept_tensor(table: Table, device: torch.device) -> Tensor:
     return table.tensor().to(device)
 
 
