@@ -1,4 +1,4 @@
-"""A command in this process that believes to be on a terminal."""
+"""Run a command in this process on a pseudo-terminal."""
 
 import os
 import pty
@@ -14,7 +14,7 @@ from mbm_cli.cli import main
 
 
 def on_terminal(columns: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a command that is started in this process shows on a terminal of that width."""
+    """Return what `mbm` with these arguments shows on a terminal of that width."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "argv", ["mbm", *arguments])
     leader, follower = pty.openpty()
@@ -25,7 +25,7 @@ def on_terminal(columns: int, arguments: list[str], monkeypatch: pytest.MonkeyPa
         while True:
             try:
                 shown.extend(os.read(leader, 65536))
-            except OSError:  # how Linux says that the other end is closed
+            except OSError:  # Linux reports the closed other end so
                 return
 
     reader = threading.Thread(target=read)

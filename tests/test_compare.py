@@ -1,205 +1,105 @@
-"""Comparing exact with approximate training, seed by seed."""
+"""`mbm compare exact-vs-mbm`: the same start and the same batches for every multiplier, and statistics of pairs."""
 
-import json
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from tables import exported
+from commands import EPOCH, PNG, SILENT, SMALL, made, mbm
 
-from mbm_cli import plots
-from mbm_cli.config import load
-from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import compare as experiment
-from mbm_cli.experiments.compare import _interval, _ratio_interval, _verdict, compare
-from mbm_cli.render import CompareDisplay
 from mbm_cli.runs import Run, list_runs
-from mbm_cli.tables import comparison_table, console
 
-SMALL = ["data.train_limit=200", "data.test_limit=100", "train.epochs=2", "device=cpu"]
+COMPARE = ["compare", "exact-vs-mbm"]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The convolutions' share is a timing, which takes a second a column."""
-    monkeypatch.setattr(experiment, "convolution_seconds", lambda config, device: 0.001)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def run_compare(output: Path, *multipliers: str, seeds: int = 2, **more) -> tuple[Run, dict]:
-    return compare(load("lenet-mbm", SMALL), multipliers, seeds, output, CompareDisplay(), **more)
-
-
-def test_a_comparison_and_its_runs(tmp_path):
-    run, result = run_compare(tmp_path, "mbm", "mbm-t20")
-    assert json.loads((run.folder / "compare.json").read_text()) == result
-    assert (run.folder / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert run.summary()["status"] == "completed"
-    assert [c["multiplier"] for c in result["columns"]] == ["exact", "mbm", "mbm-t20"]
-    inside = {one.name: one.summary() for one in list_runs(run.folder)}
-    assert {r["run"] for r in result["runs"]} == set(inside)
-    assert len(inside) == 6
-    for column in result["columns"]:
-        accuracies = [r["test_accuracy"] for r in result["runs"] if r["multiplier"] == column["multiplier"]]
-        assert column["test_accuracy"] == accuracies
-        assert column["test_accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
-    exact, mbm, _ = result["columns"]
-    assert mbm["accuracy_difference"]["mean"] == pytest.approx(mbm["test_accuracy_mean"] - exact["test_accuracy_mean"])
-    # Exact weights evaluated exactly are what training ended with.
-    assert exact["trained_exact_evaluated_here"] == exact["test_accuracy"]
-    assert mbm["trained_exact_evaluated_here"] == pytest.approx(exact["test_accuracy"], abs=0.05)
-
-
-def test_runs_of_a_seed_start_alike_and_differ_by_the_multiplier_alone(tmp_path):
-    run, result = run_compare(tmp_path, "mbm", seeds=1)
-    exact, mbm = (Run(run.folder / r["run"]) for r in result["runs"])
-    texts = [
-        one.config_text().replace("-exact-", "-mbm-").replace("multiplier: exact", "multiplier: mbm")
-        for one in (exact, mbm)
+def test_comparison_holds_its_runs_and_figures():
+    command = [*COMPARE, *SMALL, "--epochs", 2, "--seeds", 2, "--multiplier", "mbm,mbm-t20"]
+    result = mbm(*command, "--json", draw=True).json
+    run = made()
+    assert (run.folder / "compare.png").read_bytes().startswith(PNG)
+    assert run.summary().status == "completed"
+    assert (
+        [column["multiplier"] for column in result["columns"]] == ["exact", "mbm", "mbm-t20"] == result["multipliers"]
+    )
+    # Seed by seed, so that an interrupted comparison has pairs.
+    assert [(row["multiplier"], row["seed"]) for row in result["runs"]] == [
+        (multiplier, seed) for seed in (0, 1) for multiplier in result["multipliers"]
     ]
-    assert texts[0] == texts[1]
-    weights = [one.checkpoint()["model"]["conv1.weight"] for one in (exact, mbm)]
+    assert {row["run"] for row in result["runs"]} == {one.name for one in list_runs(run.folder)}
+    for column in result["columns"]:
+        rows = [row for row in result["runs"] if row["multiplier"] == column["multiplier"]]
+        assert column["test_accuracy"] == [row["test_accuracy"] for row in rows]
+        assert column["test_accuracy_mean"] == pytest.approx(sum(column["test_accuracy"]) / 2)
+        assert column["train_loss_mean"] == pytest.approx(sum(row["metrics"][-1]["train_loss"] for row in rows) / 2)
+        assert column["epochs_to"] == {"0.98": [None, None], "0.99": [None, None]}
+    exact, mbm_column, _ = result["columns"]
+    # Exact weights evaluated exactly are what training ended with.
+    assert exact["trained_exact_evaluated_here"] == exact["trained_here_evaluated_exact"] == exact["test_accuracy"]
+    assert mbm_column["trained_exact_evaluated_here"] == pytest.approx(exact["test_accuracy"], abs=0.1)
+    assert exact["accuracy_difference"] is exact["epoch_seconds_ratio"] is None
+
+
+def test_runs_of_a_seed_differ_by_the_multiplier_alone():
+    assert mbm(*COMPARE, *EPOCH, "--seeds", 1, "--quiet") == SILENT
+    exact, approximate = list_runs(made().folder)
+    assert exact.config_text().replace("-exact-", "-mbm-").replace(": exact", ": mbm") == approximate.config_text()
+    weights = [one.checkpoint()["model"]["conv1.weight"] for one in (exact, approximate)]
     assert not torch.equal(*weights)
     assert torch.allclose(*weights, atol=0.05)
+    assert all(one.folder.name.split("-")[1] == "lenet" for one in (exact, approximate))
 
 
-def test_a_comparison_that_cannot_be_shown_has_failed(tmp_path, monkeypatch):
-    def full(display, what, runs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(CompareDisplay, "start", full)
-    with pytest.raises(OSError, match="No space left"):
-        run_compare(tmp_path, "mbm")
-    summary = list_runs(tmp_path)[0].summary()
-    assert (summary["status"], summary["reason"]) == ("failed", "OSError: No space left on device")
-
-
-def test_an_interrupted_comparison_goes_on_without_repeating_runs(tmp_path):
-    _, whole = run_compare(tmp_path / "whole", "mbm")
-    asked = iter([False] * 18 + [True] * 1000)  # 4 steps an epoch, 8 a run: in the third of four runs
-    with pytest.raises(Interrupted, match="after 2 of 4 runs; to go on: mbm compare exact-vs-mbm --resume"):
-        run_compare(tmp_path / "cut", "mbm", stopped=lambda: next(asked))
-    (run,) = list_runs(tmp_path / "cut")
-    assert run.summary()["status"] == "interrupted"
-    completed = [one.name for one in list_runs(run.folder) if one.summary()["status"] == "completed"]
-    assert len(completed) == 2
-    finished = {name: (run.folder / name / "checkpoint.pt").stat().st_mtime_ns for name in completed}
-    result = experiment.resume(run, CompareDisplay())
-    assert [c["test_accuracy"] for c in result["columns"]] == [c["test_accuracy"] for c in whole["columns"]]
-    assert [r["metrics"][-1]["train_loss"] for r in result["runs"]] == [
-        r["metrics"][-1]["train_loss"] for r in whole["runs"]
-    ]
-    assert {n: (run.folder / n / "checkpoint.pt").stat().st_mtime_ns for n in finished} == finished
-
-
-def test_a_comparison_goes_on_from_another_folder_but_not_with_another_table(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exported("mbm", 7, Path("t.bin"))
-    exported("mitchell", 7, Path("other.bin"))
-    asked = iter([False] * 18 + [True] * 1000)  # 8 steps a run: the first with the table is finished
-    with pytest.raises(Interrupted, match="after 2 of 4 runs"):
-        run_compare(tmp_path / "runs", "lut:t.bin", stopped=lambda: next(asked))
-    (run,) = list_runs(tmp_path / "runs")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    Path("../t.bin").replace("kept.bin")
-    Path("../other.bin").replace("../t.bin")
-    with pytest.raises(RunError, match=r"is not the multiplier that .* was trained with"):
-        experiment.resume(run, CompareDisplay())
-    assert run.summary()["status"] == "interrupted"
-    Path("kept.bin").replace("../t.bin")
-    result = experiment.resume(run, CompareDisplay())
-    assert [r["multiplier"] for r in result["runs"]] == ["exact", "lut:t.bin"] * 2
-
-
-@pytest.mark.parametrize(("field", "value"), [("seeds", 0), ("columns", {}), ("columns", "without exact")])
-def test_a_damaged_plan_is_named(tmp_path, field, value):
-    with pytest.raises(Interrupted):
-        run_compare(tmp_path, "mbm", "mbm-t8", stopped=lambda: True)
-    (run,) = list_runs(tmp_path)
-    plan = run.read_json("plan.json")
-    if value == "without exact":
-        value = {name: column for name, column in plan["columns"].items() if name != "exact"}
-    run.write_json("plan.json", {**plan, field: value})
-    with pytest.raises(RunError, match=rf"plan\.json is damaged \({field}: "):
-        experiment.resume(run, CompareDisplay())
-
-
-def test_multipliers_by_layer_with_names_that_yaml_would_quote(tmp_path):
+def test_multipliers_by_layer_are_read_back():
+    """Also where YAML would quote their names. One seed has no interval."""
     layers = '{"conv[1]": exact, "*2": mitchell, default: mbm}'
-    _, result = run_compare(tmp_path, layers, seeds=1)
-    assert run_compare(tmp_path, result["multipliers"][1], seeds=1)[1]["multipliers"] == result["multipliers"]
+    result = mbm(*COMPARE, *EPOCH, "--seeds", 1, "--multiplier", layers, "--json").json
+    again = mbm(*COMPARE, *EPOCH, "--seeds", 1, "--multiplier", result["multipliers"][1], "--json").json
+    assert again["multipliers"] == result["multipliers"]
+    for name in ("accuracy_difference", "epoch_seconds_ratio"):
+        interval = result["columns"][1][name]
+        assert (interval["low"], interval["high"]) == (None, None)
+    assert "one seed says nothing about noise, use --seeds 3 or more" in result["verdicts"][0]
 
 
-def test_seeds_that_there_are_not(tmp_path):
-    config = load("lenet-mbm", [*SMALL, f"seed={2**63 - 1}"])
-    with pytest.raises(RequestError, match="beyond the last one"):
-        compare(config, ["mbm"], 2, tmp_path / "runs", CompareDisplay())
-    assert not (tmp_path / "runs").exists()
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Run:
+    output = tmp_path_factory.mktemp("runs")
+    assert mbm(*COMPARE, *EPOCH, "--seeds", 3, "--output", output, "--quiet") == SILENT
+    return made(output)
 
 
-@pytest.mark.parametrize("multipliers", [(), ("exact",), ("mbm", "exact")])
-def test_exact_is_compared_with_something_else(tmp_path, multipliers):
-    with pytest.raises(RequestError, match="--multiplier mbm"):
-        run_compare(tmp_path / "runs", *multipliers)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_the_interval_is_student_s():
-    """Of 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.3027."""
-    interval = _interval([1.0, 2.0, 3.0])
-    assert interval["mean"] == 2
-    assert interval["high"] - 2 == pytest.approx(4.302653 / 3**0.5)
-    assert 2 - interval["low"] == pytest.approx(4.302653 / 3**0.5)
-    assert _interval([0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert _interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
-
-
-def test_the_interval_of_a_ratio_is_above_zero():
-    """Of 1/2 and 2: their geometric mean is 1, and the interval lies around it as its logarithms do around 0."""
-    interval = _ratio_interval([0.5, 2.0])
-    assert interval["mean"] == pytest.approx(1)
-    assert interval["low"] == pytest.approx(1 / interval["high"])
-    assert interval["low"] > 0
-    assert _ratio_interval([2.0]) == {"mean": 2.0, "low": None, "high": None}
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("multiplier", ["mbm", "{conv1: mbm-t20, default: exact}"])
-def test_the_legend_lies_on_nothing_that_is_drawn(epochs, multiplier, monkeypatch):
-    """Neither inside, where there is no room for it, nor on the axes' labels."""
-    figures = []
-    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
-    names = ["exact", multiplier]
-    metrics = [{"epoch": e + 1, "test_accuracy": 0.9 + e / 20, "train_loss": 0.3 - e / 5} for e in range(epochs)]
-    runs = [{"multiplier": name, "metrics": metrics} for name in names for _ in range(2)]
-    plots.comparison({"multipliers": names, "epochs": epochs, "seeds": 2, "model": "lenet", "runs": runs})
-    (figure,) = figures
-    figure.draw_without_rendering()
-    if epochs == 1 or multiplier != "mbm":
-        legend = figure.legends[0].get_window_extent()
-        assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
-        assert figure.bbox.containsx(legend.x0)
-        assert figure.bbox.containsx(legend.x1)
-    else:
-        (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
-        assert legend.get_window_extent().width < figure.axes[0].bbox.width
+# Student's t(0.975, 2) is 4.302653.
+HALF = 4.302653 / math.sqrt(3)
 
 
 @pytest.mark.parametrize(
-    ("interval", "words"),
+    ("accuracies", "mean", "half", "verdict"),
     [
-        ({"mean": -0.001, "low": -0.004, "high": 0.002}, "not distinguishable from seed noise at 3 seeds"),
-        ({"mean": -0.03, "low": -0.04, "high": -0.02}, "more than seed noise at 3 seeds"),
-        ({"mean": 0.01, "low": None, "high": None}, "one seed says nothing about noise"),
+        ((0.91, 0.92, 0.93), 0.02, 0.01 * HALF, "not distinguishable from seed noise at 3 seeds"),
+        ((0.92, 0.93, 0.94), 0.03, 0.01 * HALF, "more than seed noise at 3 seeds"),
+        ((0.86, 0.87, 0.88), -0.03, 0.01 * HALF, "more than seed noise at 3 seeds"),
+        ((0.91, 0.91, 0.91), 0.01, 0, "more than seed noise at 3 seeds"),
     ],
 )
-def test_the_verdict_in_words(interval, words):
-    assert words in _verdict({"multiplier": "mbm", "accuracy_difference": interval}, 3)
-
-
-def test_the_table_fits_100_columns(tmp_path, capsys):
-    _, result = run_compare(tmp_path, "mbm", "mbm-t16-r7")
-    console().print(comparison_table(result))
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert any("mbm-t16-r7" in line for line in lines)
+def test_difference_has_students_interval(accuracies, mean, half, verdict, compared):
+    """A comparison concludes from what its runs' files say."""
+    seconds = iter([0.5, 1.0, 2.0])
+    for member in list_runs(compared.folder):
+        seed, exact = member.config().seed, str(member.config().model.multiplier) == "exact"
+        accuracy, time = (0.9, 1.0) if exact else (accuracies[seed], next(seconds))
+        summary = {**member.read_json("summary.json"), "test_accuracy": accuracy, "epoch_seconds": [time]}
+        member.write_json("summary.json", summary)
+    result = mbm("resume", compared.folder, "--json").json
+    (_, column), (said,) = result["columns"], result["verdicts"]
+    difference, ratio = column["accuracy_difference"], column["epoch_seconds_ratio"]
+    assert difference["mean"] == pytest.approx(mean)
+    assert (difference["low"], difference["high"]) == pytest.approx((mean - half, mean + half), rel=1e-5)
+    assert said.startswith(f"mbm: {100 * mean:+.2f} points of test accuracy against exact (95 % interval ")
+    assert said.endswith(verdict)
+    # Of 1/2, 1 and 2: the geometric mean, and an interval that stays above zero.
+    assert ratio["mean"] == pytest.approx(1)
+    assert 0 < ratio["low"] == pytest.approx(1 / ratio["high"])

@@ -1,4 +1,4 @@
-"""Help that teaches, and what the shell completes."""
+"""Help that teaches, completion in the shell, and what both must not import."""
 
 import os
 import re
@@ -6,11 +6,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from commands import EPOCH, Answer, mbm
 
 from mbm_cli.cli import app
 from mbm_cli.config import shipped
@@ -20,59 +22,94 @@ ROOT = typer.main.get_command(app)
 
 
 def commands(command: Any = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command and group below the program, with its words."""
+    """Yield each command and group with its words."""
     for name, inner in getattr(command, "commands", {}).items():
         yield (*path, name), inner
         yield from commands(inner, (*path, name))
 
 
 COMMANDS = dict(commands())
+COMPUTE = {"--device", "--threads", "--output", "--json", "--quiet", "--debug"}
+EXPERIMENT = COMPUTE | {"--seed", "--set", "--config", "--multiplier"}
+# Options of design.md, section 5, and where each is taken.
+FLAGS = {
+    "train": EXPERIMENT | {"--epochs"},
+    "compare exact-vs-mbm": EXPERIMENT | {"--epochs", "--seeds"},
+    "sweep": EXPERIMENT | {"--epochs", "--seeds", "--vary", "--jobs"},
+    "resume": {"--epochs", "--jobs", "--trust", "--output", "--json", "--quiet", "--debug"},
+    "eval": COMPUTE | {"--multiplier", "--plot", "--trust"},
+    "profile conv": EXPERIMENT,
+    "profile epoch": EXPERIMENT,
+    "characterize": COMPUTE | {"--seed", "--samples", "--sweep-truncate", "--bits"},
+    "doctor": {"--seed", "--threads", "--json", "--quiet", "--debug"},
+    "data fetch": {"--root"},
+    "runs list": {"--output", "--json"},
+    "runs show": {"--output", "--json"},
+    "multipliers list": {"--json"},
+    "configs check": {"--set"},
+}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_a_command_has_a_sentence_and_an_example_that_it_takes(path):
-    text = COMMANDS[path].help
-    sentence, _, example = text.partition("\n\n")
-    assert re.match(r"[A-Z].*[.?]$", sentence), sentence
+def test_command_has_a_sentence_and_an_example(path):
+    """Parsing the example refuses what does not exist; a group's example is one of its commands'."""
+    sentence, _, example = COMMANDS[path].help.partition("\n\n")
+    assert re.fullmatch(r"[A-Z].*[.?]", sentence)
     words = shlex.split(example.removeprefix("For example: "))
     assert words[: 1 + len(path)] == ["mbm", *path]
-    # An example of a group is one of its commands'; parsing it refuses what there is not.
     command, arguments = ROOT, words[1:]
     while hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
     command.make_context("mbm", arguments)
+    for flag in ("--help", "-h"):
+        answer = mbm(*path, flag)
+        assert (answer.code, answer.err) == (0, "")
+        assert re.match(rf"\s*Usage: mbm {' '.join(path)} ", answer.out)
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_an_option_has_a_sentence_and_an_example(path):
+def test_option_has_a_sentence_and_an_example(path):
     for parameter in COMMANDS[path].params:
         text = parameter.help or ""
-        assert re.match(r"[A-Z].*\.$", text), (parameter.name, text)
+        assert re.fullmatch(r"[A-Z].*[.?]", text), (parameter.name, text)
         assert "for example" in text or f"{parameter.opts[0]} " in text, (parameter.name, text)
 
 
+@pytest.mark.parametrize("name", FLAGS)
+def test_commands_take_the_promised_options(name):
+    taken = {option for parameter in COMMANDS[tuple(name.split())].params for option in parameter.opts}
+    assert FLAGS[name] - taken == set()
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_the_program_alone_shows_where_to_start(arguments):
-    done = subprocess.run([MBM, *arguments], capture_output=True, text=True, check=True)
-    before, _, rest = done.stdout.partition("Options:")
+def test_program_alone_shows_where_to_start(arguments):
+    answer = mbm(*arguments)
+    assert (answer.code, answer.err) == (0, "")
+    before, _, rest = answer.out.partition("Options:")
     shown = re.findall(r"^ +(mbm [a-z-]+(?: [a-z-]+)*)  ", before, re.MULTILINE)
     assert shown[:3] == ["mbm train", "mbm compare exact-vs-mbm", "mbm profile epoch"]
-    assert "mbm doctor" in shown
-    assert "mbm configs list" in shown
-    assert "docs/" in before
-    for command in shown:
-        assert tuple(command.split()[1:]) in COMMANDS
+    assert {"mbm doctor", "mbm configs list"} <= set(shown)
+    assert {tuple(command.split()[1:]) for command in shown} <= COMMANDS.keys()
     assert "Commands:" in rest
 
 
-def ask(**environment: str) -> str:
-    done = subprocess.run([MBM], capture_output=True, text=True, env={**os.environ, **environment}, check=True)
-    assert done.stderr == ""
-    return done.stdout
+@pytest.mark.parametrize("path", [path for path in COMMANDS if hasattr(COMMANDS[path], "commands")], ids=" ".join)
+def test_group_alone_shows_its_help(path):
+    answer = mbm(*path)
+    assert answer.code == 0
+    assert answer.out.lstrip().startswith(f"Usage: mbm {' '.join(path)} ")
+    assert "Commands:" in answer.out
+
+
+def test_version():
+    assert mbm("--version") == Answer(0, f"mbm {version('mbm-cli')}\n", "")
+
+
+# Completion
 
 
 def complete_in_bash(line: str) -> list[str]:
-    """What bash offers at the end of a line, once it has read the script that the program shows it."""
+    """Return what bash offers at the end of a line, once it has read the script that the program shows it."""
     words = [*line.split(), ""] if line.endswith(" ") else line.split()
     script = f"""
         eval "$(mbm --show-completion)"
@@ -80,36 +117,66 @@ def complete_in_bash(line: str) -> list[str]:
         $(complete -p mbm | sed 's/.*-F \\([^ ]*\\).*/\\1/') mbm
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    environment = {**os.environ, "PATH": f"{MBM.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stderr == ""
-    return done.stdout.split()
+    return run("bash", "-c", script, PATH=f"{MBM.parent}:{os.environ['PATH']}").split()
 
 
 def complete_in_zsh(line: str) -> list[str]:
-    """What the program answers to zsh, as the script that it shows for zsh asks."""
-    script = ask(_MBM_COMPLETE="source_zsh")
+    """Return what the program answers to zsh, as its script for zsh asks."""
+    script = run(MBM, _MBM_COMPLETE="source_zsh")
     assert script.strip().startswith("#compdef mbm")
     assert "_MBM_COMPLETE=complete_zsh" in script
-    answer = ask(_MBM_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=line)
+    answer = run(MBM, _MBM_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=line)
     return re.findall(r'^(?:_arguments.*?\(\()?"([^"]+)"', answer, re.MULTILINE)
 
 
+def run(*command: object, **environment: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
 @pytest.mark.parametrize("complete", [complete_in_bash, complete_in_zsh])
-def test_the_shell_completes_commands_options_and_configs(complete):
+def test_shell_completes_commands_options_and_configs(complete):
     assert complete("mbm tr") == ["train"]
     assert complete("mbm train --mul") == ["--multiplier"]
-    assert complete("mbm train --config ") == shipped()
     assert complete("mbm train --config cnn") == [name for name in shipped() if name.startswith("cnn")]
     assert complete("mbm configs copy lenet-ex") == ["lenet-exact"]
     assert complete("mbm train --device c") == ["cpu", "cuda"]
 
 
-def test_completion_is_quick():
-    """It answers at every key: PyTorch, which takes seconds, stays out."""
-    code = "import sys; from mbm_cli.cli import main; sys.argv = ['mbm']\n"
-    code += "try: main()\nfinally: print('HEAVY', {'torch', 'matplotlib', 'numpy', 'yaml'} & sys.modules.keys())"
-    request = {"_MBM_COMPLETE": "complete_bash", "COMP_WORDS": "mbm train --config lenet-mi", "COMP_CWORD": "3"}
-    environment = {**os.environ, **request}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["lenet-mitchell", "HEAVY", "set()"]
+# What is imported
+
+HEAVY = {"torch", "torchvision", "matplotlib", "numpy"}
+COMPLETION = {"_MBM_COMPLETE": "complete_bash", "COMP_WORDS": "mbm train --config lenet-mi", "COMP_CWORD": "3"}
+FIRST_WORDS = {"--help": "Usage:", "train --help": "Usage:", "": "lenet-mitchell"}
+FIRST_WORDS |= {"multipliers list": "name", "configs list": "config", "configs copy cnn3-mbm": "cnn3-mbm.yaml:"}
+
+
+def run_and_list(arguments: list[str], changed: str = "", **environment: str) -> str:
+    """Return what a command prints in a new process, followed by what it has imported."""
+    code = f"""
+import sys
+from mbm_cli import cli
+def imported(*made): print("imported", *sorted({HEAVY} & sys.modules.keys()))
+{changed}
+sys.argv = {["mbm", *arguments]}
+try: cli.main()
+finally: imported()
+"""
+    return run(sys.executable, "-c", code, **environment)
+
+
+@pytest.mark.parametrize("line", FIRST_WORDS)
+def test_quick_commands_import_no_torch(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = run_and_list(line.split(), **({} if line else COMPLETION)).split()
+    assert shown[0] == FIRST_WORDS[line]
+    assert shown[shown.index("imported") :] == ["imported"]
+
+
+def test_training_imports_matplotlib_after_its_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = run_and_list(["train", *EPOCH], "from mbm_cli.report import tables; tables.print_result = imported")
+    at_the_result, at_the_end = (line for line in shown.splitlines() if line.startswith("imported"))
+    assert at_the_result == "imported numpy torch"
+    assert at_the_end == "imported matplotlib numpy torch"

@@ -1,4 +1,4 @@
-"""What a release tells about itself is consistent."""
+"""What a release says about itself is consistent."""
 
 import re
 import tomllib
@@ -13,16 +13,15 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_there_is_one_version():
+def test_one_version_everywhere():
     assert mbm_cli.__version__ == version("mbm-cli") == PROJECT["version"]
-    newest = re.search(
-        r"^## \[(.+?)\] - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(.+?)\] - (unreleased|\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
     assert newest
     assert newest[1] == PROJECT["version"]
 
 
-def test_the_citation_names_the_project_and_the_paper():
+def test_citation_names_the_project_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation.keys() >= {"cff-version", "message", "title", "authors"}
     assert citation["license"] == PROJECT["license"]
@@ -30,7 +29,7 @@ def test_the_citation_names_the_project_and_the_paper():
     assert (paper["year"], paper["volume"], paper["issue"]) == (2018, 37, 11)
 
 
-def test_the_forge_runs_what_ci_run_runs():
+def test_github_runs_what_ci_runs():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
     wanted = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
@@ -40,7 +39,7 @@ def test_the_forge_runs_what_ci_run_runs():
 
 
 def test_issue_templates_are_forms():
-    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    templates = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     assert templates
     for path in templates:
         assert yaml.safe_load(path.read_text()).keys() >= {"name", "description", "body"}

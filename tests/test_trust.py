@@ -1,85 +1,72 @@
-"""A run's folder from elsewhere runs no code unless that is asked for."""
+"""Code that a user's file holds: executed once a command, and a run's only with `--trust`."""
 
-import json
 from pathlib import Path
 
 import pytest
+from commands import COMPARE, EPOCH, SMALL, after, made, mbm
 
-from mbm_cli import cli
-from mbm_cli.config import code_named_in
+from mbm_cli.experiments import profile_epoch
 
-CODE = "from pathlib import Path\nPath('executed').touch()\ndef f(a, b): return a * b\n"
-LIMITS = ["--set", "data.train_limit=100", "--set", "data.test_limit=50", "--device", "cpu", "--epochs", "1"]
+CODE = """
+from pathlib import Path
+with Path(__file__).with_name("executions").open("a") as file:
+    file.write("x")
+def f(a, b): return a * b
+"""
+NAME = "python:my.py:f@3"
+LAYERS = f"{{conv1: {NAME}, default: mbm}}"
+SWEEP = ["sweep", "--vary", f"model.multiplier={NAME},mbm,{LAYERS}"]
+INTERRUPTED = {
+    "train": ["train", *SMALL, "--epochs", "2", "--multiplier", LAYERS],
+    "compare": [*COMPARE, *EPOCH, "--multiplier", f"{NAME},{LAYERS}"],
+    "sweep": [*SWEEP, *EPOCH],
+}
+COMMANDS = {
+    **INTERRUPTED,
+    "sweep with jobs": [*SWEEP, *EPOCH, "--jobs", "2"],
+    "profile epoch": ["profile", "epoch", *SMALL, "--multiplier", LAYERS],
+    "characterize": ["characterize", NAME, "mbm", NAME, "--samples", "1000"],
+    "configs check": ["configs", "check", "lenet-mbm", "--set", f"model.multiplier={LAYERS}"],
+    "multipliers export": ["multipliers", "export", NAME, "out.bin", "--bits", "3"],
+}
 
 
-@pytest.fixture
-def mbm(monkeypatch, tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mbm", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
-def run(mbm) -> str:
-    """A run with a multiplier in Python; what it left behind when it was executed is gone."""
+    monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
     Path("my.py").write_text(CODE)
-    code, out, err = mbm("train", *LIMITS, "--multiplier", "python:my.py:f", "--json")
-    assert code == 0, err
-    Path("executed").unlink()
-    return json.loads(out)["run"]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["train", "--epochs", "2", "--resume"], ["eval", "--multiplier", "mbm"], ["runs", "show"], ["runs", "list"]],
-)
-def test_nothing_is_executed(mbm, run, command):
-    code, _, err = mbm(*command, *([run] if command != ["runs", "list"] else []))
-    if command[0] == "runs":
-        assert code == 0, err
-    else:
-        assert code == 2
-        assert "names code, python:" in err
-        assert "--trust" in err
-    assert not Path("executed").exists()
+def executions() -> int:
+    """Return how often the file was executed, and begin to count anew."""
+    path = Path("executions")
+    count = len(path.read_text()) if path.exists() else 0
+    path.unlink(missing_ok=True)
+    return count
 
 
-def test_with_trust_it_is(mbm, run):
-    code, _, err = mbm("train", "--epochs", "2", "--resume", run, "--trust")
-    assert code == 0, err
-    assert Path("executed").exists()
+@pytest.mark.parametrize("name", COMMANDS)
+def test_users_file_is_executed_once(name):
+    assert mbm(*COMMANDS[name]).code == 0
+    assert executions() == 1
 
 
-def test_a_comparison_and_its_runs_are_looked_at(mbm):
-    Path("my.py").write_text(CODE)
-    code, out, err = mbm("compare", "exact-vs-mbm", *LIMITS, "--seeds", "1", "--multiplier", "python:my.py:f", "--json")
-    assert code == 0, err
-    Path("executed").unlink()
-    assert mbm("compare", "exact-vs-mbm", "--resume", json.loads(out)["run"])[0] == 2
-    assert not Path("executed").exists()
-
-
-def test_trust_alone_is_refused(mbm):
-    assert mbm("train", "--trust")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("model: {multiplier: 'python:a.py:f'}", "python:a.py:f"),
-        ('model: {multiplier: "\\x70ython:a.py:f"}', "python:a.py:f"),
-        ("model: {multiplier: {conv1: 'c:a.h:f', default: mbm}}", "c:a.h:f"),
-        ('{"vary": {"model.multiplier": ["mbm", "{conv1: c:a.h:f, default: mbm}"]}}', "c:a.h:f"),
-        ("model: {multiplier: 'lut:a.bin'}", None),
-        ("c: {python: mbm}", None),
-    ],
-)
-def test_code_is_found_however_it_is_written(text, code):
-    assert code_named_in(text, "config.yaml") == code
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_runs_code_needs_trust_and_is_executed_once(name):
+    assert mbm(*INTERRUPTED[name], stopped=after(6)).code == 130
+    executions()
+    run = made().folder
+    for command in (["resume", run], ["eval", run, "--multiplier", "mbm"]):
+        answer = mbm(*command)
+        assert (answer.code, answer.out) == (2, "")
+        assert f"{run} names code, python:" in answer.err
+        assert "run it with --trust" in answer.err
+    assert mbm("runs", "list").code == mbm("runs", "show", run).code == 0
+    assert executions() == 0
+    commands = [["resume", run, "--trust"]]
+    if name == "train":
+        commands += [["eval", run, "--multiplier", f"exact,{NAME},{LAYERS}", "--trust"]]
+    for command in commands:
+        assert mbm(*command).code == 0
+        assert executions() == 1

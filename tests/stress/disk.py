@@ -8,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
-from runs import DONE, SMALL, Answer, check_readable, check_same, mbm, resume, run_in, stage, start, state
+from runs import DONE, SMALL, Answer, check_readable, check_same, mbm, resume, run_in, stage, start_until, state
 
 TRAIN = ["train", "--epochs", "2", *SMALL]
 
@@ -37,7 +35,7 @@ def limit_file_sizes(folder: Path, whole: Path, limits: int) -> None:
     for limit in random.Random(0).sample(chosen, min(limits, len(chosen))):
         own = folder / str(limit)
         own.mkdir(parents=True)
-        check_refused(mbm(*TRAIN, folder=own, file_size=limit), str(Path("runs")), "File too large")
+        check_refused(mbm(*TRAIN, folder=own, file_size=limit), "runs/", "File too large")
         run = run_in(own)
         if run is None:
             assert contents(own) == {}
@@ -88,9 +86,7 @@ def damage(folder: Path, damages: int) -> None:
     """
     table = folder / "table.npy"
     assert mbm("multipliers", "export", "mbm-t16-r7", table, "--bits", 4, folder=folder).code == 0
-    process = start(*TRAIN, "--multiplier", f"lut:{table}", folder=folder)
-    while not [*folder.glob("runs/*/metrics.jsonl")]:
-        time.sleep(0.002)
+    process = start_until("metrics.jsonl", *TRAIN, "--multiplier", f"lut:{table}", folder=folder)
     process.send(signal.SIGINT)
     process.wait()
     begun = run_in(folder)

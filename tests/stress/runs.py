@@ -4,6 +4,7 @@ Each `mbm` is forked from a process that has imported everything and computed no
 second instead of several.
 """
 
+import glob
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +27,10 @@ import yaml
 # imported, and a process with threads must not be forked.
 os.environ |= {"GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1"}
 FORKS = multiprocessing.get_context("forkserver")
-# An optimizer's first step imports torch._dynamo, a picture's end the backend.
-FORKS.set_forkserver_preload(
-    ["torch._dynamo", "matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
-    + ["mbm_cli.report.plots", "mbm_cli.report.progress", "mbm_cli.report.tables"]
-)
+# An optimizer's first step imports torch._dynamo, the end of a run draws.
+PRELOADED = ["torch._dynamo", "matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
+PRELOADED += ["mbm_cli.report.plots", "mbm_cli.report.progress"]
+FORKS.set_forkserver_preload(PRELOADED)
 
 # 13 steps an epoch, the last one smaller; a checkpoint after every second step.
 SMALL = ["--device", "cpu", "--threads", "1", "--set", "data.train_limit=200", "--set", "data.batch_size=16"]
@@ -72,10 +73,26 @@ class Command:
 
 def start(*arguments: object, folder: Path, file_size: int | None = None) -> Command:
     """Start `mbm` with these arguments in a folder; no file can get larger than ``file_size`` bytes."""
-    out, err = (tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2))
+    out, err = (tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2))  # noqa: SIM115 (wait reads them)
     process = FORKS.Process(target=_main, args=([*map(str, arguments)], folder, out.name, err.name, file_size))
     process.start()
     return Command(process, out, err)
+
+
+def start_until(file: str, *arguments: object, folder: Path) -> Command:
+    """Start `mbm` and wait until a run in the folder has written this file, or written it anew."""
+
+    def newest() -> int:
+        # Path.glob would trip over folders that are renamed meanwhile.
+        found = glob.glob(f"{folder}/runs/**/{file}", recursive=True)
+        return max((os.stat(path).st_mtime_ns for path in found), default=0)
+
+    before, end = newest(), time.monotonic() + WAIT
+    command = start(*arguments, folder=folder)
+    while newest() == before:
+        assert time.monotonic() < end, f"no {file}"
+        time.sleep(0.002)
+    return command
 
 
 def mbm(*arguments: object, folder: Path, file_size: int | None = None) -> Answer:
@@ -135,7 +152,7 @@ def check_readable(folder: Path) -> None:
     """Read every file, but those that a killed process was still writing: their names begin with a dot."""
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            assert _read(path), path
+            assert _read(path) is not None, path
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,183 @@
+"""Tables and progress: whole words and numbers on terminals of any width, and lines of a log elsewhere."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from commands import EPOCH, SMALL, SWEEP, made, mbm
+from pseudo_terminal import on_terminal
+
+from mbm_cli import training
+from mbm_cli.experiments.characterize import Characterization, Errors
+from mbm_cli.experiments.compare import Column, Comparison, Interval
+from mbm_cli.experiments.doctor import Check
+from mbm_cli.experiments.evaluate import Evaluation, Row
+from mbm_cli.experiments.lifecycle import Finished
+from mbm_cli.experiments.profile_conv import ConvProfile, TimedConv
+from mbm_cli.experiments.profile_epoch import Costly, EpochProfile, LayerTimes
+from mbm_cli.experiments.sweep import CombinationResult, Sweep
+from mbm_cli.models import Layer
+from mbm_cli.multipliers.names import NAMES
+from mbm_cli.report import progress, tables
+from mbm_cli.report import text as text_module
+from mbm_cli.report.text import console, print_table
+from mbm_cli.runs import Run
+from mbm_cli.training import PHASES
+
+MULTIPLIERS = ["exact", "mbm-t16-r7", "{conv1: exact, default: mbm}"]
+FILE = f"lut:{'folder/' * 20}table.bin"
+SHARE = Interval(-0.0123, -0.0234, 0.0345)
+
+
+def column(multiplier: str) -> Column:
+    accuracies, epochs_to = [0.98, 0.97], {"0.98": [12, None], "0.99": [None, None]}
+    figures = (0.975, 0.007, 0.98, 0.1234, 0.5678, epochs_to, 12.345, 0.45, 45678.9, 123 << 20, [0.91], [0.92])
+    return Column(multiplier, accuracies, *figures, SHARE, Interval(1.23, 1.12, 1.34))
+
+
+def combination(multiplier: str) -> CombinationResult:
+    values = {"model.multiplier": multiplier, "optimizer.lr": 0.001}
+    return CombinationResult(values, [0.98, 0.97], 0.975, 0.0071, 0.981, 0.1234, 12.34, 1, ["a", "b", "c"])
+
+
+def errors(name: str) -> Errors:
+    return Errors(name, -13.456, 22.345, 100.0, 10.0, [1.23456789, 1.87654321], 2**24, False)
+
+
+ROWS = [Row(name, 0.9812, 0.1234, -12.34) for name in [*MULTIPLIERS, FILE]]
+SECONDS = {"torch_nn_grad": 0.0123, "two_calls": 0.0112, "one_call": 0.0101}
+CONV = TimedConv("lenet conv2", "6->16 5x5 14x14", 256, 61_440_000, 0.00412, 0.00123, SECONDS, 1.5e10, 0.8)
+LAYER = LayerTimes("conv1", "mbm", 117_600, 0.123, 0.234, 1.2e12, 0.45, "cuDNN")
+RUN = {"run": "runs/20260101T000000Z-lenet-mbm-0001", "status": "interrupted", "multiplier": ", ".join(MULTIPLIERS)}
+RUN |= {"device": "cuda", "epochs": 12, "test_accuracy": 0.9876, "epoch_seconds": [1.23]}
+RESULTS: dict[str, Any] = {
+    "compare": Comparison("x", "lenet", "cpu", MULTIPLIERS, 2, 2, [column(m) for m in MULTIPLIERS], [], ["as noise"]),
+    "sweep": Sweep("x", {"model.multiplier": [], "optimizer.lr": []}, 3, 2, [combination(m) for m in MULTIPLIERS], []),
+    "eval": Evaluation("runs/x", "mbm", ROWS),
+    "profile conv": ConvProfile("mbm-t16-r7", "cpu", "avx512", 2, 1.2e10, [CONV]),
+    "profile epoch": EpochProfile(
+        *("x", "lenet", "mbm", "cuda", "NVIDIA H100", 2, 938, True, 1.234, 1.1, 2.345, 2.456, 0.031),
+        *(dict.fromkeys(PHASES, 0.123), dict.fromkeys(PHASES, 0.112), [LAYER], 50),
+        *([Costly("void cutlass::Kernel2<" + "cutlass_80_" * 9, 12345, 0.123, 0.3)], {}),
+    ),
+    "characterize": Characterization(7, "cpu", [errors("mitchell-int16-t8"), errors(FILE)]),
+}
+PRINT = {
+    name: lambda result=result: tables.print_result(Finished(Run(Path("runs/x")), result))
+    for name, result in RESULTS.items()
+}
+PRINT |= {
+    "layers": lambda: console().print(
+        tables.layer_table([Layer("conv1", "Conv2d", (1, 28, 28), (6, 28, 28), 156, 117_600, MULTIPLIERS[1])])
+    ),
+    "runs": lambda: tables.print_runs([RUN]),
+    "multipliers": lambda: print_table(("name", "what it is", "for example"), NAMES),
+    "doctor": lambda: tables.print_check(console(), Check("cpu kernels", "avx512 (PyTorch: AVX512)", "update it")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Return what prints on a terminal of some columns, without its codes."""
+    for name, value in (("TERM", "xterm"), ("FORCE_COLOR", "1"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+
+    def on(columns, show) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        show()
+        return plain(capsys.readouterr().out)
+
+    return on
+
+
+def words(text: str) -> set[str]:
+    return {word.rstrip(":}") for word in text.replace("─", "").split()}
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize("columns", [100, 80, 40, 20])
+@pytest.mark.parametrize("name", PRINT)
+def test_tables_are_readable_at_any_width(name, columns, printed, monkeypatch):
+    """No line is too long, no word or number is broken, but for long names, of which no character is lost."""
+    text = printed(columns, PRINT[name])
+    assert max(map(len, text.splitlines())) <= columns
+    monkeypatch.setattr(text_module, "WIDTH", 1000)
+    whole = words(printed(1000, PRINT[name]))
+    if name == "runs":  # whose other columns go
+        whole = {Path(RUN["run"]).name, "interrupted", "98.76"}
+    assert [word for word in whole - words(text) if len(word) <= 12] == []
+    assert Counter("".join(whole)) <= Counter(text)
+
+
+# Progress
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_log_has_a_line_an_epoch(own_folder):
+    answer = mbm("train", *SMALL, "--epochs", 3)
+    assert (answer.code, answer.err) == (0, "")
+    assert "\x1b" not in answer.out
+    lines = answer.out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch")] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert "60 training and 50 test images" in lines[0]
+    for words_of_line in ("conv2 mbm 240,000", "fc3 exact 840", "all 61,706 416,520"):
+        assert any(words(words_of_line) <= words(line) for line in lines)
+    assert re.match(r"test accuracy \d+\.\d\d % after 3 epochs with mbm on cpu", lines[-3])
+    assert lines[-1] == f"run: {made().folder}"
+
+
+def test_log_has_a_line_a_run(own_folder):
+    answer = mbm(*SWEEP, *EPOCH, "--seed", 5)
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    assert lines[0] == "lenet-mbm: lenet, 2 combinations of model.multiplier, 1 seed"
+    assert re.match(r"run 1/2: mbm, seed 5: test accuracy \d+\.\d\d %, \d+\.\d\d s an epoch$", lines[1])
+    assert re.match(r"run 2/2: mbm-t20, seed 5: ", lines[2])
+    assert lines[-1] == f"run: {made().folder}"
+
+
+@pytest.mark.parametrize("columns", [100, 80, 40])
+def test_terminal_shows_a_bar_and_a_table(columns, own_folder, monkeypatch, capfd):
+    monkeypatch.setattr(training, "REPORT_INTERVAL", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    # An epoch takes longer than a redrawing of the bar, which happens ten times a second.
+    more = ["--set", "data.train_limit=2000", "--set", "data.batch_size=64", "--epochs", "3"]
+    text = on_terminal(columns, ["train", *SMALL, *more], monkeypatch)
+    assert capfd.readouterr().err == ""
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor is given back
+    lines = plain(text.replace("\r", "\n")).splitlines()
+    assert any(re.match(r"epoch 2/3 .* %.* loss \d\.\d{4}", line) for line in lines)
+    assert [line.split()[0] for line in lines if re.match(r" *\d/3 ", line)] == ["1/3", "2/3", "3/3"]
+    assert max(map(len, lines[1:])) <= columns
+    assert "…" not in text
+
+
+def test_bar_of_a_sweep_counts_parts_of_runs(printed):
+    def show() -> None:
+        with progress.watch(json=False, quiet=False) as live:
+            live.begin("what", "run", 4, 1)
+            live.progress("mbm, seed 0", 0.5)
+            live.progress("mbm, seed 1", 0.25)
+            live.bar.refresh()
+            live.done("mbm, seed 0", SimpleNamespace(status="completed", test_accuracy=0.5, epoch_seconds=1.0))
+            live.bar.refresh()
+
+    shown = printed(80, show)
+    assert "what; 1 of 4 runs are done" in shown
+    assert re.search(r"mbm, seed 0 and 1 more .* 1\.8/4 runs", shown)
+    assert "run 2/4: mbm, seed 0: test accuracy 50.00 %" in shown
+    assert re.search(r"mbm, seed 1 .* 2\.2/4 runs", shown)
