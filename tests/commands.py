@@ -28,6 +28,7 @@ SMALL = [*CPU, "--set", "data.train_limit=60", "--set", "data.batch_size=16", "-
 EPOCH = [*SMALL, "--epochs", "1"]
 COMPARE = ["compare", "exact-vs-mbm", "--seeds", "1"]
 SWEEP = ["sweep", "--vary", "model.multiplier=mbm,mbm-t20"]
+KINDS = {"train": ["train", *SMALL, "--epochs", "2"], "compare": [*COMPARE, *EPOCH], "sweep": [*SWEEP, *EPOCH]}
 # Its files are verified once.
 MNIST = replace(DATASETS["mnist"], fetch=cache(DATASETS["mnist"].fetch), load=cache(DATASETS["mnist"].load))
 PNG = b"\x89PNG\r\n"

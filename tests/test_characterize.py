@@ -1,15 +1,12 @@
 """`mbm characterize`: figures of errors, mostly over few pairs."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import CPU, PNG, mbm
-from stress.runs import start
 
 from mbm_cli import multiply
 from mbm_cli.errors import RequestError
@@ -175,15 +172,4 @@ def test_product_that_is_not_finite_is_named(monkeypatch):
     monkeypatch.setattr(experiment, "multiply", lambda a, b, multiplier: a * torch.where(b < 1.5, b, torch.nan))
     with pytest.raises(RequestError, match=r"mbm is not a multiplier: 1\.\d+ x 1\.\d+ is not a finite number"):
         figures("mbm", samples=1000)
-    assert not list(Path("runs").iterdir())
-
-
-def test_interrupt_leaves_no_folder(tmp_path):
-    process = start("characterize", "mbm", *CPU, "--samples", 2**40, folder=tmp_path)
-    while not list(Path().glob("runs/*/environment.json")):
-        time.sleep(0.01)
-    process.send(signal.SIGINT)
-    answer = process.wait()
-    assert (answer.code, answer.out) == (130, "")
-    assert answer.err.endswith("mbm: interrupted; nothing was kept\n")
     assert not list(Path("runs").iterdir())

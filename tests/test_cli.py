@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMPARE, CPU, EPOCH, PNG, SILENT, SMALL, SWEEP, after, contents, made, mbm
+from commands import COMPARE, CPU, EPOCH, KINDS, PNG, SILENT, SMALL, SWEEP, after, contents, made, mbm
 from stress import runs as processes
 from stress.runs import check_same, state
 
@@ -117,8 +117,8 @@ def test_runs_config_repeats_the_run():
 
 RESULTS = {
     "train": (["train", *EPOCH], "summary.json"),
-    "compare": ([*COMPARE, *EPOCH], "compare.json"),
-    "sweep": ([*SWEEP, *EPOCH], "sweep.json"),
+    "compare": (KINDS["compare"], "compare.json"),
+    "sweep": (KINDS["sweep"], "sweep.json"),
     "eval": (["eval", "one", "--multiplier", "exact"], "eval.json"),
     "profile conv": (["profile", "conv", *SMALL], "profile.json"),
     "profile epoch": (["profile", "epoch", *SMALL], "profile.json"),
@@ -171,9 +171,6 @@ def test_interrupted_measurement_leaves_nothing(name):
     assert not list(Path().glob("out/*"))
 
 
-KINDS = {"train": ["train", *SMALL, "--epochs", "2"], "compare": [*COMPARE, *EPOCH], "sweep": [*SWEEP, *EPOCH]}
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_unexpected_failure_is_recorded(name, monkeypatch):
     def fail(*args: object) -> None:
@@ -205,10 +202,10 @@ def test_infinite_loss_fails_the_run_and_keeps_it():
 @pytest.mark.parametrize("name", ["compare", "sweep"])
 def test_failed_member_does_not_stop_the_others(name):
     """A sweep has a result nevertheless; a comparison lacks its pairs."""
-    vary = (
+    huge = (
         ["sweep", "--vary", "optimizer.lr=1e30,0.001"] if name == "sweep" else [*COMPARE, "--set", "optimizer.lr=1e30"]
     )
-    answer, run = mbm(*vary, *EPOCH), made()
+    answer, run = mbm(*huge, *EPOCH), made()
     assert answer.code == 1
     failed, resume = answer.err.splitlines()
     count = 1 if name == "sweep" else 2

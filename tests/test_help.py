@@ -29,24 +29,23 @@ def commands(command: Any = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 COMMANDS = dict(commands())
-COMPUTE = {"--device", "--threads", "--output", "--json", "--quiet", "--debug"}
-EXPERIMENT = COMPUTE | {"--seed", "--set", "--config", "--multiplier"}
-# Options of design.md, section 5, and where each is taken.
-FLAGS = {
-    "train": EXPERIMENT | {"--epochs"},
-    "compare exact-vs-mbm": EXPERIMENT | {"--epochs", "--seeds"},
-    "sweep": EXPERIMENT | {"--epochs", "--seeds", "--vary", "--jobs"},
-    "resume": {"--epochs", "--jobs", "--trust", "--output", "--json", "--quiet", "--debug"},
-    "eval": COMPUTE | {"--multiplier", "--plot", "--trust"},
+COMPUTE = "--device --threads --output --json --quiet --debug"
+EXPERIMENT = f"{COMPUTE} --seed --set --config --multiplier"
+PROMISED = {  # in design.md, section 5
+    "train": f"{EXPERIMENT} --epochs",
+    "compare exact-vs-mbm": f"{EXPERIMENT} --epochs --seeds",
+    "sweep": f"{EXPERIMENT} --epochs --seeds --vary --jobs",
+    "resume": "--epochs --jobs --trust --output --json --quiet --debug",
+    "eval": f"{COMPUTE} --multiplier --plot --trust",
     "profile conv": EXPERIMENT,
     "profile epoch": EXPERIMENT,
-    "characterize": COMPUTE | {"--seed", "--samples", "--sweep-truncate", "--bits"},
-    "doctor": {"--seed", "--threads", "--json", "--quiet", "--debug"},
-    "data fetch": {"--root"},
-    "runs list": {"--output", "--json"},
-    "runs show": {"--output", "--json"},
-    "multipliers list": {"--json"},
-    "configs check": {"--set"},
+    "characterize": f"{COMPUTE} --seed --samples --sweep-truncate --bits",
+    "doctor": "--seed --threads --json --quiet --debug",
+    "data fetch": "--root",
+    "runs list": "--output --json",
+    "runs show": "--output --json",
+    "multipliers list": "--json",
+    "configs check": "--set",
 }
 
 
@@ -75,10 +74,10 @@ def test_option_has_a_sentence_and_an_example(path):
         assert "for example" in text or f"{parameter.opts[0]} " in text, (parameter.name, text)
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", PROMISED)
 def test_commands_take_the_promised_options(name):
     taken = {option for parameter in COMMANDS[tuple(name.split())].params for option in parameter.opts}
-    assert FLAGS[name] - taken == set()
+    assert set(PROMISED[name].split()) <= taken
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMPARE, EPOCH, SILENT, SMALL, SWEEP, after, contents, made, mbm
+from commands import EPOCH, KINDS, SILENT, SMALL, after, contents, made, mbm
 from stress.runs import check_same, start, state
 
 from mbm_cli import runs as run_module
 from mbm_cli.experiments import compare
 from mbm_cli.runs import list_runs
-
-KINDS = {"train": ["train", *SMALL, "--epochs", "2"], "compare": [*COMPARE, *EPOCH], "sweep": [*SWEEP, *EPOCH]}
 
 
 @pytest.fixture(autouse=True)
