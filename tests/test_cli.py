@@ -40,12 +40,9 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def test_run_folder_holds_what_was_done():
-    less = ["--set", "train.epochs=9", "--set", "seed=9"]  # flags win
-    answer = mbm(
-        "train", *SMALL, *less, "--epochs", 2, "--multiplier", "mbm-t8", "--seed", 3, "--json", "--quiet", draw=True
-    )
-    assert (answer.code, answer.err) == (0, "")
-    run = made()
+    """Flags win over --set."""
+    flags = ["--set", "train.epochs=9", "--set", "seed=9", "--epochs", 2, "--multiplier", "mbm-t8", "--seed", 3]
+    result, run = mbm("train", *SMALL, *flags, "--json", draw=True).json, made()
     assert {path.name for path in run.folder.iterdir()} == FILES
     assert re.fullmatch(r"\d{8}T\d{6}Z-lenet-mbm-[0-9a-f]{4}", run.name)
     limits = ["data.train_limit=60", "data.batch_size=16", "data.test_limit=50", "train.threads=1", "device=cpu"]
@@ -69,7 +66,7 @@ def test_run_folder_holds_what_was_done():
     for field in ("epoch_seconds", "train_seconds"):
         assert summary[field] == [line[field] for line in lines]
     assert summary["total_seconds"] > sum(summary["epoch_seconds"])
-    assert answer.json == {"run": str(run.folder), **summary}
+    assert result == {"run": str(run.folder), **summary}
 
     environment = run.environment()
     assert environment.keys() >= {"git_commit", "python", "torchvision", "cpu", "cpu_count"}
@@ -224,33 +221,16 @@ def test_failed_member_does_not_stop_the_others(name):
         assert (again.out, (run.folder / "compare.json").exists()) == ("", False)
 
 
-def test_damaged_data_in_a_named_root_is_named(tmp_path):
-    name = "train-images-idx3-ubyte"
-    path = tmp_path / "root" / "MNIST" / "raw" / name
+@pytest.mark.parametrize("command", [["train"], SWEEP, ["profile", "epoch"]])
+def test_damaged_data_starts_nothing(command):
+    path = Path("root/MNIST/raw/train-images-idx3-ubyte")
     path.parent.mkdir(parents=True)
-    with (data_root(None) / "MNIST" / "raw" / name).open("rb") as whole:
-        path.write_bytes(whole.read(1_000_000))
-    for command in (
-        ["train", "--set", "data.root=root"],
-        [*SWEEP, "--set", "data.root=root"],
-        ["data", "fetch", "--root", "root"],
-    ):
-        answer = mbm(*command)
-        assert (answer.code, answer.out) == (1, "")
-        assert str(path.relative_to(tmp_path)) in answer.err
-        assert answer.err.count("\n") <= 2
-    assert not Path("runs").exists()
-    assert path.stat().st_size == 1_000_000
-
-
-@pytest.mark.parametrize("name", ["train", "compare", "sweep", "profile conv", "characterize"])
-def test_unusable_output_folder_is_named(name):
-    """Below a file, because a folder without permission stops no administrator."""
-    Path("file").write_text("")
-    answer = mbm(*RESULTS[name][0], "--output", "file/runs")
-    assert answer.code == 1
-    assert re.search(r"mbm: cannot make the run folder file/runs/\S+ \(Not a directory\).*--output", answer.err)
-    assert Path("file").read_text() == ""
+    path.write_bytes(b"damaged")
+    before = contents()
+    answer = mbm(*command, "--set", "data.root=root")
+    assert (answer.code, answer.out) == (1, "")
+    assert str(path) in answer.err
+    assert contents() == before
 
 
 def test_debug_shows_the_traceback():
@@ -267,11 +247,9 @@ EXPERIMENTS = ("train", "compare exact-vs-mbm", "sweep --vary optimizer.lr=0.1,0
 # With what each experiment refuses them; more fields and values are in test_config.py.
 EVERYWHERE = {
     "--config nowhere.yaml": "config 'nowhere.yaml'.* no such file",
-    "--config lenet-mbn": "'lenet-mbn'.* did you mean lenet-mbm?",
     "--config not.yaml": "not.yaml .*YAML.*line ",
     "--set nonsense": "--set 'nonsense'.*section.field=value",
     "--set optimizer.lrr=1": "'optimizer.lrr'.* did you mean optimizer.lr?",
-    "--set data.batch_size=0": "data.batch_size must be .*not 0",
     "--set model.multiplier=nbm": "model.multiplier.*'nbm'.*did you mean mbm?",
     "--set model.multiplier=lut:nowhere.bin": "model.multiplier: .*nowhere.bin: no such file",
     "--multiplier nbm": "'nbm'.*exact, mitchell, mbm",
@@ -290,7 +268,6 @@ EVERYWHERE = {
 REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, message in EVERYWHERE.items()} | {
     "trian": "'trian'.*train",
     "train --epochs 0": "--epochs.*1",
-    "train --epochs many": "--epochs.*integer",
     "train --epoch 3": "--epoch.*--epochs",
     "train --resume x": "No such option.*--resume",
     "train --trust": "No such option.*--trust",
@@ -304,10 +281,8 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     "sweep --vary nonsense": "--vary 'nonsense'.*section.field=A,B",
     "sweep --vary optimizer.lrr=1,2": "--vary.*'optimizer.lrr'.*did you mean optimizer.lr?",
     "sweep --vary optimizer.lr=0.001,-1": "--vary: optimizer.lr must be.*-1",
-    "sweep --vary optimizer.lr=0.001,": "--vary: optimizer.lr must be.*null",
     "sweep --vary model.multiplier=mbm,nbm": "--vary: model.multiplier.*'nbm'.*did you mean mbm?",
     "sweep --vary 'model.multiplier={conv9: mbm, default: exact},mbm'": "conv9",
-    "sweep --vary model.multiplier=lut:nowhere.bin": "nowhere.bin",
     "sweep --vary model=lenet": "--vary: model must be a section",
     "sweep --vary optimizer.name=sgd,adam --vary optimizer.momentum=0.9": "belongs to the optimizer sgd, not to adam",
     "sweep --vary seed=1,2": "--vary seed.*--seeds",
@@ -329,7 +304,6 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     "characterize python:raises.py:f": "raises ZeroDivisionError",
     "characterize mbm-int8 --sweep-truncate": "--sweep-truncate is for exact, mitchell, mbm",
     "characterize mbm --samples 0": "--samples.*1",
-    "characterize mbm --device cuda": "no CUDA device",
     # runs
     "resume zzz": "no run 'zzz'.*mbm runs list",
     "resume": "RUN",
@@ -345,7 +319,6 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     "eval one": "--multiplier",
     "eval one --multiplier mbm --device gpu": "--device.*'gpu'",
     "eval one --multiplier mbm,nbm": "--multiplier: .*'nbm'.*did you mean mbm?",
-    "eval one --multiplier mbm-t23": "--multiplier: truncate is 23",
     "eval one --multiplier ''": "--multiplier: ''",
     "eval one --multiplier lut:nowhere.bin": "--multiplier: nowhere.bin",
     "eval one --multiplier '{conv9: mbm, default: exact}'": "no convolution is called conv9",
@@ -441,14 +414,3 @@ def test_runs_are_listed_and_shown():
 def test_comparison_and_sweep_are_shown_with_their_table(name):
     result = mbm(*KINDS[name]).out.rpartition(" s an epoch\n")[2]
     assert result.rpartition("run: ")[0] in mbm("runs", "show", made().name).out
-
-
-@pytest.mark.parametrize("command", [["resume"], ["runs", "show"], ["eval", "--multiplier", "exact"]])
-def test_damaged_config_of_a_run_is_named(command):
-    assert mbm("train", *EPOCH, "--quiet") == SILENT
-    run = made()
-    (run.folder / "config.yaml").write_text("name: lenet-mbm\nseed: 0\ndevice")
-    answer = mbm(*command, run.name)
-    assert answer.code == 1
-    assert f"{run.folder}/config.yaml is damaged" in answer.err
-    assert mbm("runs", "list", "--json").json["runs"][0]["status"] == "damaged"

@@ -33,38 +33,29 @@ FILE = f"lut:{'folder/' * 20}table.bin"
 SHARE = Interval(-0.0123, -0.0234, 0.0345)
 
 
-def column(multiplier: str) -> Column:
-    accuracies, epochs_to = [0.98, 0.97], {"0.98": [12, None], "0.99": [None, None]}
-    figures = (0.975, 0.007, 0.98, 0.1234, 0.5678, epochs_to, 12.345, 0.45, 45678.9, 123 << 20, [0.91], [0.92])
-    return Column(multiplier, accuracies, *figures, SHARE, Interval(1.23, 1.12, 1.34))
-
-
-def combination(multiplier: str) -> CombinationResult:
-    values = {"model.multiplier": multiplier, "optimizer.lr": 0.001}
-    return CombinationResult(values, [0.98, 0.97], 0.975, 0.0071, 0.981, 0.1234, 12.34, 1, ["a", "b", "c"])
-
-
-def errors(name: str) -> Errors:
-    return Errors(name, -13.456, 22.345, 100.0, 10.0, [1.23456789, 1.87654321], 2**24, False)
-
-
+FIGURES = (0.975, 0.007, 0.98, 0.1234, 0.5678, {"0.98": [12, None], "0.99": [None, None]}, 12.345, 0.45, 45678.9, 2**27)
+COLUMNS = [Column(m, [0.98], *FIGURES, [0.91], [0.92], SHARE, Interval(1.23, 1.12, 1.34)) for m in MULTIPLIERS]
+VALUES = [{"model.multiplier": multiplier, "optimizer.lr": 0.001} for multiplier in MULTIPLIERS]
+COMBINATIONS = [CombinationResult(v, [0.98, 0.97], 0.975, 0.0071, 0.981, 0.1234, 12.34, 1, ["a"] * 3) for v in VALUES]
 ROWS = [Row(name, 0.9812, 0.1234, -12.34) for name in [*MULTIPLIERS, FILE]]
+WORST = [1.23456789, 1.87654321]
+ERRORS = [Errors(m, -13.456, 22.345, 100.0, 10.0, WORST, 2**24, False) for m in ("mitchell-int16-t8", FILE)]
 SECONDS = {"torch_nn_grad": 0.0123, "two_calls": 0.0112, "one_call": 0.0101}
 CONV = TimedConv("lenet conv2", "6->16 5x5 14x14", 256, 61_440_000, 0.00412, 0.00123, SECONDS, 1.5e10, 0.8)
 LAYER = LayerTimes("conv1", "mbm", 117_600, 0.123, 0.234, 1.2e12, 0.45, "cuDNN")
+KERNEL = Costly("void cutlass::Kernel2<" + "cutlass_80_" * 9, 12345, 0.123, 0.3)
 RUN = {"run": "runs/20260101T000000Z-lenet-mbm-0001", "status": "interrupted", "multiplier": ", ".join(MULTIPLIERS)}
 RUN |= {"device": "cuda", "epochs": 12, "test_accuracy": 0.9876, "epoch_seconds": [1.23]}
 RESULTS: dict[str, Any] = {
-    "compare": Comparison("x", "lenet", "cpu", MULTIPLIERS, 2, 2, [column(m) for m in MULTIPLIERS], [], ["as noise"]),
-    "sweep": Sweep("x", {"model.multiplier": [], "optimizer.lr": []}, 3, 2, [combination(m) for m in MULTIPLIERS], []),
+    "compare": Comparison("x", "lenet", "cpu", MULTIPLIERS, 2, 2, COLUMNS, [], ["as noise"]),
+    "sweep": Sweep("x", dict(VALUES[0]), 3, 2, COMBINATIONS, []),
     "eval": Evaluation("runs/x", "mbm", ROWS),
     "profile conv": ConvProfile("mbm-t16-r7", "cpu", "avx512", 2, 1.2e10, [CONV]),
     "profile epoch": EpochProfile(
         *("x", "lenet", "mbm", "cuda", "NVIDIA H100", 2, 938, True, 1.234, 1.1, 2.345, 2.456, 0.031),
-        *(dict.fromkeys(PHASES, 0.123), dict.fromkeys(PHASES, 0.112), [LAYER], 50),
-        *([Costly("void cutlass::Kernel2<" + "cutlass_80_" * 9, 12345, 0.123, 0.3)], {}),
+        *(dict.fromkeys(PHASES, 0.123), dict.fromkeys(PHASES, 0.112), [LAYER], 50, [KERNEL], {}),
     ),
-    "characterize": Characterization(7, "cpu", [errors("mitchell-int16-t8"), errors(FILE)]),
+    "characterize": Characterization(7, "cpu", ERRORS),
 }
 PRINT = {
     name: lambda result=result: tables.print_result(Finished(Run(Path("runs/x")), result))
