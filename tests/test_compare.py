@@ -43,7 +43,7 @@ def test_comparison_holds_its_runs_and_figures():
     assert exact["accuracy_difference"] is exact["epoch_seconds_ratio"] is None
 
 
-def test_runs_of_a_seed_differ_by_the_multiplier_alone():
+def test_paired_runs_differ_by_the_multiplier_alone():
     assert mbm(*COMPARE, *EPOCH, "--seeds", 1, "--quiet") == SILENT
     exact, approximate = list_runs(made().folder)
     assert exact.config_text().replace("-exact-", "-mbm-").replace(": exact", ": mbm") == approximate.config_text()

@@ -132,7 +132,7 @@ def test_interrupted_training_resumes_to_undisturbed_bits(name, cuda_graph):
     assert losses[0] == losses[1]
 
 
-def test_full_memory_is_answered_with_a_batch_that_fits(tmp_path):
+def test_full_memory_is_answered_with_a_fitting_batch(tmp_path):
     """Most of the card is taken, so that a batch of all images does not fit."""
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - (1 << 30), dtype=torch.uint8, device=CUDA)

@@ -92,7 +92,7 @@ def test_complete_members_are_not_repeated(name, undisturbed):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_complete_run_is_reported_and_left_as_it_is(name):
+def test_complete_run_is_reported_and_left_alone(name):
     answer = mbm(*KINDS[name], "--json")
     before = contents()
     again = mbm("resume", made().name, "--json")
@@ -101,7 +101,7 @@ def test_complete_run_is_reported_and_left_as_it_is(name):
     assert contents() == before
 
 
-def test_more_epochs_are_as_if_asked_for_at_once():
+def test_more_epochs_equal_those_asked_for_at_once():
     """Where the learning rate does not depend on their number."""
     constant = [*SMALL, "--set", "optimizer.schedule=none", "--quiet"]
     assert mbm("train", *constant, "--epochs", 1) == mbm("train", *constant, "--epochs", 2, "--output", "two") == SILENT
