@@ -343,10 +343,11 @@ def _names(listed: str | None, bits: int | None) -> list[str]:
 
 
 def _with_bits(names: list[str], bits: int | None) -> list[str]:
-    """Append ``--bits`` to the functions in Python among multipliers."""
-    if bits is not None and not any(name.startswith("python:") for name in names):
-        raise RequestError("--bits belongs to a function in Python, python:FILE.py:function")
-    return [f"{name}@{bits}" if bits is not None and name.startswith("python:") else name for name in names]
+    """Append ``--bits`` to the functions among multipliers."""
+    functions = [name for name in names if name.startswith(("python:", "c:"))]
+    if bits is not None and not functions:
+        raise RequestError("--bits belongs to a function, python:FILE.py:function or c:FILE.h:function")
+    return [f"{name}@{bits}" if bits is not None and name in functions else name for name in names]
 
 
 def _print_json(value: object) -> None:

@@ -31,7 +31,7 @@ class Options:
 
     config: Annotated[str, Option("--config", "-c", **CONFIG)] = "lenet-mbm"
     multiplier: Annotated[str | None, Option(help="A multiplier, for example mbm-t8; see mbm multipliers list.")] = None
-    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of python:FILE.py:f, for example 5.")] = None
+    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of a function's table, for example 5.")] = None
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, Option(help="Where to compute, for example cpu.")] = None

@@ -1,19 +1,9 @@
 """The CPU backend: the C++ kernels of kernels/conv2d_simd.cpp, on PyTorch's threads and memory."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sysconfig
-import tempfile
 from functools import cache, lru_cache
 from importlib.resources import files
-from pathlib import Path
 
-import platformdirs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,16 +12,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # After torch: the extension then shares the OpenMP runtime that PyTorch has loaded.
 from mbm_cli import _cpu
 from mbm_cli.backends.shapes import conv2d_output_shape
-from mbm_cli.errors import RunError
-from mbm_cli.multipliers.code import Function
+from mbm_cli.multipliers.code import Function, compile_library
 from mbm_cli.multipliers.content import TABLE, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
 
 _SOURCES = ("multiplier.h", "conv2d.h", "conv2d_simd.cpp")
-# As in CMakeLists.txt, which explains them; the function is compiled for this machine alone.
-_OPTIONS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -ffp-contract=fast -fPIC -shared -fvisibility=hidden"
-_COMPILE_SECONDS = 300
-
 
 # Of each table its products of significands, which the kernels read, for as long as the table lives.
 _significands = WeakTensorKeyDictionary()
@@ -70,69 +55,12 @@ def _rows_of_significands(table: Tensor) -> Tensor:
 
 @cache  # a library stays loaded
 def _compiled(function: Function) -> int:
-    """Compile the kernels that call a user's function, once, into the user's cache folder; return their address.
-
-    Raises:
-        ValueError: there is no compiler, or it rejects the function; the message has its first error.
-        RunError: the cache cannot be used.
-    """
-    compiler = _compiler()
-    flags = [*_OPTIONS.split(), "-march=native"] if platform.machine() in ("x86_64", "AMD64") else _OPTIONS.split()
+    """Compile the kernels that call a user's function; return their address. Raises as `compile_library`."""
     sources = {name: (files("mbm_cli") / "kernels" / name).read_text(encoding="utf-8") for name in _SOURCES}
-    content = [function.digest, *compiler, *flags, _cpu_flags(), *sources.values()]
-    digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:32]
-    library = platformdirs.user_cache_path("mbm") / "functions" / f"{digest}.so"
-    try:
-        if not library.exists():
-            _compile(function, [*compiler, *flags], sources, library)
-        loaded = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise RunError(
-            f"{library.parent}, where compiled functions are kept, cannot be used ({error}): name another cache folder "
-            "in XDG_CACHE_HOME"
-        ) from error
-    loaded.mbm_kernels.restype = ctypes.c_void_p
-    return loaded.mbm_kernels()
-
-
-def _compile(function: Function, compiler: list[str], sources: dict[str, str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        for name, text in sources.items():
-            Path(folder, name).write_text(text, encoding="utf-8")
-        Path(folder, "function.h").write_text(function.text, encoding="utf-8")
-        renamed = function.renamed('#include "function.h"')
-        Path(folder, "kernels.cpp").write_text(f'#include <cstdint>\n{renamed}#include "conv2d_simd.cpp"\n')
-        macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{function.CALLED}"]
-        command = [*compiler, *macros, "-o", f"{folder}/kernels.so", f"{folder}/kernels.cpp"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"{function.name} does not compile within {_COMPILE_SECONDS} s") from None
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            said = (errors or [done.stderr.strip() or "no reason given"])[0].replace(f"{folder}/", "")
-            raise ValueError(f"{function.name} does not compile: {said}")
-        os.replace(f"{folder}/kernels.so", library)
-
-
-def _compiler() -> list[str]:
-    """Find the system's C++ compiler: CXX, else the one that built Python, else the usual names."""
-    named = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
-    for command in (shlex.split(name) for name in named if name):
-        if shutil.which(command[0]):
-            return command
-    raise ValueError("a c: multiplier needs a C++ compiler on the CPU: install one (g++ or clang++), or name it in CXX")
-
-
-@lru_cache(maxsize=1)
-def _cpu_flags() -> str:
-    """Return what -march=native stands for here: other machines may share the cache's disk."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+    macros = ["-DMBM_ISA=function", f"-DMBM_FUNCTION=::{function.CALLED}"]
+    library = compile_library(function, '#include "conv2d_simd.cpp"\n', sources, macros)
+    library.mbm_kernels.restype = ctypes.c_void_p
+    return library.mbm_kernels()
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:

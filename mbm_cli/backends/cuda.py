@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbm_cli.backends.shapes import conv2d_output_shape
 from mbm_cli.errors import RunError
-from mbm_cli.multipliers.code import Function
+from mbm_cli.multipliers.code import Function, first_compiler_error
 from mbm_cli.multipliers.content import TABLE, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
 
@@ -104,7 +104,7 @@ def program(handle: str, table_bits: int = 0) -> Program:
     if handle == TABLE:
         family, bits = "table", table_bits
     if isinstance(function, Function):
-        family, extra = "function", [f"-DMBM_FUNCTION=::{function.CALLED}"]
+        family, extra = "function", [f"-DMBM_FUNCTION=::{function.CALLED}", "-fmad=false"]
         users = function.renamed(f'#line 1 "function.h"\n{_C_INCLUDE.sub("", function.text)}')
         text = f'{_C_INTEGERS}{users}#line 1 "conv2d.cu"\n{text}'
     macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
@@ -147,11 +147,12 @@ def kernels(handle: str, table_bits: int, device: int) -> dict[str, Any]:
         CudaError: CuPy is missing, does not fit, or fails.
         ValueError: a function in C that does not compile.
     """
-    cupy = import_cupy()
     function = of_handle(handle).content
     name = function.name if isinstance(function, Function) else f"{handle}{table_bits or ''}"
+    # Before anything that a capture does not allow: after a failed one, PyTorch cannot draw random numbers.
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(f"the kernels of {name} are not loaded: run it once before capturing it in a CUDA graph")
+    cupy = import_cupy()
     message = f"compiling the CUDA kernels of {name} (once: CuPy keeps them on disk)"
     notice = Timer(0.5, print, (message,), {"file": sys.stderr, "flush": True})
     notice.daemon = True
@@ -167,8 +168,7 @@ def kernels(handle: str, table_bits: int, device: int) -> dict[str, Any]:
     except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
         lines = str(error).splitlines() or [""]
         if isinstance(function, Function) and type(error).__name__ == "CompileException":
-            first = next((line for line in lines if "error" in line), lines[0])
-            raise ValueError(f"{name} does not compile: {first}") from None
+            raise ValueError(f"{name} does not compile: {first_compiler_error(str(error))}") from None
         raise CudaError(
             f"the CUDA kernels of {name} do not compile or load ({type(error).__name__}: {lines[0]}): "
             "check that the NVIDIA driver is new enough for CuPy's CUDA"

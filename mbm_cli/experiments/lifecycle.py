@@ -121,7 +121,7 @@ def check_function(multiplier: Multiplier, device: torch.device) -> None:
     Raises:
         ValueError: it does not.
     """
-    if multiplier.family == "c":
+    if multiplier.family == "c" and multiplier.bits is None:
         check_magnitude(lambda a, b: multiply(a.to(device), b.to(device), multiplier).cpu(), str(multiplier))
 
 

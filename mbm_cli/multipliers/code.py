@@ -1,18 +1,27 @@
 """Functions that users write: in Python, tabulated, and in C, compiled. The only module that runs users' code."""
 
+import ctypes
 import hashlib
 import os
+import platform
 import re
 import runpy
-from collections.abc import Callable
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import torch
 from torch import Tensor
 
-from mbm_cli.errors import MbmError
+from mbm_cli.errors import MbmError, RunError
 from mbm_cli.multipliers.tables import Table
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -21,11 +30,22 @@ DEFAULT_BITS = 7
 MOST_BITS = 11
 PAIRS = 4096  # operands of a check
 _C_SIZE_LIMIT = 1 << 20
+_COMPILE_SECONDS = 300
+# As in CMakeLists.txt, which explains them. Without contraction, a function rounds as it is written.
+_COMPILER_OPTIONS = (
+    "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -ffp-contract=off -fPIC -shared -fvisibility=hidden"
+)
+_BITS_TYPES = ("uint32_t", "unsigned", "unsigned int")
+_SIGNATURES = "write uint32_t f(uint32_t a, uint32_t b), on bit patterns of float32, or float f(float a, float b)"
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function in C, ``uint32_t function(uint32_t a, uint32_t b)``, on the bit patterns of float32 numbers."""
+    """A function in C: ``float f(float, float)``, or ``uint32_t f(uint32_t, uint32_t)`` on bit patterns of float32.
+
+    Raises:
+        ValueError: the text does not define the function, or with another signature.
+    """
 
     name: str
     text: str = field(repr=False)
@@ -36,10 +56,37 @@ class Function:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", hashlib.sha256(f"{self.name}\n{self.text}".encode()).hexdigest())
+        self._takes_floats()  # which reads the signature
+
+    def _takes_floats(self) -> bool:
+        text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", self.text, flags=re.DOTALL)
+        match = re.search(rf"([A-Za-z_][\w \t*]*?[\s*])\s*{self.name}\s*\(([^()]*)\)\s*\{{", text)
+        if match is None:
+            raise ValueError(f"there is no definition of a function {self.name}: {_SIGNATURES}")
+        result, parameters = (
+            _type(match[1]),
+            [_type(one.rsplit(None, 1)[0]) for one in match[2].split(",") if one.strip()],
+        )
+        if [result, *parameters] == ["float"] * 3:
+            return True
+        if len(parameters) == 2 and all(one in _BITS_TYPES for one in (result, *parameters)):
+            return False
+        raise ValueError(f"{self.name} is {result} {self.name}({', '.join(parameters)}): {_SIGNATURES}")
 
     def renamed(self, text: str) -> str:
         """Return C text that holds the function, with the function renamed to what the kernels call."""
-        return f"#define {self.name} {self.CALLED}\n{text}\n#undef {self.name}\n"
+        if not self._takes_floats():
+            return f"#define {self.name} {self.CALLED}\n{text}\n#undef {self.name}\n"
+        floats = f"{self.CALLED}_of_floats"
+        return f"""#define {self.name} {floats}
+{text}
+#undef {self.name}
+static inline uint32_t {self.CALLED}(uint32_t a, uint32_t b) {{
+  union {{ uint32_t bits; float number; }} x = {{a}}, y = {{b}}, product;
+  product.number = {floats}(x.number, y.number);
+  return product.bits;
+}}
+"""
 
     @property
     def handle(self) -> str:
@@ -50,6 +97,12 @@ class Function:
     def of_handle(cls, handle: str) -> "Function":
         name, _, text = handle.removeprefix("c:").partition("\n")
         return cls(name, text)
+
+
+def _type(text: str) -> str:
+    """Return a C type without qualifiers."""
+    words = [word for word in text.replace("*", " * ").split() if word not in ("static", "inline", "const", "extern")]
+    return " ".join(words)
 
 
 def read_c(file: str, function: str) -> Function:
@@ -65,12 +118,115 @@ def read_c(file: str, function: str) -> Function:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(text) > _C_SIZE_LIMIT:
         raise ValueError(f"{path} is larger than {_C_SIZE_LIMIT >> 20} MiB, too large for a multiplier")
-    if not re.search(rf"\b{function}\s*\(", text):
-        raise ValueError(f"{path} has no function {function}")
     if re.search(r'^\s*#\s*include\s*"', text, re.MULTILINE):
         # Compiled functions are cached by the content of this file.
         raise ValueError(f'{path} includes another file: replace #include "..." by that file\'s content')
-    return Function(function, text)
+    try:
+        return Function(function, text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def compile_library(function: Function, main: str, headers: Mapping[str, str], macros: list[str]) -> ctypes.CDLL:
+    """Compile C++ that calls a user's function, once, into the user's cache folder; load it.
+
+    Args:
+        main: the text after the function, which can include the headers.
+        headers: texts by file name.
+
+    Raises:
+        ValueError: there is no compiler, or it rejects the function; the message has its first error.
+        RunError: the cache cannot be used.
+    """
+    native = ["-march=native"] if platform.machine() in ("x86_64", "AMD64") else []
+    command = [*_compiler(), *_COMPILER_OPTIONS.split(), *native, *macros]
+    text = "#include <cstdint>\n" + function.renamed('#include "function.h"') + main
+    content = [function.digest, *command, _cpu_flags(), text, *headers.values()]
+    digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:32]
+    library = platformdirs.user_cache_path("mbm") / "functions" / f"{digest}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                for name, header in {**headers, "function.h": function.text, "main.cpp": text}.items():
+                    Path(folder, name).write_text(header, encoding="utf-8")
+                _compile([*command, "-o", f"{folder}/main.so", f"{folder}/main.cpp"], function.name)
+                os.replace(f"{folder}/main.so", library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise RunError(
+            f"{library.parent}, where compiled functions are kept, cannot be used ({error}): name another cache folder "
+            "in XDG_CACHE_HOME"
+        ) from error
+
+
+def _compile(command: list[str], name: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{name} does not compile within {_COMPILE_SECONDS} s") from None
+    if done.returncode:
+        raise ValueError(f"{name} does not compile: {first_compiler_error(done.stderr)}")
+
+
+def first_compiler_error(output: str) -> str:
+    """Return the first error of a C++ compiler's or NVRTC's output, with the line of the user's file."""
+    lines = [line for line in output.splitlines() if "error" in line] or [output.strip() or "no reason given"]
+    users = re.search(r"function\.h[:(](\d+)[^e]*(?:fatal )?error:? *(.*)", lines[0])
+    return f"line {users[1]}: {users[2]}" if users else lines[0]
+
+
+def _compiler() -> list[str]:
+    """Find the system's C++ compiler: CXX, else the one that built Python, else the usual names."""
+    named = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    for command in (shlex.split(name) for name in named if name):
+        if shutil.which(command[0]):
+            return command
+    raise ValueError("a c: multiplier needs a C++ compiler on the CPU: install one (g++ or clang++), or name it in CXX")
+
+
+@lru_cache(maxsize=1)
+def _cpu_flags() -> str:
+    """Return what -march=native stands for here: other machines may share the cache's disk."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def product_of(function: Function) -> Product:
+    """Compile a function in C for the CPU; return it as a product of float32 tensors.
+
+    Raises:
+        ValueError, RunError: as `compile_library`.
+    """
+    loop = f"""extern "C" __attribute__((visibility("default")))
+void mbm_products(const uint32_t* a, const uint32_t* b, uint32_t* out, int64_t count) {{
+  for (int64_t i = 0; i < count; i++) out[i] = {function.CALLED}(a[i], b[i]);
+}}
+"""
+    library = compile_library(function, loop, {}, [])
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        out = torch.empty_like(a)
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, out))
+        library.mbm_products(*pointers, ctypes.c_int64(a.numel()))
+        return out
+
+    return product
+
+
+def tabulate_c(function: Function, bits: int, name: str) -> Table:
+    """Tabulate a function in C, through the compiled one.
+
+    Raises:
+        ValueError: as `tabulate`, or its signs and exponents do not behave as in a multiplication.
+    """
+    product = product_of(function)
+    _check_scaling(product, bits, name)
+    return tabulate(product, bits, name)
 
 
 def read_python(file: str, function: str, bits: int | None) -> Table:

@@ -37,6 +37,8 @@ def resolve(multiplier: Multiplier | str) -> Multiplier:
         content = tables.read(Path(os.path.expanduser(multiplier.file)))
     elif multiplier.family == "c":
         content = code.read_c(multiplier.file, multiplier.function)
+        if multiplier.bits is not None:
+            content = code.tabulate_c(content, multiplier.bits, str(multiplier))
     else:
         content = code.read_python(multiplier.file, multiplier.function, multiplier.bits)
     return replace(multiplier, content=content)
@@ -96,6 +98,8 @@ def export(multiplier: Multiplier, bits: int) -> Table:
     """Tabulate a resolved multiplier for operands of so many fraction bits; its products are cut to as many.
 
     Raises:
-        ValueError: more bits than a table may have; or a function in C, which has no model.
+        ValueError: more bits than a table may have, or a function in C that does not compile or multiply.
     """
+    if isinstance(multiplier.content, Function):
+        return code.tabulate_c(multiplier.content, bits, str(multiplier))
     return code.tabulate(lambda a, b: reference_product(a, b, multiplier), bits, str(multiplier))

@@ -110,7 +110,7 @@ def reference_product(a: "Tensor", b: "Tensor", multiplier: "Multiplier", table:
 
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise TypeError(f"operands must be float32, not {a.dtype} and {b.dtype}: cast them with .float()")
-    if multiplier.family == "c":
+    if multiplier.family == "c" and multiplier.bits is None:
         raise ValueError(f"{multiplier} is compiled for the CPU or a CUDA device; it has no other model")
     a, b = torch.broadcast_tensors(a, b)
     a, b = a.contiguous(), b.contiguous()  # a bit view needs a real last dimension

@@ -103,7 +103,7 @@ class Multiplier:
     def _parse_file(cls, family: str, reference: str) -> Self:
         if family == "lut":
             return cls(family, file=reference)
-        bits = _BITS.fullmatch(reference) if family == "python" else None
+        bits = _BITS.fullmatch(reference)
         file, _, function = (bits["reference"] if bits else reference).rpartition(":")
         if not file or not _IDENTIFIER.fullmatch(function):
             raise ValueError(f"{family}:{reference}: write the file and its function, {FILES[family]}")
@@ -290,5 +290,5 @@ NAMES = (
     Name(
         "python:FILE.py:function[@M]", "a function in Python, tabulated for M fraction bits", "python:my.py:product@7"
     ),
-    Name("c:FILE.h:function", "a function in C on the bit patterns, compiled", "c:my.h:product"),
+    Name("c:FILE.h:function[@M]", "a function in C, compiled; with @M tabulated, 100 times as fast", "c:my.h:product"),
 )

@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Entries of a .bin file are bytes, those of a .npy file 16-bit words: fraction and carry must fit.
 MOST_BITS = {".bin": 7, ".npy": 11}
+# Where a .bin file has the carry, whatever the number of fraction bits (the format of ApproxTrain).
+BIN_CARRY = 1 << 7
+INTEGER_BITS = 8  # of the published tables of integer multipliers, which can be mistaken for one of fractions
+MOST_BIAS = 0.42  # of products of significands; the published 1-bit table has 0.39
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ def _kept_tensor(table: Table, device: torch.device) -> Tensor:
 def read(path: Path) -> Table:
     """Read a table: ``.bin``, 2^(2m) bytes (m up to 7), or ``.npy``, uint16 of that many (m up to 11).
 
+    A byte of a ``.bin`` file has the fraction in its low m bits and the carry in bit 7, as ApproxTrain's tables do.
+    Files of earlier versions of mbm, with the carry in bit m, are recognised by having no bit 7.
+
     Raises:
         ValueError: the file is missing or holds something else; the message names the file and the fault.
     """
@@ -82,31 +89,70 @@ def read(path: Path) -> Table:
         raise ValueError(f"{path}: a table is a .bin or a .npy file")
     most = MOST_BITS[path.suffix]
     try:
-        largest = (2 << (2 * most)) + 4096  # bytes, a .npy file's header included
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
+        size = path.stat().st_size
+        if size > (2 << (2 * most)) + 4096:  # bytes, a .npy file's header included
+            integers = ": a 256 x 256 table of 16-bit integers?" if size >= 2 << (2 * INTEGER_BITS) else ""
+            raise ValueError(f"{path} has {size:,} bytes, more than a table of {most} fraction bits{integers}")
+        content = path.read_bytes()
         if path.suffix == ".bin":
             entries = np.frombuffer(content, np.uint8).astype(np.uint16)
         else:
-            entries = np.load(io.BytesIO(content), allow_pickle=False)
+            entries = _load_npy(content, path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or 'not a .npy file'}") from None
-    except Exception as error:  # numpy raises errors of many kinds for a damaged header
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as .npy: {said}") from None
-    if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
-        raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")
     bits = (entries.size.bit_length() - 1) // 2
     if not 1 <= bits <= most or entries.size != 1 << (2 * bits):
         raise ValueError(
             f"{path} has {entries.size:,} entries, but a table for m-bit fractions has 2^(2m), m from 1 to {most}"
         )
+    if path.suffix == ".bin" and (entries & BIN_CARRY).any():
+        entries = (entries & (BIN_CARRY - 1)) | ((entries >= BIN_CARRY) * np.uint16(1 << bits))
     try:
-        return Table(bits, np.ascontiguousarray(entries).reshape(1 << bits, 1 << bits))
+        table = Table(bits, np.ascontiguousarray(entries).reshape(1 << bits, 1 << bits))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    _refuse_other_tables(table, path)
+    return table
+
+
+def _load_npy(content: bytes, path: Path) -> np.ndarray:
+    try:
+        entries = np.load(io.BytesIO(content), allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises errors of many kinds for a damaged header
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as .npy: {first}") from None
+    if not isinstance(entries, np.ndarray) or entries.dtype != np.uint16:
+        raise ValueError(f"{path} holds {getattr(entries, 'dtype', 'no array')}, but a table's entries are uint16")
+    return entries
+
+
+def _refuse_other_tables(table: Table, path: Path) -> None:
+    """Refuse tables that are well-formed, but not of products of significands.
+
+    Raises:
+        ValueError: the entries are integer products, or far from any product of significands.
+    """
+    n, words = 1 << table.bits, table.entries.astype(np.int64)
+    codes = {"unsigned": np.arange(n), "signed": (np.arange(n) + n // 2) % n - n // 2}
+    for kind, numbers in codes.items() if table.bits == INTEGER_BITS else ():
+        for shift in range(table.bits + 1):
+            distance = ((np.outer(numbers, numbers) >> shift) - words) % n
+            if np.minimum(distance, n - distance).mean() < n / 32:
+                raise ValueError(
+                    f"{path} looks like a table of {kind} integer products (a * b >> {shift}), "
+                    "but lut: takes fractions of products of significands"
+                )
+    significands = 1 + np.arange(n) / n
+    products = (1 + (words & (n - 1)) / n) * (1 + (words >> table.bits))
+    bias = float((products / np.outer(significands, significands)).mean() - 1)
+    if abs(bias) > MOST_BIAS:
+        raise ValueError(
+            f"{path} is not a table of products of significands: they would be wrong by {100 * bias:+.0f} % on average"
+        )
 
 
 def write(table: Table, path: Path) -> None:
@@ -123,7 +169,8 @@ def write(table: Table, path: Path) -> None:
     try:
         with temporary.open("wb") as file:
             if path.suffix == ".bin":
-                file.write(table.entries.astype(np.uint8).tobytes())
+                carry, fraction = table.entries >> table.bits, table.entries & ((1 << table.bits) - 1)
+                file.write((fraction | carry * BIN_CARRY).astype(np.uint8).tobytes())
             else:
                 np.save(file, table.entries)
         temporary.replace(path)
