@@ -3,13 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.parametrize import is_parametrized
 
 from mbm_cli.multipliers.content import handle_of, resolve, resolve_layers
 from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
 from mbm_cli.multipliers.tables import Table
 from mbm_cli.ops import conv2d_of_operands
+
+torch.fx.wrap("conv2d_of_operands")  # symbolic tracing keeps the call: its checks need real tensors
 
 
 class ApproxConv2d(nn.Conv2d):
@@ -68,31 +72,65 @@ def convert(
     """Turn every ``torch.nn.Conv2d`` of a model into an ``ApproxConv2d``, in place; keep weights, hooks and modes.
 
     Args:
-        model: the model, or a single convolution.
+        model: the model, or a single convolution. Shared and parametrized convolutions stay so.
         multiplier: a ``Multiplier`` or its name; ``"exact"`` restores the exact product. Or a mapping from layers'
-            names, or patterns such as ``"features.*"``, to multipliers, with ``"default"`` for the other layers.
+            names, or patterns such as ``"features.*"``, to multipliers, with ``"default"`` for the other layers. A
+            shared layer goes by any of its names.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: not a multiplier, or a name that matches no convolution of the model.
+        ValueError: not a multiplier; a model without convolutions; a name that matches none of them; or the names of a
+            shared one have different multipliers.
         TypeError: a subclass of ``torch.nn.Conv2d``, whose own computation would be lost.
     """
     multiplier = resolve_layers(multiplier)
     if not isinstance(multiplier, LayerMultipliers):
         multiplier = LayerMultipliers(multiplier, ())
-    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    for name, module in convolutions.items():
-        if type(module) not in (nn.Conv2d, ApproxConv2d):
-            raise TypeError(
-                f"{name or 'the model'} is a {type(module).__name__}; only torch.nn.Conv2d itself is converted"
-            )
-    unmatched = multiplier.unmatched(list(convolutions))
+    names: dict[nn.Conv2d, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            names.setdefault(module, []).append(name)
+    every_name = [name for of_module in names.values() for name in of_module]
+    if not names:
+        raise ValueError(f"the model, a {type(model).__name__}, has no torch.nn.Conv2d to convert")
+    unmatched = multiplier.unmatched(every_name)
     if unmatched:
-        raise ValueError(f"no convolution is called {unmatched[0]}; those of the model are {', '.join(convolutions)}")
-    for name, module in convolutions.items():
-        module.__class__ = ApproxConv2d  # which adds attributes and a forward pass, nothing else
+        raise ValueError(f"no convolution is called {unmatched[0]}; those of the model are {', '.join(every_name)}")
+    chosen = {module: _of_names(multiplier, of_module) for module, of_module in names.items()}
+    for module, of_module in names.items():
+        if _plain_class(module) not in (nn.Conv2d, ApproxConv2d):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise TypeError(
+                f"{of_module[0] or 'the model'} is a {kind}; only torch.nn.Conv2d itself is converted, because what a "
+                "subclass computes would be lost"
+            )
+    for module, one in chosen.items():
+        _change_class(module)
         assert isinstance(module, ApproxConv2d)
-        _set_multiplier(module, multiplier.of(name))
+        _set_multiplier(module, one)
     return model
+
+
+def _of_names(multipliers: LayerMultipliers, names: list[str]) -> Multiplier:
+    """Return the multiplier of a layer by all its names: those that are named win over the default."""
+    named = dict.fromkeys(multipliers.of(name) for name in names if multipliers.names(name))
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(names)} are one shared layer: name one multiplier for it")
+    return next(iter(named), multipliers.default)
+
+
+def _plain_class(module: nn.Module) -> type:
+    """Return a module's class without what ``parametrize`` adds."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _change_class(module: nn.Module) -> None:
+    """Make a convolution an ``ApproxConv2d``, which adds attributes and a forward pass, nothing else."""
+    if not is_parametrized(module):
+        module.__class__ = ApproxConv2d
+    elif not isinstance(module, ApproxConv2d):
+        # parametrize has made a class with the parameters as properties.
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type("ParametrizedApproxConv2d", (ApproxConv2d,), own)

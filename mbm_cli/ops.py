@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from mbm_cli.backends.shapes import conv2d_output_shape
 from mbm_cli.multipliers.content import operands, resolve
@@ -34,7 +36,7 @@ from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they reg
 def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:
     """Multiply ``a`` and ``b``, element by element, as the multiplier does.
 
-    Gradients are those of the exact product (straight-through).
+    Gradients are those of the exact product (straight-through). Under autocast the operands are cast to float32.
 
     Args:
         a: float32, any shape, on any device.
@@ -50,8 +52,10 @@ def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tens
         ValueError: not a multiplier.
     """
     _check_tensors(a=a, b=b)
+    a, b, _ = _float32_in_autocast(a, b)
     _check_operands(a, b, "a", "b")
-    product: Tensor = torch.ops.mbm.multiply(a, b, *operands(resolve(multiplier), a.device))
+    operator = _Multiply.apply if _is_transformed() else torch.ops.mbm.multiply
+    product: Tensor = operator(a, b, *operands(resolve(multiplier), a.device))
     return product
 
 
@@ -67,7 +71,8 @@ def conv2d(
 ) -> Tensor:
     """Compute ``torch.nn.functional.conv2d`` with the multiplier's products; sums are float32, the bias is exact.
 
-    Gradients are those of the exact convolution, from the saved operands (straight-through).
+    Gradients are those of the exact convolution, from the saved operands (straight-through). Under autocast operands
+    are cast to float32.
 
     Args:
         input: float32, (N, C, H, W) or (C, H, W), any memory format.
@@ -109,6 +114,7 @@ def conv2d_of_operands(
     """Compute `conv2d` for a multiplier given as a handle and a table on the input's device, as layers keep them."""
     # All types first, as PyTorch does.
     _check_tensors(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    input, weight, bias = _float32_in_autocast(input, weight, bias)
     strides, dilations, groups = _numbers(stride, "stride"), _numbers(dilation, "dilation"), _number(groups, "groups")
     paddings = padding if isinstance(padding, str) else _numbers(padding, "padding")
     _check_operands(input, weight, "input", "weight")
@@ -121,8 +127,24 @@ def conv2d_of_operands(
         input, paddings = _resolve_padding(input, weight, stride, paddings, dilation)
     padding = _pair(paddings, "padding")
     batch = input.unsqueeze(0) if input.dim() == 3 else input
-    output: Tensor = torch.ops.mbm.conv2d(batch, weight, bias, stride, padding, dilation, groups, handle, table)
+    operator = _Conv2d.apply if _is_transformed() else torch.ops.mbm.conv2d
+    output: Tensor = operator(batch, weight, bias, stride, padding, dilation, groups, handle, table)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _float32_in_autocast(a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast to float32 where autocast is on, as PyTorch's own float32-only operators do."""
+    if not torch.is_autocast_enabled(a.device.type):
+        return a, b, c
+    return a.float(), b.float(), None if c is None else c.float()
+
+
+def _is_transformed() -> bool:
+    """Return whether ``torch.func`` or forward-mode differentiation is active, for which an operator has no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    is_forward: bool = forward_ad._current_level >= 0
+    return is_forward or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check_tensors(**tensors: object) -> None:
@@ -217,6 +239,7 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, *ctx.arguments, _, _ = inputs
     ctx.bias_shape = None if bias is None else list(bias.shape)
+    ctx.output_shape = output.shape
     ctx.save_for_backward(input, weight)
 
 
@@ -248,3 +271,92 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("mbm::multiply", _multiply_backward, setup_context=_save_multiply)
 torch.library.register_autograd("mbm::conv2d", _conv2d_backward, setup_context=_save_conv2d)
+
+
+@register_flop_formula(torch.ops.mbm.conv2d)
+def _conv2d_flops(input: Any, weight: Any, *arguments: Any, out_shape: Any = None, **more: Any) -> int:
+    count: int = conv_flop_count(input, weight, out_shape)
+    return count
+
+
+# ---- torch.func: the operators once more, with rules for forward-mode differentiation and for vmap
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None) -> Tensor:
+        product: Tensor = torch.ops.mbm.multiply(a, b, multiplier, table)
+        return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_multiply(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _multiply_backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
+        a, b = ctx.saved_tensors
+        return _sum([da * b if da is not None else None, a * db if db is not None else None])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        ranks = [x.dim() - (d is not None) for x, d in zip((a, b), in_dims, strict=False)]
+        a, b = (
+            x if d is None else x.movedim(d, 0)[(slice(None), *[None] * (max(ranks) - rank))]
+            for x, d, rank in zip((a, b), in_dims, ranks, strict=False)
+        )
+        return _Multiply.apply(a, b, *rest), 0
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+        output: Tensor = torch.ops.mbm.conv2d(input, weight, bias, *arguments)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_conv2d(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _conv2d_backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, *_: Any) -> Tensor:
+        input, weight = ctx.saved_tensors
+        by_input = None if d_input is None else F.conv2d(d_input, weight, None, *ctx.arguments)
+        by_weight = None if d_weight is None else F.conv2d(input, d_weight, None, *ctx.arguments)
+        by_bias = None if d_bias is None else d_bias.reshape(-1, 1, 1)
+        return _sum([by_input, by_weight, by_bias]).expand(ctx.output_shape)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor, int]:
+        """Take the mapped dimension as one of images, or, if weights are mapped, as one of groups."""
+        size, (of_input, of_weight, of_bias, *_) = info.batch_size, in_dims
+        if of_weight is None and of_bias is None:
+            output = _Conv2d.apply(input.movedim(of_input, 0).flatten(0, 1), weight, bias, *arguments)
+            return output.unflatten(0, (size, -1)), 0
+        stride, padding, dilation, groups, *rest = arguments
+        mapped = [
+            None if x is None else x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
+            for x, d in ((input, of_input), (weight, of_weight), (bias, of_bias))
+        ]
+        images, weights, biases = mapped[0].movedim(0, 1).flatten(1, 2), mapped[1].flatten(0, 1), mapped[2]
+        biases = None if biases is None else biases.flatten()
+        output = _Conv2d.apply(images, weights, biases, stride, padding, dilation, size * groups, *rest)
+        return output.unflatten(1, (size, -1)), 1
+
+
+def _sum(parts: list[Tensor | None]) -> Tensor:
+    first, *others = [part for part in parts if part is not None]
+    for part in others:
+        first = first + part
+    return first

@@ -427,8 +427,14 @@ def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callabl
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    except BaseException:
+        # A failed capture leaves the generator in it; a copy of its state is outside.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 

@@ -188,6 +188,10 @@ class LayerMultipliers:
             return named[layer]
         return next((m for pattern, m in self.layers if fnmatchcase(layer, pattern)), self.default)
 
+    def names(self, layer: str) -> bool:
+        """Return whether a name or a pattern, and not the default, decides the multiplier of this layer."""
+        return any(layer == pattern or fnmatchcase(layer, pattern) for pattern, _ in self.layers)
+
     def unmatched(self, layers: list[str]) -> list[str]:
         """Return the names and patterns that match none of these layers."""
         return [p for p, _ in self.layers if p not in layers and not any(fnmatchcase(layer, p) for layer in layers)]
