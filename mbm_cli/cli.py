@@ -1,6 +1,7 @@
 """The command line: commands and flags, nothing else."""
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -19,6 +20,7 @@ from mbm_cli.flags import (
     MEASURED,
     MEASUREMENT,
     NAMES,
+    TRAINING,
     VARY,
     Options,
     Root,
@@ -78,7 +80,7 @@ def train(o: Options) -> None:
     _compute(o, partial(experiment, _config(o), o.output))
 
 
-@command(compare_app, "exact-vs-mbm", f"{EXPERIMENT} epochs", "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
+@command(compare_app, "exact-vs-mbm", TRAINING, "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3) -> None:
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
@@ -87,7 +89,7 @@ def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3) -> None:
     _compute(o, partial(experiment, config, _names(o.multiplier, o.bits), seeds, o.output))
 
 
-@command(app, "sweep", f"{EXPERIMENT} epochs jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
+@command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
 def sweep(o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1) -> None:
     """Train with every combination of some fields' values."""
     from mbm_cli.experiments.sweep import sweep as experiment
@@ -274,6 +276,9 @@ def _version(version: Version = False) -> None:
 def main() -> None:
     """Run a command; turn an error into a line on standard error and an exit code."""
     arguments = sys.argv[1:]
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Before libgomp is loaded: its threads would spin at barriers, which is slow where cores are shared.
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # While libraries are being imported, they would catch an exception.
     signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
     make_writable("stdout")
@@ -329,10 +334,15 @@ def _config(o: Options) -> Any:
     (name,) = [None] if (o.multiplier, o.bits) == (None, None) else _with_bits([o.multiplier or ""], o.bits)
     if name is not None and multiplier(name) and not name.startswith("{"):
         name = json.dumps(name)  # a file's name may have characters that mean something in YAML
+    base, init = (o.config or "lenet-mbm"), None
+    if o.init is not None:
+        from mbm_cli.runs import weights_of
+
+        base, init = weights_of(o.init, o.output, o.config, name is not None)
     flags = {"device": o.device, "seed": o.seed, "model.multiplier": name}
-    flags |= {"train.epochs": o.epochs, "train.threads": o.threads}
+    flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
-    return load(o.config, [*(o.set_ or []), *overrides])
+    return load(base, [*(o.set_ or []), *overrides])
 
 
 def _names(listed: str | None, bits: int | None) -> list[str]:

@@ -46,6 +46,7 @@ Switch = Annotated[bool, Field(description="true or false")]
 Folder = Annotated[
     str | None, Field(min_length=1, pattern=r"^[^\x00]*$", description="null (the user's cache folder) or a folder")
 ]
+InitFile = Annotated[str | None, Field(min_length=1, pattern=r"^[^\x00]*$", description="null or a file")]
 Name = Annotated[
     str,
     Field(
@@ -150,6 +151,7 @@ class TrainConfig(_Section):
 
     Attributes:
         epochs: passes over the training images.
+        init: file with the weights to start from, a checkpoint or a plain ``state_dict``; ``None`` draws them.
         threads: CPU threads, which decide the last bits of sums; ``None`` is PyTorch's choice, and a run records it.
         deterministic: the same seed and device give the same weights, bit for bit; can cost speed on a GPU.
         checkpoint_every: steps between two checkpoints within an epoch; ``None`` writes them at the ends of epochs.
@@ -157,6 +159,7 @@ class TrainConfig(_Section):
     """
 
     epochs: Count = 3
+    init: InitFile = None
     threads: Threads = None
     deterministic: Switch = True
     checkpoint_every: Steps = None

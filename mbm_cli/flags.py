@@ -18,7 +18,10 @@ def _shipped_configs(incomplete: str) -> list[str]:
 
 
 COUNT = 2**31 - 1
-CONFIG = {"help": "A YAML file, or a shipped config, for example cnn3-mbm.", "autocompletion": _shipped_configs}
+CONFIG = {
+    "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
+    "autocompletion": _shipped_configs,
+}
 FIELD = {"metavar": "FIELD=VALUE", "help": "Override a field, for example optimizer.lr=0.002; repeatable."}
 VARY = {"metavar": "FIELD=A,B,...", "help": "Values, for example optimizer.lr=0.001,0.002; several: all combinations."}
 NAMES = {"metavar": "A,B,...", "help": "One or several multipliers, for example exact,mbm-t16-r7."}
@@ -29,13 +32,16 @@ MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of uns
 class Options:
     """The options that commands share; each command takes those that it names."""
 
-    config: Annotated[str, Option("--config", "-c", **CONFIG)] = "lenet-mbm"
+    config: Annotated[str | None, Option("--config", "-c", **CONFIG)] = None
     multiplier: Annotated[str | None, Option(help="A multiplier, for example mbm-t8; see mbm multipliers list.")] = None
-    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of a function's table, for example 5.")] = None
+    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of a function's table, for example 5.")] = (
+        None
+    )
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, Option(help="Where to compute, for example cpu.")] = None
     seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
+    init: Annotated[str | None, Option(metavar="RUN", help="Start from the weights of a run, or a FILE.pt.")] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False
@@ -47,6 +53,7 @@ class Options:
 
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier set_ {MEASUREMENT}"
+TRAINING = f"{EXPERIMENT} epochs init"
 RunName = Annotated[str, Argument(metavar="RUN", help="A run's folder or name in --output, for example runs/RUN.")]
 Root = Annotated[Path | None, Option(help="Folder, for example /data; default: MBM_DATA_DIR or the cache.")]
 Target = Annotated[Path | None, Argument(metavar="FILE", help="Where to, for example mine.yaml; default: NAME.yaml.")]

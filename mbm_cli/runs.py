@@ -98,11 +98,11 @@ class Run:
     folder: Path
 
     @classmethod
-    def create(cls, output: Path, name: str, files: Mapping[str, str] | None = None) -> "Run":
+    def create(cls, output: Path, name: str, files: Mapping[str, str | bytes] | None = None) -> "Run":
         """Create a folder ``<UTC time>-<name>-<short id>`` below ``output``.
 
         Args:
-            files: texts by file name; the folder appears with all of them or not at all.
+            files: contents by file name; the folder appears with all of them or not at all.
 
         Raises:
             RunError: the folder cannot be made.
@@ -420,6 +420,26 @@ class Run:
         if not isinstance(value, dict):
             raise RunError(f"{self.folder / name} is damaged (not a JSON object)")
         return value
+
+
+def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool) -> tuple[str, str]:
+    """Find the weights that ``--init`` names: a run's checkpoint, or a file.
+
+    Returns:
+        The config to start from (of the run, unless another is given), and the path of the weights.
+
+    Raises:
+        RequestError: there is no such run or file, or the run's multiplier would execute a file.
+    """
+    if os.path.isfile(name):
+        return config or "lenet-mbm", os.path.abspath(name)
+    run = Run.find(name, output)
+    run.refuse_several()
+    if not (run.folder / "checkpoint.pt").exists():
+        raise RequestError(f"{run.folder} has no checkpoint yet: mbm resume {run.folder}")
+    if config is None and not has_multiplier:
+        run.trusted(False)
+    return config or str(run.folder / "config.yaml"), os.path.abspath(run.folder / "checkpoint.pt")
 
 
 def as_json(value: Any) -> str:

@@ -55,6 +55,9 @@ class Watch:
     def status(self, doing: str) -> None:
         """Report in a few words what is being done now."""
 
+    def note(self, text: str) -> None:
+        """Report something that the user should know."""
+
     def begin(
         self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
     ) -> None:

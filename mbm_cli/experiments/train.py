@@ -19,7 +19,7 @@ from mbm_cli.config import Config
 from mbm_cli.data import epoch_order
 from mbm_cli.device import environment
 from mbm_cli.errors import RequestError, RunError
-from mbm_cli.experiments import lifecycle
+from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import MODELS, describe_layers
 from mbm_cli.runs import Run, Summary, as_json
@@ -53,12 +53,13 @@ def train(
     """
     started = time.perf_counter()
     config, device = lifecycle.begin(config)
+    about, files = environment(device), dict[str, str | bytes]()
+    if config.train.init is not None:
+        files[weights.FILE], about["init"] = weights.read(config.train.init, lifecycle.build_model(config, device))
     data = data or lifecycle.load_data(config, device)
-    files = {
-        "config.yaml": configs.dump(config),
-        "environment.json": as_json(environment(device)),
-        "summary.json": as_json(_summary("running", config, device, [], 0.0)),
-    }
+    files["config.yaml"] = configs.dump(config)
+    files["environment.json"] = as_json(about)
+    files["summary.json"] = as_json(_summary("running", config, device, [], 0.0))
     run = Run.create(output, config.name, files)
     with run.hold():
         return _Training(run, config, device, data, watch or Watch(), stopped, started).run_epochs()
@@ -82,8 +83,10 @@ def resume(
     with run.hold():  # before anything is read or changed
         config = config or run.config()
         if epochs is not None:
-            config = config.with_train(epochs=epochs)
             _refuse_fewer(epochs, run)
+            if epochs > config.train.epochs and config.optimizer.schedule != "none":
+                (watch or Watch()).note(_restarted_schedule(run, config, epochs))
+            config = config.with_train(epochs=epochs)
         summary = run.summary()
         if is_complete(summary, config):
             return Trained(run, summary, run.metrics())
@@ -108,6 +111,15 @@ def _refuse_fewer(epochs: int, run: Run) -> None:
         raise RequestError(f"the run has {done} epochs{part} already: --epochs {epochs} would discard some")
 
 
+def _restarted_schedule(run: Run, config: Config, epochs: int) -> str:
+    done, optimizer = config.train.epochs, config.optimizer
+    again = learning_rates(optimizer.lr, optimizer.schedule, done, 1, epochs).item()
+    return (
+        f"the learning rate fell to zero over {done} epoch{'s'[: done != 1]} and starts again at {again:.3g}; for one "
+        f"schedule over all {epochs}: mbm train --config {run.folder / 'config.yaml'} --epochs {epochs}"
+    )
+
+
 class _Training:
     """A run that is being computed, and what is written of it."""
 
@@ -130,6 +142,7 @@ class _Training:
         self.metrics: list[dict[str, Any]] = []  # of the epochs that have ended
         self.part: PartOfEpoch | None = None
         self.started = started  # moved back by the time before an interruption
+        weights.load_into(self.trainer.model, run.folder)
         checkpoint = run.checkpoint()
         if checkpoint:
             self.part = _restore(run, config, checkpoint, self.trainer, device)

@@ -36,6 +36,9 @@ class Lines(Watch):
             self.spinner.start()
         self.spinner.update(doing)
 
+    def note(self, text: str) -> None:
+        console(stderr=True).print(f"note: {text}", soft_wrap=True)
+
     def close(self) -> None:
         if self.spinner is not None:
             self.spinner.stop()

@@ -1,0 +1,57 @@
+"""Initial weights of a network, from a checkpoint or a plain ``state_dict``."""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbm_cli.errors import RequestError
+
+FILE = "init.pt"  # in the folder of a run that starts from them
+
+
+def read(path: str, model: nn.Module) -> tuple[bytes, dict[str, str]]:
+    """Read weights that fit a model.
+
+    Returns:
+        The ``state_dict`` as a file's content, and the path and SHA-256 of the file that it was read from.
+
+    Raises:
+        RequestError: the file cannot be read, holds more than tensors, or does not fit, layer by layer.
+    """
+    try:
+        content = Path(path).read_bytes()
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign archive raises errors of many kinds
+        first = (str(error).splitlines() or [""])[0]
+        raise RequestError(f"train.init: {path} cannot be read ({type(error).__name__}: {first[:120]})") from None
+    state = found.get("model", found) if isinstance(found, dict) else found
+    _refuse_others(state, model, path)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue(), {"path": path, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _refuse_others(state: Any, model: nn.Module, path: str) -> None:
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise RequestError(f"train.init: {path} holds neither a checkpoint nor a state_dict of tensors")
+    wanted = model.state_dict()
+    faults = [f"{name} is missing" for name in wanted if name not in state]
+    faults += [f"{name} is unknown to the network" for name in state if name not in wanted]
+    faults += [
+        f"{name} has shape {list(state[name].shape)}, not {list(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
+        raise RequestError(f"train.init: {path} does not fit the network: {'; '.join(faults[:8])}{more}")
+
+
+def load_into(model: nn.Module, folder: Path) -> None:
+    """Load the weights that a run's folder keeps, if it has some."""
+    if (folder / FILE).exists():
+        model.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
