@@ -53,6 +53,7 @@ lint: $(VENV)/installed
 
 # The extension is compiled here, so its sources count.
 $(VENV)/installed: pyproject.toml $(wildcard kernels/*)
+	@echo "installing into $(VENV): PyTorch is 5.5 GB, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet -e '.[$(EXTRAS)]'

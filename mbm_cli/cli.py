@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Exit, Option, Typer, echo
+from typer import Argument, Exit, Option, Typer, confirm, echo
 
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.flags import (
@@ -20,8 +20,10 @@ from mbm_cli.flags import (
     MEASURED,
     MEASUREMENT,
     NAMES,
+    RUN,
     TRAINING,
     VARY,
+    Latex,
     Options,
     Root,
     RunName,
@@ -72,29 +74,38 @@ multipliers_app = _group("multipliers", "List multipliers, export one as a table
 profile_app = _group("profile", "Show where the time goes.", "mbm profile epoch")
 
 
-@command(app, "train", f"{EXPERIMENT} epochs", "mbm train --config lenet-mbm --multiplier mbm-t8 --epochs 3")
-def train(o: Options) -> None:
+@command(app, "train", TRAINING, "mbm train --config lenet-mbm --multiplier mbm-t8 --epochs 3")
+def train(
+    o: Options,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show the network and an estimate of the time.")] = False,
+) -> None:
     """Train a network and keep the run."""
-    from mbm_cli.experiments.train import train as experiment
+    from mbm_cli.experiments import train as experiment
 
-    _compute(o, partial(experiment, _config(o), o.output))
+    config = _config(o)
+    if dry_run:
+        _estimate(o, config)
+    else:
+        _compute(o, partial(experiment.train, config, o.output))
 
 
 @command(compare_app, "exact-vs-mbm", TRAINING, "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
-def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3) -> None:
+def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
 
     config = _config(replace(o, multiplier=None, bits=None))
-    _compute(o, partial(experiment, config, _names(o.multiplier, o.bits), seeds, o.output))
+    _compute(o, partial(experiment, config, _names(o.multiplier, o.bits), seeds, o.output), latex=latex)
 
 
 @command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
-def sweep(o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1) -> None:
+def sweep(
+    o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
+) -> None:
     """Train with every combination of some fields' values."""
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    _compute(o, partial(experiment, _config(o), vary or [], seeds, o.jobs or 1, o.output))
+    _compute(o, partial(experiment, _config(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
 
 
 @command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
@@ -177,31 +188,59 @@ def data_fetch(o: Options, root: Root = None) -> None:
 
 
 @command(runs_app, "list", "output json", "mbm runs list --output runs")
-def runs_list(o: Options) -> None:
+def runs_list(
+    o: Options, as_csv: Annotated[bool, Option("--csv", help="Print CSV, for example for a spreadsheet.")] = False
+) -> None:
     """List the runs in the output folder, the oldest first."""
-    from mbm_cli.report import tables
-    from mbm_cli.runs import list_runs
+    from mbm_cli.report.runs import csv_of, print_runs
+    from mbm_cli.runs import rows
 
-    runs = [run.row() for run in list_runs(o.output)]
+    runs = rows(o.output)
     if o.json:
         _print_json({"runs": runs})
+    elif as_csv:
+        echo(csv_of(runs), nl=False)
     elif runs:
-        tables.print_runs(runs)
+        print_runs(runs)
     else:
         echo(f"no runs in {o.output}: mbm train makes one")
 
 
 @command(runs_app, "show", "output json", "mbm runs show RUN")
-def runs_show(o: Options, run: RunName) -> None:
-    """Show a run: its result, its epochs and its config."""
-    from mbm_cli.report import tables
+def runs_show(o: Options, names: Annotated[list[str], Argument(**RUN)]) -> None:
+    """Show a run: its result, its epochs and its config; several side by side."""
     from mbm_cli.runs import Run
 
-    found = Run.find(run, o.output)
+    found = [Run.find(name, o.output) for name in names]
     if o.json:
-        _print_json({"run": str(found.folder), **asdict(found.summary()), "metrics": found.metrics()})
+        shown = [{"run": str(run.folder), **asdict(run.summary()), "metrics": run.metrics()} for run in found]
+        _print_json(shown[0] if len(shown) == 1 else {"runs": shown})
+    elif len(found) > 1:
+        from mbm_cli.report.runs import print_side_by_side
+
+        print_side_by_side([run.row() for run in found], [run.config().flat() for run in found])
     else:
-        tables.print_run(found)
+        from mbm_cli.report.tables import print_run
+
+        print_run(found[0])
+
+
+@command(runs_app, "delete", "output", "mbm runs delete RUN")
+def runs_delete(
+    o: Options,
+    names: Annotated[list[str], Argument(**RUN)],
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask, for example in a script.")] = False,
+) -> None:
+    """Delete runs."""
+    from mbm_cli.runs import Run
+
+    found = [Run.find(name, o.output, any_kind=True) for name in names]
+    for run in found:
+        echo(run.folder)
+    if not yes and not confirm(f"delete {len(found)} folder{'s'[: len(found) != 1]}?"):
+        raise RequestError("nothing was deleted")
+    for run in found:
+        run.delete()
 
 
 @command(multipliers_app, "list", "json", "mbm multipliers list")
@@ -289,18 +328,32 @@ def main() -> None:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code = report_error(error)
+        code = report_error(error, _setting_for(error))
     sys.exit(code)
+
+
+def _setting_for(error: Exception) -> str:
+    """Return the ``--set`` that does what an unknown option asks for."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if not name:
+        return ""
+    from mbm_cli.config import Config
+    from mbm_cli.documents import field_called
+
+    field = field_called(name, Config)
+    return f"did you mean --set {field}=...?" if field else ""
 
 
 # What commands share
 
 
-def _compute(o: Options, experiment: Callable[..., Any], draw: bool = True) -> None:
+def _compute(o: Options, experiment: Callable[..., Any], draw: bool = True, latex: Path | None = None) -> None:
     """Run an experiment with a display, and show what it made, also where some of its runs failed."""
     from mbm_cli.experiments.lifecycle import RunsFailed
     from mbm_cli.report.progress import watch
 
+    if latex is not None and not os.access(latex.parent, os.W_OK):  # before hours of computing
+        raise RequestError(f"--latex {latex}: the folder is missing or cannot be written")
     with watch(o.json, o.quiet) as progress, stop_on_signal() as stopped:
         try:
             made = experiment(watch=progress, stopped=stopped)
@@ -309,6 +362,25 @@ def _compute(o: Options, experiment: Callable[..., Any], draw: bool = True) -> N
                 _show(o, failed.finished, draw)
             raise
     _show(o, made, draw)
+    if latex is not None:
+        from mbm_cli.report.latex import latex as written
+        from mbm_cli.report.tables import paper_table
+
+        latex.write_text(written(paper_table(made.result)), encoding="utf-8")
+
+
+def _estimate(o: Options, config: Any) -> None:
+    """Print the network and an estimate of the training's time."""
+    from mbm_cli.experiments.estimate import estimate
+    from mbm_cli.report.progress import watch
+    from mbm_cli.report.tables import print_estimate
+
+    with watch(o.json, o.quiet) as progress, stop_on_signal() as stopped:
+        found = estimate(config, progress, stopped)
+    if o.json:
+        _print_json(asdict(found))
+    elif not o.quiet:
+        print_estimate(found)
 
 
 def _show(o: Options, made: Any, draw: bool) -> None:
@@ -339,7 +411,8 @@ def _config(o: Options) -> Any:
         from mbm_cli.runs import weights_of
 
         base, init = weights_of(o.init, o.output, o.config, name is not None)
-    flags = {"device": o.device, "seed": o.seed, "model.multiplier": name}
+    flags = {"device": o.device, "seed": o.seed, "name": o.name, "note": o.note and json.dumps(o.note)}
+    flags |= {"model.multiplier": name}
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
     return load(base, [*(o.set_ or []), *overrides])

@@ -46,6 +46,10 @@ Switch = Annotated[bool, Field(description="true or false")]
 Folder = Annotated[
     str | None, Field(min_length=1, pattern=r"^[^\x00]*$", description="null (the user's cache folder) or a folder")
 ]
+Note = Annotated[str | None, Field(description="null or a text")]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$", description="auto, cpu, cuda or cuda:N, for example cuda:1")
+]
 InitFile = Annotated[str | None, Field(min_length=1, pattern=r"^[^\x00]*$", description="null or a file")]
 Name = Annotated[
     str,
@@ -171,12 +175,20 @@ class Config(_Section):
     """One experiment, complete: what ``config.yaml`` in a run's folder holds."""
 
     name: Name
+    note: Note = None
     seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field by its path."""
+        document = self.model_dump()
+        sections = {name: fields for name, fields in document.items() if isinstance(fields, dict)}
+        fields = {f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()}
+        return {name: value for name, value in document.items() if name not in sections} | fields
 
     def with_multiplier(self, multiplier: Multiplier | LayerMultipliers) -> "Config":
         return self.model_copy(update={"model": self.model.model_copy(update={"multiplier": multiplier})})

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Literal
 
 import torch
 
@@ -22,16 +21,25 @@ LIBRARY_VARIABLES = {
 }
 
 
-def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Return the device of a name; ``auto`` is a GPU where there is one.
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and make it PyTorch's current one.
+
+    ``auto`` is a GPU where there is one.
 
     Raises:
         RequestError: there is no such device.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
+    if kind == "cuda" and count == 0:
         raise RequestError("device: cuda was asked for, but PyTorch finds no CUDA device here: use cpu or auto")
-    use_cuda = name != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    if index and int(index) >= count:
+        raise RequestError(f"device: there is no {name}, only cuda:0 to cuda:{count - 1}")
+    if count == 0:
+        return torch.device("cpu")
+    if index:
+        torch.cuda.set_device(int(index))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def set_arithmetic(deterministic: bool) -> None:

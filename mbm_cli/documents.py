@@ -79,7 +79,7 @@ def _explain(path: str, error: Any, model: type[BaseModel]) -> str:
         return _unknown_field(path, model)
     if error["type"] == "value_error":
         return f"{path}: {error['ctx']['error']}"
-    field, value = _fields(model).get(path), error["input"]
+    field, value = fields_of(model).get(path), error["input"]
     if field is None:  # an element of a list or a mapping
         return f"{path}: {error['msg']}"
     choices, section = get_args(field.annotation), _section(field)
@@ -92,7 +92,7 @@ def _explain(path: str, error: Any, model: type[BaseModel]) -> str:
 
 
 def _unknown_field(path: str, model: type[BaseModel]) -> str:
-    fields, (parent, _, name) = _fields(model), path.rpartition(".")
+    fields, (parent, _, name) = fields_of(model), path.rpartition(".")
     section = _section(fields[parent]) if parent else model
     known = list(section.model_fields) if section else []
     guess = nearest(name, known)
@@ -104,14 +104,22 @@ def _unknown_field(path: str, model: type[BaseModel]) -> str:
     return f"unknown field {show(path)}: the fields{f' of {parent}' * bool(parent)} are {', '.join(known)}{hint}"
 
 
+def field_called(name: str, model: type[BaseModel]) -> str | None:
+    """Return the path of the field whose last part has a name, or whose section has it."""
+    paths = [path for path, field in fields_of(model).items() if not _section(field)]
+    return next((path for path in paths if path.rpartition(".")[2] == name), None) or next(
+        (path for path in paths if path == f"{name}.name"), None
+    )
+
+
 @cache
-def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return every section and field below a model by its path, in order."""
     fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         fields[name] = field
         if section := _section(field):
-            fields |= {f"{name}.{path}": inner for path, inner in _fields(section).items()}
+            fields |= {f"{name}.{path}": inner for path, inner in fields_of(section).items()}
     return fields
 
 

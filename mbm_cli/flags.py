@@ -6,26 +6,60 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Context, Option, Typer
 
 
-def _shipped_configs(incomplete: str) -> list[str]:
-    """Complete the name of a config without importing what reads configs."""
+def _configs(incomplete: str) -> list[str]:
+    """Complete the name of a shipped config without importing what reads configs."""
     names = (entry.name for entry in (files("mbm_cli") / "configs").iterdir() if entry.name.endswith(".yaml"))
     return sorted(name.removesuffix(".yaml") for name in names if name.startswith(incomplete))
+
+
+def _multipliers(incomplete: str) -> list[str]:
+    from mbm_cli.multipliers.names import NAMES
+
+    before, comma, last = incomplete.rpartition(",")  # several may be listed
+    names = dict.fromkeys(name for one in NAMES for name in (one.name.partition("[")[0].split("FILE")[0], one.example))
+    return [before + comma + name for name in names if name.startswith(last)]
+
+
+def _fields(incomplete: str) -> list[str]:
+    from mbm_cli.config import Config
+    from mbm_cli.documents import fields_of
+
+    leaves = [path for path in fields_of(Config) if path not in ("data", "model", "optimizer", "train")]
+    return [f"{path}=" for path in leaves if path.startswith(incomplete)]
+
+
+def _runs(context: Context, incomplete: str) -> list[str]:
+    """Complete the name of a run, from its beginning or from that of its last part."""
+    output = Path(context.params.get("output") or "runs")
+    names = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
+    parts = [part for name in names for part in (name, name.partition("-")[2])]
+    return [part for part in parts if part.startswith(incomplete)]
 
 
 COUNT = 2**31 - 1
 CONFIG = {
     "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
-    "autocompletion": _shipped_configs,
+    "autocompletion": _configs,
 }
-FIELD = {"metavar": "FIELD=VALUE", "help": "Override a field, for example optimizer.lr=0.002; repeatable."}
+MULTIPLIER = {"help": "A multiplier, for example mbm-t8; see mbm multipliers list.", "autocompletion": _multipliers}
+FIELD = {
+    "metavar": "FIELD=VALUE",
+    "help": "Override a field, for example optimizer.lr=0.002; repeatable.",
+    "autocompletion": _fields,
+}
 VARY = {"metavar": "FIELD=A,B,...", "help": "Values, for example optimizer.lr=0.001,0.002; several: all combinations."}
-NAMES = {"metavar": "A,B,...", "help": "One or several multipliers, for example exact,mbm-t16-r7."}
+NAMES = {
+    "metavar": "A,B,...",
+    "help": "One or several multipliers, for example exact,mbm-t16-r7.",
+    "autocompletion": _multipliers,
+}
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of unsigned integers mbm-int8, mbm-int16-t3."
+BITS = {"min": 1, "max": 11, "help": "Fraction bits of a function's table, for example 5."}
 
 
 @dataclass
@@ -33,17 +67,17 @@ class Options:
     """The options that commands share; each command takes those that it names."""
 
     config: Annotated[str | None, Option("--config", "-c", **CONFIG)] = None
-    multiplier: Annotated[str | None, Option(help="A multiplier, for example mbm-t8; see mbm multipliers list.")] = None
-    bits: Annotated[int | None, Option(min=1, max=11, help="Fraction bits of a function's table, for example 5.")] = (
-        None
-    )
+    multiplier: Annotated[str | None, Option(**MULTIPLIER)] = None
+    bits: Annotated[int | None, Option(**BITS)] = None
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Option(help="Where to compute, for example cpu.")] = None
+    device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N, for example cuda:1.")] = None
     seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
     init: Annotated[str | None, Option(metavar="RUN", help="Start from the weights of a run, or a FILE.pt.")] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
+    name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
+    note: Annotated[str | None, Option(help="A text that lists show, for example 'as in table 2'.")] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False
     output: Annotated[Path, Option(help="Folder of the run folders, for example /data/runs.")] = Path("runs")
     json: Annotated[bool, Option("--json", help="Print one JSON object, nothing else: --json > r.json.")] = False
@@ -53,8 +87,14 @@ class Options:
 
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier set_ {MEASUREMENT}"
-TRAINING = f"{EXPERIMENT} epochs init"
-RunName = Annotated[str, Argument(metavar="RUN", help="A run's folder or name in --output, for example runs/RUN.")]
+TRAINING = f"{EXPERIMENT} epochs init name note"
+RUN = {
+    "metavar": "RUN",
+    "help": "A run's folder, or its name in --output or the last part of it, for example runs/RUN.",
+    "autocompletion": _runs,
+}
+RunName = Annotated[str, Argument(**RUN)]
+Latex = Annotated[Path | None, Option(help="Also write the table for a paper, for example table.tex.")]
 Root = Annotated[Path | None, Option(help="Folder, for example /data; default: MBM_DATA_DIR or the cache.")]
 Target = Annotated[Path | None, Argument(metavar="FILE", help="Where to, for example mine.yaml; default: NAME.yaml.")]
 Version = Annotated[bool, Option("--version", help="Show the version, for example to report it.", is_eager=True)]

@@ -25,7 +25,8 @@ from mbm_cli.config import Config
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.multipliers.names import CODE
 
-RESULTS = ("profile.json", "characterize.json", "eval.json")  # of commands that train nothing
+# Of commands that train nothing, and what they are called in lists.
+RESULTS = {"profile.json": "profile", "characterize.json": "errors", "eval.json": "evaluation"}
 PATIENCE = 1.0  # seconds that a lock may take: readers, and a run that is ending, hold it for an instant
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -49,6 +50,7 @@ class Summary:
     total_seconds: float
     peak_memory_bytes: int | None = None
     reason: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def find(cls, name: str, output: Path) -> "Run":
+    def find(cls, name: str, output: Path, any_kind: bool = False) -> "Run":
         """Find the run at a path, or by its name or the last part of one below ``output``.
+
+        Args:
+            any_kind: also evaluations, profiles and characterizations.
 
         Raises:
             RequestError: there is none, or several have that part.
@@ -137,6 +142,8 @@ class Run:
             if os.path.isfile(folder / "summary.json"):  # false in a folder without permission, too
                 return cls(folder.resolve() if folder.name == "" else folder)
             result = next((file for file in RESULTS if os.path.isfile(folder / file)), None)
+            if result is not None and any_kind:
+                return cls(folder)
             if result is not None:
                 raise RequestError(f"{folder} is not a training run: its result is in {result}")
         of_id = [folder for folder in _folders(output) if folder.name.endswith(f"-{name}")]
@@ -145,7 +152,7 @@ class Run:
                 f"{len(of_id)} runs in {output} end with {name!r}, for example {of_id[0].name}: name one"
             )
         if of_id:
-            return cls.find(of_id[0].name, output)
+            return cls.find(of_id[0].name, output, any_kind)
         near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
         raise RequestError(f"no run {name!r}, neither as a path nor in {output}{hint}")
@@ -257,12 +264,38 @@ class Run:
             raise RunError(f"{self.folder / 'metrics.jsonl'} is damaged (checkpoint.pt has other metrics)")
 
     def row(self) -> dict[str, Any]:
-        """Return the summary for a list of runs; of a damaged run its fault."""
+        """Return the run for a list: its summary and kind; of a damaged run its fault. Import no PyTorch."""
         try:
-            self.check()
-            return {"run": str(self.folder), **asdict(self.summary())}
+            summary = asdict(self.summary())
+            kind = self.read_json("plan.json").get("kind") if self.has_several else "training"
+            self.config(), self.metrics(), self._check_archive()
+            return {"run": str(self.folder), "kind": kind, **summary}
         except MbmError as error:
             return {"run": str(self.folder), "status": "damaged", "reason": str(error)}
+
+    def _check_archive(self) -> None:
+        """Check the sums of the checkpoint's archive, which ``torch.load`` ignores."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            if path.exists():
+                with zipfile.ZipFile(path) as archive:
+                    if (damaged := archive.testzip()) is not None:
+                        raise ValueError(f"{damaged} in it has another checksum")
+        except (ValueError, zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+            raise RunError(f"{path} is damaged ({error}): delete it to start again") from error
+
+    def delete(self) -> None:
+        """Delete the run's folder.
+
+        Raises:
+            RequestError: another process computes the run.
+            RunError: something cannot be deleted.
+        """
+        with self.hold():
+            try:
+                shutil.rmtree(self.folder)
+            except OSError as error:
+                raise RunError(f"cannot delete {error.filename or self.folder} ({error.strerror})") from error
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -390,15 +423,14 @@ class Run:
         if not path.exists():
             return None
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it has another checksum")
+            self._check_archive()
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             lists = ("metrics", "multipliers")
             if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), list) for part in lists):
                 raise ValueError("not a checkpoint of mbm")
             return checkpoint
+        except RunError:
+            raise
         except Exception as error:  # a damaged or foreign archive raises errors of many kinds
             first = (str(error).splitlines() or [""])[0]
             raise RunError(
@@ -445,6 +477,38 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
 def as_json(value: Any) -> str:
     """Return the text of a JSON file of a run; ``value`` may be a dataclass."""
     return json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, indent=2) + "\n"
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """Return a row for each run, evaluation, profile and characterization below ``output``, the oldest first.
+
+    Raises:
+        RunError, RequestError: the folder cannot be read.
+    """
+    found = []
+    for folder in _folders(output):
+        result = next((name for name in RESULTS if (folder / name).is_file()), None)
+        if (folder / "summary.json").is_file():
+            found.append(Run(folder).row())
+        elif result is not None:
+            found.append(_result_row(Run(folder), result))
+    return found
+
+
+def _result_row(run: Run, name: str) -> dict[str, Any]:
+    row = {"run": str(run.folder), "kind": RESULTS[name], "status": "completed"}
+    try:
+        result = run.read_json(name)
+        several = [
+            one.get("multiplier", one.get("name"))
+            for key in ("evaluations", "multipliers")
+            for one in result.get(key, [])
+        ]
+        row["multiplier"] = result.get("multiplier") or ", ".join(map(str, several))
+        row["device"] = result.get("device") or str(run.environment().get("device", "-")).partition(":")[0]
+    except (MbmError, AttributeError) as error:
+        row |= {"status": "damaged", "reason": str(error)}
+    return row
 
 
 def list_runs(output: Path) -> list[Run]:

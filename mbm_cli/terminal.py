@@ -25,11 +25,10 @@ def make_writable(name: str) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
-def report_error(error: Any) -> int:
+def report_error(error: Any, hint: str = "") -> int:
     """Print an error as a line or two on standard error; return the exit code."""
-    hint = ""
     if isinstance(error, MbmError):
-        message, hint, code = str(error), error.hint, error.exit_code
+        message, hint, code = str(error), error.hint or hint, error.exit_code
     elif type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return 0

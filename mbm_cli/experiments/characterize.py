@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def characterize(
     output: Path,
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
     threads: int | None = None,
     sweep_truncate: bool = False,
     watch: Watch | None = None,

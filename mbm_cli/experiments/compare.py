@@ -127,6 +127,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
     )
     run.write_json("compare.json", result)
+    run.write("compare.csv", sweep.csv_of(plan.vary, rows))
     return result
 
 

@@ -199,7 +199,7 @@ def create(
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
         "plan.json": as_json(plan.model_dump()),
-        "summary.json": as_json(_summary("running", varied, device, [])),
+        "summary.json": as_json(replace(_summary("running", varied, device, []), note=config.note)),
     }
     name = "compare" if kind == "comparison" else "sweep"
     return Run.create(output, f"{config.name}-{name}", files), plan, varied
@@ -338,7 +338,9 @@ def carry_out(
         return rows[name]
 
     def summarize(status: str, reason: str | None = None) -> None:
-        run.write_json("summary.json", replace(_summary(status, varied, device, summaries), reason=reason))
+        run.write_json(
+            "summary.json", replace(_summary(status, varied, device, summaries), reason=reason, note=config.note)
+        )
 
     def done(member: Member, outcome: Outcome) -> None:
         made = Run(run.folder / outcome.result) if outcome.result else _begun(run).get(member.config.name)
@@ -468,7 +470,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         threads=None if "train.threads" in plan.vary else config.train.threads,
     )
     run.write_json("sweep.json", result)
-    run.write("sweep.csv", _csv(result))
+    run.write("sweep.csv", csv_of(result.vary, result.runs))
     return result
 
 
@@ -492,12 +494,12 @@ def _over_seeds(values: dict[str, Any], rows: Sequence[Row]) -> CombinationResul
     )
 
 
-def _csv(result: Sweep) -> str:
+def csv_of(vary: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Write a line a run; a field that is null is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*result.vary, *CSV_FIELDS])
-    for row in result.runs:
+    writer.writerow([*vary, *CSV_FIELDS])
+    for row in rows:
         fields = asdict(row)
         values = ["" if value is None else shown(value) for value in row.values.values()]
         writer.writerow([*values, *(fields[field] for field in CSV_FIELDS)])

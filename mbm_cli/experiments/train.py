@@ -258,6 +258,7 @@ def _summary(
         total_seconds=total_seconds,
         peak_memory_bytes=peak_memory(device),
         reason=reason,
+        note=config.note,
     )
 
 

@@ -85,6 +85,10 @@ class Multiplier:
         match = _SHORT_FORM.fullmatch(text)
         if match is None and _INTEGER_FORM.fullmatch(text):
             raise ValueError(f"{text!r} multiplies integers, which mbm characterize measures; convolutions take floats")
+        number = re.fullmatch(r"([a-z]+)-([0-9]{1,3})", text)
+        if number is not None and number[1] in FAMILIES:
+            likely = f"{number[1]}-{FAMILIES[number[1]].parameter}{number[2]}"
+            raise ValueError(f"{text!r} is not a multiplier; did you mean {likely}?")
         if match is None:
             raise ValueError(
                 f"{text!r} is not a multiplier: write family[-tT][-rR] with a family of "
@@ -244,7 +248,8 @@ def _one_of(value: object) -> Multiplier:
         return Multiplier.parse(value)
     except ValueError as error:
         family = value.partition("-")[0].partition(":")[0]
-        hint = "" if family in FAMILIES or family in FILES else did_you_mean(family, FAMILIES)
+        known = family in FAMILIES or family in FILES
+        hint = "" if known or "did you mean" in str(error) else did_you_mean(family, FAMILIES)
         raise ValueError(clip(str(error), 250) + hint) from None
 
 

@@ -1,13 +1,12 @@
 """Results of experiments as tables, in at most 100 columns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import singledispatch
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -15,6 +14,7 @@ from rich.table import Table
 from mbm_cli.experiments.characterize import Characterization, Errors
 from mbm_cli.experiments.compare import Column, Comparison, Interval
 from mbm_cli.experiments.doctor import Check
+from mbm_cli.experiments.estimate import Estimate
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.lifecycle import Finished
 from mbm_cli.experiments.profile_conv import ConvProfile
@@ -22,22 +22,9 @@ from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.sweep import Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
+from mbm_cli.report.runs import epoch_table, print_runs
 from mbm_cli.report.text import NARROW, TextTable, console, percent, table
 from mbm_cli.runs import Run
-
-# Heading, width, value of an epoch's metrics; together they fit 80 columns.
-_EPOCH_COLUMNS = (
-    ("epoch", 7, lambda m, epochs: f"{m['epoch']}/{epochs}"),
-    ("train\nloss", 7, lambda m, _: f"{m['train_loss']:.4f}"),
-    ("train\naccuracy", 8, lambda m, _: percent(m["train_accuracy"])),
-    ("test\nloss", 7, lambda m, _: f"{m['test_loss']:.4f}"),
-    ("test\naccuracy", 8, lambda m, _: percent(m["test_accuracy"])),
-    ("train s", 7, lambda m, _: f"{m['train_seconds']:.2f}"),
-    ("eval s", 6, lambda m, _: f"{m['eval_seconds']:.2f}"),
-    ("images/s", 9, lambda m, _: f"{m['images_per_second']:,.0f}"),
-)
-# On terminals with fewer columns than the key.
-_FEWER_EPOCH_COLUMNS = {NARROW: (0, 4), 80: (0, 1, 4, 5)}
 
 
 def layer_table(layers: Sequence[Layer]) -> Table:
@@ -64,18 +51,6 @@ def layer_table(layers: Sequence[Layer]) -> Table:
     return table(None, columns, rows, left=4)
 
 
-def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:
-    """Make rows of epochs in columns of fixed width, so that rows printed one by one are aligned."""
-    made = Table(box=box.SIMPLE_HEAD, show_header=heading, show_edge=False, pad_edge=False)
-    fewer = next((columns for below, columns in _FEWER_EPOCH_COLUMNS.items() if width < below), None)
-    columns = _EPOCH_COLUMNS if fewer is None else [_EPOCH_COLUMNS[i] for i in fewer]
-    for name, size, _ in columns:
-        made.add_column(name, justify="right", width=size, no_wrap=True)
-    for m in metrics:
-        made.add_row(*(value(m, epochs) for _, _, value in columns))
-    return made
-
-
 # Results: what a command prints at its end
 
 
@@ -94,10 +69,21 @@ def print_result(made: Finished[Any]) -> None:
     screen.print(*notes, f"run: {made.run.folder}", sep="\n", soft_wrap=True)
 
 
+def print_estimate(of: Estimate) -> None:
+    """Print what a training will do and take."""
+    console().print(
+        of.what,
+        layer_table(of.layers),
+        f"{of.steps:,} steps an epoch, {_count(of.epochs, 'epoch')}; {1e3 * of.step_seconds:.2f} ms a step",
+        f"about {of.epoch_seconds:.3g} s an epoch with its evaluation, {of.total_seconds:.3g} s in all, start-up aside",
+        sep="\n",
+    )
+
+
 def print_run(run: Run) -> None:
     """Print a run: its summary, its result, its epochs, its config."""
     screen, summary, metrics = console(), run.summary(), run.metrics()
-    print_runs([{"run": str(run.folder), **asdict(summary)}])
+    print_runs([run.row()])
     if summary.reason:
         screen.print(f"{summary.status}: {summary.reason}\n", soft_wrap=True)
     if run.has_several:
@@ -114,7 +100,7 @@ def _result_lines(made: Trained) -> list[str]:
     return [
         f"test accuracy {percent(summary.test_accuracy)} after {_count(summary.epochs, 'epoch')} "
         f"with {summary.multiplier} on {summary.device} (best {percent(summary.best_test_accuracy)})",
-        f"{median(summary.epoch_seconds):.2f} s an epoch, {summary.total_seconds:.1f} s in all",
+        f"{median(summary.epoch_seconds):.2f} s an epoch (median), {summary.total_seconds:.1f} s in all",
         f"run: {made.run.folder}",
     ]
 
@@ -128,6 +114,15 @@ def table_of(of: Any) -> Any:
 
 @table_of.register
 def _(of: Comparison) -> Group:
+    return Group(paper_table(of), *of.verdicts)
+
+
+def paper_table(of: Comparison | Sweep) -> TextTable:
+    """Return the one table of a comparison or a sweep, as a paper shows it."""
+    return _sweep_table(of) if isinstance(of, Sweep) else _comparison_table(of)
+
+
+def _comparison_table(of: Comparison) -> TextTable:
     def epochs_to(goal: str) -> Callable[[Column], str]:
         return lambda c: ", ".join("-" if count is None else str(count) for count in c.epochs_to[goal])
 
@@ -139,8 +134,8 @@ def _(of: Comparison) -> Group:
         ("training loss, last epoch", lambda c: f"{c.train_loss_mean:.4f}"),
         ("test loss, last epoch", lambda c: f"{c.test_loss_mean:.4f}"),
         *((f"epochs to {100 * float(goal):.0f} %, each seed", epochs_to(goal)) for goal in of.columns[0].epochs_to),
-        ("trained exact, evaluated so, %", lambda c: f"{100 * mean(c.trained_exact_evaluated_here):.2f}"),
-        ("trained so, evaluated exact, %", lambda c: f"{100 * mean(c.trained_here_evaluated_exact):.2f}"),
+        ("trained with exact, evaluated with this, %", lambda c: f"{100 * mean(c.trained_exact_evaluated_here):.2f}"),
+        ("trained with this, evaluated with exact, %", lambda c: f"{100 * mean(c.trained_here_evaluated_exact):.2f}"),
         ("s an epoch, median", lambda c: f"{c.epoch_seconds_median:.3f}"),
         ("  ratio to exact (95 %)", lambda c: _interval(c.epoch_seconds_ratio, 1, ".2f")),
         ("  forward convolutions, %", lambda c: f"{100 * c.convolution_share:.0f}"),
@@ -149,7 +144,7 @@ def _(of: Comparison) -> Group:
     ]
     rows = [(name, *(measure(column) for column in of.columns)) for name, measure in measures]
     title = f"{of.model} on {of.device}, {_count(of.epochs, 'epoch')}, {_count(of.seeds, 'seed')}"
-    return Group(table(title, ("", *of.multipliers), rows), *of.verdicts)
+    return table(title, ("", *of.multipliers), rows)
 
 
 def _interval(interval: Interval | None, scale: float, form: str) -> str:
@@ -171,6 +166,10 @@ def _count(number: int, of: str) -> str:
 
 @table_of.register
 def _(of: Sweep) -> Table:
+    return paper_table(of)
+
+
+def _sweep_table(of: Sweep) -> TextTable:
     fields = list(of.vary)
     short = [field.rpartition(".")[2] for field in fields]
     rows = [
@@ -325,36 +324,6 @@ def _(of: Characterization) -> Group:
 
 def _percentage(value: float) -> str:
     return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.0e}"
-
-
-def print_runs(runs: Sequence[dict[str, Any]]) -> None:
-    """Print a list of runs: their summaries as dictionaries, each with its folder under ``run``.
-
-    A damaged run has little more than that. Names are there to be copied, so on a narrow terminal other columns go.
-    """
-    screen = console()
-    rows = [
-        (
-            Path(run["run"]).name,
-            run["status"],
-            run.get("multiplier", "-"),
-            run.get("device", "-"),
-            str(run.get("epochs", "-")),
-            percent(run.get("test_accuracy")),
-            f"{median(run['epoch_seconds']):.2f}" if run.get("epoch_seconds") else "-",
-        )
-        for run in runs
-    ]
-    columns = ("run", "status", "multiplier", "device", "epochs", "test acc", "s/epoch")
-
-    def of(shown: Sequence[int], left: int) -> TextTable:
-        made = table(None, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], left)
-        for column in made.columns:
-            column.no_wrap = column.header != "multiplier"
-        return made
-
-    everything = of(range(len(columns)), 4)
-    screen.print(everything if everything.least_width() <= screen.width else of((0, 1, 5), 2))
 
 
 def print_check(screen: Console, check: Check) -> None:
