@@ -45,6 +45,7 @@ _CHOICES = (
     tuple(name for name in _ALL if name != "s/epoch"),
     ("run (its last part)", *_ALL[1:7], "note"),
     ("run (its last part)", "status", "multiplier", "device", "epochs", "test acc", "note"),
+    ("run (its last part)", "status", "multiplier", "device", "epochs", "test acc"),
     ("run (its last part)", "status", "test acc"),
 )
 CSV_FIELDS = (
@@ -67,7 +68,8 @@ def _run_table(runs: Sequence[dict[str, Any]], columns: Sequence[str]) -> TextTa
     rows = [[_RUN_COLUMNS[column](run) for column in columns] for run in runs]
     if not any(run.get("note") for run in runs) and columns[-1] == "note":
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    made = table(None, columns, rows, left=sum(name not in ("epochs", "test acc", "s/epoch") for name in columns))
+    headings = [column.partition(" (")[0] for column in columns]
+    made = table(None, headings, rows, left=sum(name not in ("epochs", "test acc", "s/epoch") for name in columns))
     for column in made.columns:
         column.no_wrap = column.header not in ("multiplier", "note")
         if column.header in ("epochs", "test acc", "s/epoch"):
@@ -96,7 +98,6 @@ def print_side_by_side(runs: Sequence[dict[str, Any]], configs: Sequence[dict[st
         ("epochs", [str(run.get("epochs", "-")) for run in runs]),
         ("s an epoch, median", [_RUN_COLUMNS["s/epoch"](run) for run in runs]),
         ("device", [run.get("device", "-") for run in runs]),
-        ("note", [run.get("note") or "" for run in runs]),
     ]
     fields = list(dict.fromkeys(field for config in configs for field in config))
     differ = [(field, [str(config.get(field, "-")) for config in configs]) for field in fields]
