@@ -5,18 +5,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mbm_cli.experiments.characterize import Characterization, Characterized, Pairs, TruncationErrors
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
+from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
 from mbm_cli.experiments.train import Trained
@@ -25,21 +28,31 @@ from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.runs import Summary
 
 COLUMN = 8 / 2.54  # inches: the width of a paper's column
+SIZES = {"font": 6.5, "axes.title": 7.5, "axes.label": 7, "xtick.label": 6.5, "ytick.label": 6.5}
+SIZES |= {"figure.title": 7, "figure.label": 7.5, "legend.font": 7, "legend.title_font": 7}
+# The fonts of pictures that are drawn at that width.
+small = rc_context({f"{of}.size" if of == "font" else f"{of}size": points for of, points in SIZES.items()})
 # From the palette of Okabe and Ito, with line styles that differ too.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MOST_LINES = len(COLORS)
 MOST_RANGES = 60
+MOST_COLUMNS = 12  # of a grid
 TRAIN = {"color": "#0072B2", "linestyle": "--", "marker": "o", "markersize": 4}
 TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 # Errors below zero are blue, above it orange; it gets lighter all the way, so that signs survive in greyscale.
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
+ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B2", "#00304d"))
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
 MAP_ROWS = 6  # multipliers in a column
+TRUNCATED = "truncated bits"
 # Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
 # in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
 REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
+NOTE = """Area and power, against an IEEE single-precision
+multiplier, as the paper reports (mbm is AFMB there,
+mitchell AFMA)."""
 
 
 @singledispatch
@@ -56,7 +69,7 @@ def _(result: Summary, made: Trained) -> dict[str, bytes]:
 
 @pictures.register
 def _(result: Comparison, made: object) -> dict[str, bytes]:
-    return {"compare.png": comparison(result)}
+    return {"compare.png": comparison(result) if result.epochs > 1 else seed_by_seed(result)}
 
 
 @pictures.register
@@ -64,16 +77,29 @@ def _(result: Sweep, made: object) -> dict[str, bytes]:
     drawn = [one for one in result.combinations if one.test_accuracy]
     if not drawn:
         return {}
-    lines = _lines(drawn, list(result.vary))
-    if lines:
-        return {"sweep.png": sweep_lines(lines, REPORTED)}
-    ranges = [(_label(one.values), one.test_accuracy) for one in drawn]
-    return {"sweep.png": sweep_ranges(ranges, ", ".join(result.vary))}
+    fields, sizes = list(result.vary), sorted(map(len, result.vary.values()))
+    lines, (field, numbers) = _lines(drawn, fields), _numbers(drawn, fields)
+    # Of two fields, truncated bits lie along the axis where they have most values, and enough of them for a line.
+    least = max([2, *(len(line.accuracies) for line in numbers)]) if len(fields) == 2 else 1
+    if lines and max(len(line.accuracies) for line in lines) > least:
+        png = sweep_lines(lines, REPORTED)
+    elif numbers:
+        png = sweep_lines(numbers, {}, field, ", ".join(other for other in fields if other != field))
+    elif len(fields) == 2 and sizes[0] <= MOST_COLUMNS and sizes[1] <= MOST_RANGES:
+        png = sweep_grid(result.combinations, fields)
+    else:
+        png = sweep_ranges([(_label(one.values), one.test_accuracy) for one in drawn], ", ".join(fields))
+    return {"sweep.png": png}
 
 
 @pictures.register
 def _(result: Evaluation, made: Evaluated) -> dict[str, bytes]:
     return {"confusion.png": confusions(made.confusions)}
+
+
+@pictures.register
+def _(result: ConvProfile, made: object) -> dict[str, bytes]:
+    return {"profile.png": conv_profile(result)}
 
 
 @pictures.register
@@ -111,6 +137,23 @@ def _lines(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> 
     return list(lines.values()) if has_line and len(lines) <= MOST_LINES else None
 
 
+def _numbers(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> "tuple[str, list[SweepLine]]":
+    """Return a field of numbers, of two the one with more, and accuracy against it: a line a value of the other field.
+
+    There are no lines if no field has numbers, or more than two fields are varied.
+    """
+
+    def count(field: str) -> int:
+        values = [one.values[field] for one in combinations]
+        return len(set(values)) if all(type(value) in (int, float) for value in values) else 0
+
+    field, lines = max(fields, key=count), dict[str, SweepLine]()
+    for one in combinations if len(fields) <= 2 and count(field) > 1 else ():
+        other = _label({name: value for name, value in one.values.items() if name != field})
+        lines.setdefault(other, SweepLine("", other, False, {})).accuracies[one.values[field]] = one.test_accuracy
+    return field, list(lines.values()) if len(lines) <= MOST_LINES else []
+
+
 def _label(values: Mapping[str, Any]) -> str:
     return ", ".join(map(shown, values.values()))
 
@@ -118,60 +161,93 @@ def _label(values: Mapping[str, Any]) -> str:
 def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
     """Draw loss and accuracy, training and test, over the epochs of a run's metrics."""
     figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
     numbers = [epoch["epoch"] for epoch in epochs]
-    for label, style in (("train", TRAIN), ("test", TEST)):
-        loss.plot(numbers, [epoch[f"{label}_loss"] for epoch in epochs], label=label, **style)
-        accuracy.plot(numbers, [100 * epoch[f"{label}_accuracy"] for epoch in epochs], label=label, **style)
-    loss.set_ylabel("loss")
-    accuracy.set_ylabel("accuracy (%)")
-    for axes in (loss, accuracy):
-        axes.set_xlabel("epoch")
+    for axes, field, scale, unit in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("", " (%)"), strict=True
+    ):
+        for label, style in (("train", TRAIN), ("test", TEST)):
+            axes.plot(numbers, [scale * epoch[f"{label}_{field}"] for epoch in epochs], label=label, **style)
+        axes.set(xlabel="epoch", ylabel=f"{field}{unit}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(_plain(title), fontsize="medium")
+    figure.suptitle(_wrapped(title, 80), fontsize="medium")
     return _png(figure)
 
 
 def comparison(result: Comparison) -> bytes:
     """Draw test accuracy and training loss over epochs: means over seeds, with bands from the lowest to the highest."""
     multipliers = result.multipliers
-    one_epoch = result.epochs == 1  # then bands have no width: multipliers stand side by side, with bars
-    are_short = max(map(len, multipliers)) <= LEGEND_INSIDE
-    has_room = are_short and not one_epoch
+    has_room = len(multipliers) <= 4 and max(map(len, multipliers)) <= LEGEND_INSIDE
     figure = Figure(figsize=(6.4, 3.0 if has_room else 3.3 + 0.2 * len(multipliers)), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for i, multiplier in enumerate(multipliers):
         runs = [run["metrics"] for run in result.runs if run["multiplier"] == multiplier]
-        epochs = [i] if one_epoch else [m["epoch"] for m in runs[0]]
-        color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": _plain(multiplier)}
+        epochs = [m["epoch"] for m in runs[0]]
         for axes, field, scale in ((accuracy, "test_accuracy", 100), (loss, "train_loss", 1)):
-            values = np.array([[scale * m[field] for m in metrics] for metrics in runs])
-            if one_epoch:
-                axes.vlines(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.4, linewidth=3)
-            else:
-                axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
-            axes.plot(epochs, values.mean(axis=0), **style)
-    accuracy.set_ylabel("test accuracy (%)")
-    loss.set_ylabel("training loss")
-    for axes in (accuracy, loss):
+            by_epoch = [[scale * m[field] for m in epoch] for epoch in zip(*runs, strict=True)]
+            _draw_means(axes, epochs, by_epoch, i, _wrapped(multiplier, 70))
+    for axes, label in ((accuracy, "test accuracy (%)"), (loss, "training loss")):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        if one_epoch:
-            axes.set_xlabel("after one epoch")
-            axes.set_xticks([])
-            axes.set_xlim(-0.7, len(multipliers) - 0.3)
-        else:
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     title = f"{result.model}, {result.seeds} seed{'s'[: result.seeds != 1]}"
     if has_room:
         accuracy.legend(title=title)
     else:
-        legend = accuracy.get_legend_handles_labels()
-        columns = 2 if are_short else 1
-        figure.legend(*legend, title=title, loc="outside lower center", fontsize="small", ncols=columns)
+        _legend(figure, accuracy, "outside lower center", title=title, fontsize="small")
+    return _png(figure)
+
+
+@small
+def seed_by_seed(result: Comparison) -> bytes:
+    """Draw each seed's test accuracy, joined to exact's, and the differences with their mean and 95 % interval."""
+    exact, *others = result.columns
+    figure = Figure(figsize=(COLUMN, 1.0 + max(0.4, 0.1 * result.seeds) * len(others)), layout="constrained")
+    accuracy, difference = figure.subplots(1, 2, sharey=True)
+    of_exact = 100 * np.array(exact.test_accuracy)
+    *offsets, last = np.linspace(-0.32, 0.32, result.seeds + 1) if result.seeds > 1 else (0.0, 0.0)
+    for row, column in enumerate(others):
+        values, y, hidden = 100 * np.array(column.test_accuracy), row + np.array(offsets), "_" * (row > 0)
+        accuracy.hlines(y, of_exact, values, color="0.6", linewidth=1)
+        accuracy.plot(of_exact, y, "o", color=COLORS[0], mfc="white", markersize=3.5, label=f"{hidden}exact")
+        accuracy.plot(values, y, "s", color=COLORS[1], markersize=3.5, label=f"{hidden}multiplier, same seed")
+        difference.plot(values - of_exact, y, "s", color=COLORS[1], markersize=3.5)
+        interval = column.accuracy_difference
+        if interval and interval.low is not None and interval.high is not None:
+            mean, ends = 100 * interval.mean, 100 * np.array([[interval.low], [interval.high]])
+            style = {"fmt": "D", "color": COLORS[0], "markersize": 3, "capsize": 2, "linewidth": 1.2}
+            difference.errorbar(mean, row + last, xerr=abs(ends - mean), label=f"{hidden}mean, 95 % interval", **style)
+    difference.axvline(0, color="0.4", linestyle=":", linewidth=1)
+    accuracy.set_yticks(range(len(others)), [_wrapped(column.multiplier, 17) for column in others])
+    accuracy.set(ylim=(len(others) - 0.5, -0.5), xlabel="test accuracy (%)")
+    difference.set_xlabel("difference to exact (points)")
+    for axes in (accuracy, difference):
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="x", alpha=0.3)
+    title = f"{result.model} after one epoch, {result.seeds} seed{'s'[: result.seeds != 1]}"
+    figure.legend(loc="outside upper center", ncols=3, title=title, handlelength=1, columnspacing=1, fontsize=6.5)
+    return _png(figure)
+
+
+@small
+def conv_profile(result: ConvProfile) -> bytes:
+    """Draw the share of the ceiling that each convolution reaches: a bar a shape."""
+    shapes = result.convolutions[::-1]
+    figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(shapes)), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * shape.share_of_ceiling for shape in shapes]
+    axes.barh(range(len(shapes)), shares, height=0.6, color="#0072B2")
+    axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)
+    for y, share in enumerate(shares):
+        axes.text(1.03, y, f"{share:.0f} %", va="center", transform=axes.get_yaxis_transform())
+    labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in shapes]
+    axes.set_yticks(range(len(shapes)), labels)
+    axes.set(xlim=(0, 1.05 * max([100, *shares])), xlabel="share of the ceiling (%)")
+    cpu = f"the CPU ({result.device_name}, {result.threads} threads)"
+    title = _wrapped(f"forward, {result.multiplier} on {cpu if result.device == 'cpu' else result.device_name}", 56)
+    figure.suptitle(f"{title}\nceiling: {result.ceiling_macs_per_second / 1e9:.3g} GMAC/s")
     return _png(figure)
 
 
@@ -190,35 +266,38 @@ def epoch_profile(result: EpochProfile) -> bytes:
         layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
     layers.set_yticks(positions, labels)
     layers.set_xlabel("seconds")
-    layers.set_title(_plain(f"convolutions, {result.multiplier}"), fontsize="medium")
+    layers.set_title(_wrapped(f"convolutions, {result.multiplier}", 36), fontsize="medium")
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return _png(figure)
 
 
+@small
 def confusions(counts: dict[str, np.ndarray]) -> bytes:
-    """Draw a matrix of counts for each multiplier, int (classes, classes), label by answer, below one another."""
-    figure = Figure(figsize=(COLUMN, 2.9 * len(counts)), layout="constrained")
-    panels = figure.subplots(len(counts), squeeze=False)[:, 0]
-    for axes, (multiplier, matrix) in zip(panels, counts.items(), strict=True):
-        classes = range(len(matrix))
+    """Draw a matrix of counts for each multiplier, int (classes, classes), label by answer, at most three in a row."""
+    across = 2 if len(counts) == 4 else min(3, len(counts))
+    width, down = COLUMN if across == 1 else 2.6, -(-len(counts) // across)
+    figure = Figure(figsize=(width * across, 0.9 * width * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in panels[len(counts) :]:
+        unused.remove()
+    for axes, (multiplier, matrix) in zip(panels, counts.items(), strict=False):
         # Shares of a label's images; the power makes a single mistake visible.
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", norm=PowerNorm(0.35, 0, 1), aspect="auto")
         for label, answer in zip(*matrix.nonzero(), strict=True):
-            color = "white" if shares[label, answer] > 0.3 else "black"
+            color = "white" if shares[label, answer] > 0.15 else "black"
             axes.text(answer, label, matrix[label, answer], color=color, fontsize=6, ha="center", va="center")
-        axes.set_xticks(classes)
-        axes.set_yticks(classes)
-        axes.tick_params(length=0, labelsize=7)
-        axes.set_ylabel("digit", fontsize=7)
-        axes.set_title(f"{_wrapped(multiplier, 42)}: {100 * matrix.trace() / matrix.sum():.2f} %", fontsize=8)
-    axes.set_xlabel("answer of the network", fontsize=7)
+        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        axes.tick_params(length=0)
+        axes.set_title(f"{_wrapped(multiplier, 28)}: {100 * matrix.trace() / matrix.sum():.2f} %")
+    figure.supxlabel("answer of the network")
+    figure.supylabel("digit")
     return _png(figure)
 
 
 @dataclass(frozen=True)
 class SweepLine:
-    """A line of `sweep_lines`: the test accuracies (fractions) of some seeds, by truncated bits.
+    """A line of `sweep_lines`: the test accuracies (fractions) of some seeds, by truncated bits or another number.
 
     ``rounded``: bits of the result are dropped, too.
     """
@@ -226,65 +305,68 @@ class SweepLine:
     family: str
     label: str
     rounded: bool
-    accuracies: dict[int, list[float]]
+    accuracies: dict[float, list[float]]
 
 
-def sweep_lines(lines: Sequence[SweepLine], reported: Mapping[tuple[str, int], tuple[float, float]]) -> bytes:
-    """Draw test accuracy against truncated bits: means over seeds, with bands from the lowest to the highest.
+Reported = Mapping[tuple[str, int], tuple[float, float]]
+
+
+@small
+def sweep_lines(
+    lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str | None = None
+) -> bytes:
+    """Draw test accuracy against numbers: means over seeds, with bands from the lowest to the highest.
 
     Args:
         lines: at most MOST_LINES. The exact product alone is a horizontal line across the figure.
         reported: improvements of area and power by family and truncated bits, written below the points that have them.
+        field: what the numbers are.
+        title: of the legend; an empty one leaves the legend out.
     """
-    figure = Figure(figsize=(COLUMN, 3.2), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 2.3 + 0.17 * len(lines) + 0.6 * bool(reported)), layout="constrained")
     axes = figure.subplots()
     marked: dict[int, dict[str, float]] = {}
     for i, line in enumerate(lines):
-        color, style, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        truncated = sorted(line.accuracies)
-        seeds = [100 * np.array(line.accuracies[t]) for t in truncated]
-        low, mean, high = ([float(f(values)) for values in seeds] for f in (np.min, np.mean, np.max))
-        if line.family == "exact" and truncated == [0]:
-            axes.axhspan(low[0], high[0], color=color, alpha=0.15, linewidth=0)
-            axes.axhline(mean[0], color=color, linestyle=style, linewidth=1, label=_plain(line.label))
+        numbers, style, label = sorted(line.accuracies), _style(i), _wrapped(line.label, 44)
+        seeds = [100 * np.array(line.accuracies[x]) for x in numbers]
+        if line.family == "exact" and numbers == [0]:
+            axes.axhspan(seeds[0].min(), seeds[0].max(), color=style["color"], alpha=0.15, linewidth=0)
+            axes.axhline(seeds[0].mean(), color=style["color"], linestyle=style["linestyle"], linewidth=1, label=label)
             continue
-        axes.fill_between(truncated, low, high, color=color, alpha=0.2, linewidth=0)
-        label = _plain(line.label)
-        axes.plot(truncated, mean, color=color, linestyle=style, marker=marker, markersize=4, label=label)
-        if len(truncated) == 1:
-            axes.vlines(truncated, low, high, color=color, linewidth=1)
-        if not line.rounded:
-            for t, value in zip(truncated, mean, strict=True):
-                if (line.family, t) in reported:
-                    marked.setdefault(t, {}).setdefault(line.family, value)
-                    marked[t][line.family] = min(value, marked[t][line.family])
+        _draw_means(axes, numbers, seeds, i, label)
+        for t, values in zip(numbers, seeds, strict=True):
+            if not line.rounded and (line.family, t) in reported:
+                below = marked.setdefault(int(t), {})
+                below[line.family] = min(float(values.mean()), below.get(line.family, 100.0))
     axes.margins(x=0.04)
-    axes.set_xlabel("truncated bits", fontsize=8)
-    axes.set_ylabel("test accuracy (%)", fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel=_plain(field), ylabel="test accuracy (%)")
     axes.grid(alpha=0.3)
+    _mark_numbers(axes, sorted({x for line in lines for x in line.accuracies}), field == TRUNCATED)
     if marked:
         _write_below(axes, marked, reported)
-        note = (
-            "Area and power, against an IEEE single-precision\n"
-            "multiplier, as the paper reports (mbm is AFMB there,\n"
-            "mitchell AFMA)."
-        )
-        axes.text(0, -0.2, note, transform=axes.transAxes, fontsize=6.5, va="top")
-    figure.legend(loc="outside upper center", ncols=2 if len(lines) > 1 else 1, fontsize=7)
+        axes.text(0, -0.2, NOTE, transform=axes.transAxes, va="top")
+    if title != "":
+        _legend(figure, axes, "outside upper center", title=title and _plain(title))
     return _png(figure)
 
 
-def _write_below(
-    axes: Axes, marked: dict[int, dict[str, float]], reported: Mapping[tuple[str, int], tuple[float, float]]
-) -> None:
+def _mark_numbers(axes: Axes, numbers: Sequence[float], are_bits: bool) -> None:
+    """Set ticks at the numbers where there is room; what spans more than a few doublings has a logarithmic axis."""
+    if is_logarithmic := not are_bits and 0 < 8 * numbers[0] <= numbers[-1]:
+        axes.set_xscale("log")
+    places = np.log(numbers) if is_logarithmic else np.array(numbers)
+    if len(numbers) > 1 and np.diff(places).min() > 0.1 * np.ptp(places):
+        axes.set_xticks(numbers, [f"{x:g}" for x in numbers])
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif not is_logarithmic:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=are_bits, min_n_ticks=1))
+
+
+def _write_below(axes: Axes, marked: dict[int, dict[str, float]], reported: Reported) -> None:
     """Write improvements below their points, in a part of the axes that is kept free of data."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
-    floor = low - 0.45 * (high - low)
-    axes.set_ylim(floor, high)
-    axes.set_yticks(ticks)
+    axes.set(ylim=(low - 0.45 * (high - low), high), yticks=ticks)
     middle = sum(axes.get_xlim()) / 2
     for t, families in marked.items():
         axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
@@ -293,9 +375,39 @@ def _write_below(
         )
         side = "left" if t < middle else "right"
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(t, low - 0.06 * (high - low), text, fontsize=6.5, ha=side, va="top", linespacing=1.1, bbox=blank)
+        axes.text(t, low - 0.06 * (high - low), text, ha=side, va="top", linespacing=1.1, bbox=blank)
 
 
+@small
+def sweep_grid(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> bytes:
+    """Draw mean test accuracies over two fields as a heat map, with their standard deviations written in."""
+    values = {field: list(dict.fromkeys(shown(one.values[field]) for one in combinations)) for field in fields}
+    # Long names stand at the left, where they have room.
+    across, down = sorted(fields, key=lambda field: (len(values[field]) > MOST_COLUMNS, max(map(len, values[field]))))
+    means, texts = np.full((len(values[down]), len(values[across])), np.nan), {}
+    for one in combinations:
+        cell = values[down].index(shown(one.values[down])), values[across].index(shown(one.values[across]))
+        means[cell] = 100 * np.mean(one.test_accuracy) if one.test_accuracy else np.nan
+        spread = "" if one.test_accuracy_std is None else f"\n± {100 * one.test_accuracy_std:.2f}"
+        texts[cell] = f"{means[cell]:.2f}{spread}" if one.test_accuracy else "failed"
+    figure = Figure(figsize=(max(COLUMN, 1.4 + 0.5 * means.shape[1]), 0.8 + 0.3 * len(means)), layout="constrained")
+    axes = figure.subplots()
+    # The lowest mean is not white, as what failed is, and the highest not black.
+    margin = 0.2 * (np.nanmax(means) - np.nanmin(means)) + 0.01
+    norm = Normalize(np.nanmin(means) - margin, np.nanmax(means) + margin)
+    axes.imshow(means, cmap=ACCURACIES, norm=norm, aspect="auto")
+    for (row, column), text in texts.items():
+        color = "white" if norm(means[row, column]) > 0.5 else "black"
+        axes.text(column, row, text, color=color, ha="center", va="center", linespacing=1.1)
+    axes.set_xticks(range(means.shape[1]), [_wrapped(value, 10) for value in values[across]])
+    axes.set_yticks(range(len(means)), [_wrapped(value, 22) for value in values[down]])
+    axes.tick_params(length=0)
+    title = "test accuracy (%), mean ± standard deviation" if "±" in str(texts) else "test accuracy (%)"
+    axes.set(xlabel=_plain(across), ylabel=_plain(down), title=title)
+    return _png(figure)
+
+
+@small
 def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str) -> bytes:
     """Draw test accuracies of combinations (fractions, by seed): the mean, and a bar from the lowest to the highest.
 
@@ -311,14 +423,12 @@ def sweep_ranges(combinations: Sequence[tuple[str, Sequence[float]]], title: str
     seeds = [100 * np.array(accuracies) for _, accuracies in drawn]
     axes.hlines(positions, [s.min() for s in seeds], [s.max() for s in seeds], color="#0072B2", linewidth=2, alpha=0.6)
     axes.plot([s.mean() for s in seeds], positions, "o", color="#000000", markersize=4)
-    axes.set_yticks(positions, labels, fontsize=7)
-    axes.set_ylim(-0.6, len(drawn) - 0.4)
-    axes.tick_params(axis="x", labelsize=7)
+    axes.set_yticks(positions, labels)
+    axes.set(ylim=(-0.6, len(drawn) - 0.4), xlabel="test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel("test accuracy (%)", fontsize=8)
-    some = "" if len(drawn) == len(combinations) else f" (best {len(drawn)} of {len(combinations)})"
-    figure.suptitle(_plain(fill(f"{title}{some}", 52)), fontsize=7)
     axes.grid(alpha=0.3)
+    some = "" if len(drawn) == len(combinations) else f" (best {len(drawn)} of {len(combinations)})"
+    figure.suptitle(_wrapped(f"{title}{some}", 52))
     return _png(figure)
 
 
@@ -328,47 +438,76 @@ def _plain(text: str) -> str:
 
 
 def _wrapped(name: str, width: int) -> str:
-    """Wrap the name of a multiplier or a combination; drop the folder of a file."""
-    if re.match(r"(lut|python|c):", name):
-        kind, _, reference = name.partition(":")
-        name = f"{kind}:{reference.rpartition('/')[2]}"
-    return fill(_plain(name), width, max_lines=3, placeholder=" ...")
+    """Wrap the name of a multiplier or a combination; drop the folders of files."""
+    name = re.sub(r"\b(lut|python|c):(?! )[^,}]*/", r"\1:", name)
+    wrapper = TextWrapper(width, max_lines=3, placeholder=" ...")
+    wrapper.wordsep_re = re.compile(r"(\s+|(?<=[-_:])(?=\w))")  # a long name goes on in the next line after these
+    return _plain(wrapper.fill(name))
 
 
+def _style(i: int) -> dict[str, Any]:
+    """Return color, line and marker of the i-th of several lines."""
+    color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+    return {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+
+
+def _draw_means(axes: Axes, x: Sequence[float], seeds: Sequence[Any], i: int, label: str) -> None:
+    """Draw the i-th line: means over the seeds of each point, and a band from the lowest to the highest."""
+    low, mean, high = ([float(f(values)) for values in seeds] for f in (np.min, np.mean, np.max))
+    axes.fill_between(x, low, high, color=_style(i)["color"], alpha=0.2, linewidth=0)
+    axes.plot(x, mean, label=label, **_style(i))
+    if len(x) == 1:
+        axes.vlines(x, low, high, color=_style(i)["color"], linewidth=1)
+
+
+def _legend(figure: Figure, axes: Axes, place: str, **more: Any) -> None:
+    """Put a legend outside the axes, in two columns where names are short."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 20 else 1
+    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3, **more)
+
+
+@small
 def characterization(errors: Sequence[Pairs]) -> bytes:
-    """Draw where multipliers are wrong, and by how much: a map over the operands' fractions and a histogram each."""
+    """Draw where multipliers are wrong, and by how much: a map over the operands' fractions and a histogram each.
+
+    All maps have one scale, which ends at the largest error of the pairs; all histograms have the same axes.
+    """
     blocks = 1 if len(errors) <= MAP_ROWS else 2
     rows = -(-len(errors) // blocks)
-    figure = Figure(figsize=(5.0 * blocks, 2.1 * rows + 0.1), layout="constrained")
-    axes = figure.subplots(rows, 2 * blocks, squeeze=False, width_ratios=[1.0, 1.1] * blocks)
-    for unused in axes.reshape(-1, 2)[len(errors) :].flat:
+    figure = Figure(figsize=(COLUMN * blocks, 0.9 + 1.15 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * blocks, squeeze=False, width_ratios=[1.0, 1.4] * blocks)
+    panels = axes.reshape(-1, 2)
+    for unused in panels[len(errors) :].flat:
         unused.remove()
-    for one, (where, how_often) in zip(errors, axes.reshape(-1, 2), strict=False):
-        name, error = one.name, one.error
-        unit, power = "%", 1.0
-        if 0 < np.abs(error).max() < 0.01:
-            exponent = int(np.floor(np.log10(np.abs(error).max())))
-            unit, power = f"$10^{{{exponent}}}$ %", 10.0**exponent
-        values = _error_map(one.a, one.b, error / power)
-        limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
-        image = where.imshow(
-            values, origin="lower", extent=(0, 1, 0, 1), cmap=ERRORS, vmin=-limit, vmax=limit, interpolation="nearest"
-        )
-        where.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        where.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-        title = _wrapped(name, 22)
-        where.set_title(title, fontsize="medium" if len(title) <= 16 else "small")
-        bar = figure.colorbar(image, ax=where, fraction=0.05)
-        bar.locator = MaxNLocator(4, steps=[1, 2, 5, 10])
-        bar.update_ticks()
-        bar.ax.set_title(unit, fontsize="medium")
-        where.set_xlabel("fraction of b")
-        where.set_ylabel("fraction of a")
-        how_often.hist(error / power, bins=50, weights=np.full(len(error), 100 / len(error)), color="#0072B2")
-        how_often.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        how_often.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        how_often.set_xlabel(f"relative error ({unit})")
-        how_often.set_ylabel("pairs (%)")
+    low, high = (float(f([f(one.error, initial=0) for one in errors])) for f in (np.min, np.max))
+    peak = max(-low, high) or 1.0
+    exponent = int(np.floor(np.log10(peak)))
+    unit, power = ("%", 1.0) if exponent >= -2 else (f"$10^{{{exponent}}}$ %", 10.0**exponent)
+    norm = Normalize(-peak / power, peak / power)
+    bins = np.linspace(*((low, high) if low < high else (-peak, peak)), 61) / power
+    heights = [np.histogram(one.error / power, bins)[0] * (100 / len(one.error)) for one in errors]
+    top = max((height.max() for height in heights if height.max() <= 50), default=100.0)
+    for i, (one, height, (where, how_often)) in enumerate(zip(errors, heights, panels, strict=False)):
+        values = _error_map(one.a, one.b, one.error / power)
+        where.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap=ERRORS, norm=norm, interpolation="nearest")
+        for axis in (where.xaxis, where.yaxis):
+            axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
+        where.set(title=_wrapped(one.name, 22), ylabel="fraction of a")
+        how_often.stairs(height, bins, fill=True, color="#0072B2")
+        how_often.set(ylim=(0, 1.05 * top), ylabel="pairs (%)")
+        for axis in (how_often.xaxis, how_often.yaxis):
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        at = int(height.argmax())
+        if height[at] > top:  # nearly all errors are alike: a whole bar would leave no room for the others
+            x, side = (bins[at], "right") if at > len(height) // 2 else (bins[at + 1], "left")
+            how_often.text(x, top, f" {height[at]:.0f} % ", ha=side, va="top")
+        if i + blocks >= len(errors):
+            where.set_xlabel("fraction of b")
+            how_often.set_xlabel(f"relative error ({unit})")
+    ticks, place = np.linspace(norm.vmin, norm.vmax, 5), {"location": "bottom", "aspect": 40 * blocks, "fraction": 0.05}
+    bar = figure.colorbar(ScalarMappable(norm, ERRORS), ax=axes, ticks=ticks, format="%.3g", **place)
+    bar.set_label(f"mean error of a cell ({unit}), on a scale to the peak error")
     return _png(figure)
 
 
@@ -387,17 +526,13 @@ def truncation_sweep(rows: Sequence[TruncationErrors]) -> bytes:
     """Draw bias, mean and peak error of families against truncated bits (figure 8 a to c of the multipliers' paper)."""
     figure = Figure(figsize=(4.2, 5.4), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
-    families = list(dict.fromkeys(row.family for row in rows))
-    for i, family in enumerate(families):
-        points = [row for row in rows if row.family == family]
-        color, line, marker = COLORS[i % len(COLORS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        for axes, measure in zip(panels, ("bias", "mean", "peak"), strict=True):
-            truncated, values = zip(*((point.truncate, getattr(point, measure)) for point in points), strict=True)
-            axes.plot(truncated, values, color=color, linestyle=line, marker=marker, markersize=4, label=family)
-    for axes, label in zip(panels, ("bias (%)", "mean error (%)", "peak error (%)"), strict=True):
-        axes.set_ylabel(label)
+    for axes, measure in zip(panels, ("bias", "mean", "peak"), strict=True):
+        for i, family in enumerate(dict.fromkeys(row.family for row in rows)):
+            points = {row.truncate: getattr(row, measure) for row in rows if row.family == family}
+            axes.plot(list(points), list(points.values()), label=family, **_style(i))
+        axes.set_ylabel(f"{measure}{' error' * (measure != 'bias')} (%)")
         axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("truncated bits")
+    panels[-1].set_xlabel(TRUNCATED)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels(panels)
     legend = panels[0].get_legend_handles_labels()
