@@ -180,11 +180,15 @@ def doctor(o: Options) -> None:
 
 
 @command(data_app, "fetch", "", "mbm data fetch --root /data")
-def data_fetch(o: Options, root: Root = None) -> None:
-    """Fetch MNIST and verify it."""
-    from mbm_cli.data import fetch_mnist
+def data_fetch(
+    o: Options, root: Root = None, name: Annotated[str, Argument(help="A data set, for example mnist.")] = "mnist"
+) -> None:
+    """Fetch a data set and verify it."""
+    from mbm_cli.data import DATASETS
 
-    echo(f"MNIST is complete and verified in {fetch_mnist(root)}")
+    if name not in DATASETS:
+        raise RequestError(f"no data set is called {name!r}: there are {', '.join(DATASETS)}")
+    echo(f"{name} is complete and verified in {DATASETS[name].fetch(root)}")
 
 
 @command(runs_app, "list", "output json", "mbm runs list --output runs")

@@ -1,8 +1,8 @@
-"""Files of other tools: ApproxTrain's tables, tables of integers, C functions of every form, MNIST where users have it."""
+"""Files of other tools: tables of ApproxTrain and of integers, functions in C, MNIST where users have it."""
 
 import gzip
 import hashlib
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,58 +114,59 @@ def test_a_function_is_tabulated(tmp_path):
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch) -> dict[str, bytes]:
-    """Make four small files the verified ones, in no place yet; refuse the network."""
-    made = {}
-    for name in data.MD5:
-        images = b"\0" * 16 + bytes(3 * 784) if "images" in name else b"\0" * 8 + bytes(3)
-        made[name] = images + name.encode()[:1] * ("labels" in name and 0)
-    monkeypatch.setattr(data, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in made.items()})
+def mnist(monkeypatch) -> data.IdxFiles:
+    """Make four small files the verified ones, in no place yet; refuse to fetch."""
+    small = replace(data.MNIST, md5={name: hashlib.md5(content_of(name)).hexdigest() for name in data.MNIST.md5})
 
     def refused(*arguments: object) -> dict[str, bytes]:
         raise AssertionError("nothing is to be fetched")
 
-    monkeypatch.setattr(data, "_fetch", refused)
-    return made
+    monkeypatch.setattr(data.IdxFiles, "_fetch", refused)
+    return small
+
+
+def content_of(name: str) -> bytes:
+    return bytes(16 + 3 * 784) if "images" in name else bytes(8 + 3)
 
 
 @pytest.mark.parametrize("folder", [".", "raw", "MNIST/raw"])
 @pytest.mark.parametrize("spelling", ["{}", "{}.gz", "idx"])
-def test_files_are_found_where_users_have_them(folder, spelling, files, tmp_path):
+def test_files_are_found_where_users_have_them(folder, spelling, mnist, tmp_path):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    for name, content_ in files.items():
+    for name in mnist.md5:
         spelt = name.replace("-idx", ".idx") if spelling == "idx" else spelling.format(name)
-        (tmp_path / folder / spelt).write_bytes(gzip.compress(content_) if spelt.endswith("gz") else content_)
+        (tmp_path / folder / spelt).write_bytes(
+            gzip.compress(content_of(name)) if spelt.endswith("gz") else content_of(name)
+        )
     before = sorted(tmp_path.rglob("*"))
-    train, test = data.load_mnist("cpu", tmp_path)
+    train, test = mnist.load("cpu", tmp_path)
     assert (len(train), len(test)) == (3, 3)
-    assert data.fetch_mnist(tmp_path) == tmp_path / folder
+    assert mnist.fetch(tmp_path) == tmp_path / folder
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_missing_files_are_fetched_beside_the_others(files, tmp_path, monkeypatch):
-    first, *others = files
+def test_missing_files_are_fetched_beside_the_others(mnist, tmp_path, monkeypatch):
+    first, *others = mnist.md5
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / first).write_bytes(files[first])
+    (tmp_path / "raw" / first).write_bytes(content_of(first))
     asked = []
 
-    def fetched(wanted: list[str], folder: Path, faults: list[str]) -> dict[str, bytes]:
+    def fetched(self: object, wanted: list[str], folder: Path, faults: list[str]) -> dict[str, bytes]:
         asked.append((wanted, folder))
-        return {name: files[name] for name in wanted}
+        return {name: content_of(name) for name in wanted}
 
-    monkeypatch.setattr(data, "_fetch", fetched)
-    data.load_mnist("cpu", tmp_path)
+    monkeypatch.setattr(data.IdxFiles, "_fetch", fetched)
+    mnist.load("cpu", tmp_path)
     assert asked == [(others, tmp_path / "raw")]
 
 
-def test_what_does_not_serve_is_named(files, tmp_path):
-    for name, content_ in files.items():
-        (tmp_path / name).write_bytes(content_)
-    damaged = tmp_path / next(iter(files))
+def test_what_does_not_serve_is_named(mnist, tmp_path):
+    for name in mnist.md5:
+        (tmp_path / name).write_bytes(content_of(name))
+    damaged = tmp_path / next(iter(mnist.md5))
     damaged.write_bytes(b"other")
     with pytest.raises(mbm_cli.errors.RunError, match=f"{damaged} has other content"):
-        data.load_mnist("cpu", tmp_path)
-    shutil.rmtree(tmp_path)
+        mnist.load("cpu", tmp_path)
 
 
 def test_nothing_is_made_where_nothing_was_fetched(tmp_path, monkeypatch):

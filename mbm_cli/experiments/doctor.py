@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbm_cli.backends import cpu, cuda
+from mbm_cli.config import DataConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import cpu_name
 from mbm_cli.multipliers.float32 import FAMILIES, FRACTION_BITS, reference_product
@@ -73,8 +74,10 @@ def _checks(seed: int) -> Iterator[Check]:
         yield Check("cuda", "no CUDA device, training runs on the CPU")
     for name, dataset in DATASETS.items():
         folder, damaged = dataset.damage(None)
-        if damaged:
-            yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", "run: mbm data fetch")
+        if damaged and not folder.exists():
+            yield Check(name, "not fetched", f"run: mbm data fetch {name}" if name == DataConfig().dataset else "")
+        elif damaged:
+            yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", f"run: mbm data fetch {name}")
         else:
             yield Check(name, f"complete and verified in {folder}")
     for device in devices:

@@ -28,10 +28,8 @@ from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.runs import Summary
 
 COLUMN = 8 / 2.54  # inches: the width of a paper's column
-SIZES = {"font": 6.5, "axes.title": 7.5, "axes.label": 7, "xtick.label": 6.5, "ytick.label": 6.5}
-SIZES |= {"figure.title": 7, "figure.label": 7.5, "legend.font": 7, "legend.title_font": 7}
-# The fonts of pictures that are drawn at that width.
-small = rc_context({f"{of}.size" if of == "font" else f"{of}size": points for of, points in SIZES.items()})
+# For pictures of that width.
+small = rc_context({"font.size": 6.7, **dict.fromkeys(("axes.titlesize", "figure.titlesize", "figure.labelsize"), 7)})
 # From the palette of Okabe and Ito, with line styles that differ too.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LINES = ("-", "--", "-.", ":")
@@ -43,7 +41,7 @@ TRAIN = {"color": "#0072B2", "linestyle": "--", "marker": "o", "markersize": 4}
 TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 # Errors below zero are blue, above it orange; it gets lighter all the way, so that signs survive in greyscale.
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
-ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B2", "#00304d"))
+ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B2"))
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
 MAP_ROWS = 6  # multipliers in a column
 TRUNCATED = "truncated bits"
@@ -98,16 +96,6 @@ def _(result: Evaluation, made: Evaluated) -> dict[str, bytes]:
 
 
 @pictures.register
-def _(result: ConvProfile, made: object) -> dict[str, bytes]:
-    return {"profile.png": conv_profile(result)}
-
-
-@pictures.register
-def _(result: EpochProfile, made: object) -> dict[str, bytes]:
-    return {"profile.png": epoch_profile(result)}
-
-
-@pictures.register
 def _(result: Characterization, made: Characterized) -> dict[str, bytes]:
     drawn = {"characterize.png": characterization(made.pairs)}
     if result.sweep:
@@ -138,10 +126,7 @@ def _lines(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> 
 
 
 def _numbers(combinations: Sequence[CombinationResult], fields: Sequence[str]) -> "tuple[str, list[SweepLine]]":
-    """Return a field of numbers, of two the one with more, and accuracy against it: a line a value of the other field.
-
-    There are no lines if no field has numbers, or more than two fields are varied.
-    """
+    """Return the field with most numbers, and accuracy against it: lines over one field or two, else none."""
 
     def count(field: str) -> int:
         values = [one.values[field] for one in combinations]
@@ -205,23 +190,24 @@ def seed_by_seed(result: Comparison) -> bytes:
     exact, *others = result.columns
     figure = Figure(figsize=(COLUMN, 1.0 + max(0.4, 0.1 * result.seeds) * len(others)), layout="constrained")
     accuracy, difference = figure.subplots(1, 2, sharey=True)
-    of_exact = 100 * np.array(exact.test_accuracy)
+    rows = np.arange(len(others))
     *offsets, last = np.linspace(-0.32, 0.32, result.seeds + 1) if result.seeds > 1 else (0.0, 0.0)
-    for row, column in enumerate(others):
-        values, y, hidden = 100 * np.array(column.test_accuracy), row + np.array(offsets), "_" * (row > 0)
-        accuracy.hlines(y, of_exact, values, color="0.6", linewidth=1)
-        accuracy.plot(of_exact, y, "o", color=COLORS[0], mfc="white", markersize=3.5, label=f"{hidden}exact")
-        accuracy.plot(values, y, "s", color=COLORS[1], markersize=3.5, label=f"{hidden}multiplier, same seed")
-        difference.plot(values - of_exact, y, "s", color=COLORS[1], markersize=3.5)
-        interval = column.accuracy_difference
-        if interval and interval.low is not None and interval.high is not None:
-            mean, ends = 100 * interval.mean, 100 * np.array([[interval.low], [interval.high]])
-            style = {"fmt": "D", "color": COLORS[0], "markersize": 3, "capsize": 2, "linewidth": 1.2}
-            difference.errorbar(mean, row + last, xerr=abs(ends - mean), label=f"{hidden}mean, 95 % interval", **style)
+    y = np.add.outer(rows, offsets).ravel()
+    values = 100 * np.array([column.test_accuracy for column in others]).ravel()
+    of_exact = 100 * np.tile(exact.test_accuracy, len(others))
+    accuracy.hlines(y, of_exact, values, color="0.6", linewidth=1)
+    accuracy.plot(of_exact, y, "o", color=COLORS[0], mfc="white", markersize=3.5, label="exact")
+    accuracy.plot(values, y, "s", color=COLORS[1], markersize=3.5, label="multiplier, same seed")
+    difference.plot(values - of_exact, y, "s", color=COLORS[1], markersize=3.5)
+    if result.seeds > 1:  # one has no interval
+        intervals = [column.accuracy_difference for column in others]
+        low, mean, high = (100 * np.array([getattr(one, end) for one in intervals]) for end in ("low", "mean", "high"))
+        style = {"fmt": "D", "color": COLORS[0], "markersize": 3, "capsize": 2, "linewidth": 1.2}
+        difference.errorbar(mean, rows + last, xerr=(mean - low, high - mean), label="mean, 95 % interval", **style)
     difference.axvline(0, color="0.4", linestyle=":", linewidth=1)
-    accuracy.set_yticks(range(len(others)), [_wrapped(column.multiplier, 17) for column in others])
+    accuracy.set_yticks(rows, [_wrapped(column.multiplier, 17) for column in others])
     accuracy.set(ylim=(len(others) - 0.5, -0.5), xlabel="test accuracy (%)")
-    difference.set_xlabel("difference to exact (points)")
+    difference.set_xlabel("difference (points)")
     for axes in (accuracy, difference):
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -231,44 +217,45 @@ def seed_by_seed(result: Comparison) -> bytes:
     return _png(figure)
 
 
+@pictures.register
 @small
-def conv_profile(result: ConvProfile) -> bytes:
+def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
     """Draw the share of the ceiling that each convolution reaches: a bar a shape."""
-    shapes = result.convolutions[::-1]
-    figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(shapes)), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(result.convolutions)), layout="constrained")
     axes = figure.subplots()
-    shares = [100 * shape.share_of_ceiling for shape in shapes]
-    axes.barh(range(len(shapes)), shares, height=0.6, color="#0072B2")
+    shares = [100 * shape.share_of_ceiling for shape in result.convolutions]
+    labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in result.convolutions]
+    axes.barh(labels, shares, height=0.6, color="#0072B2")
     axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)
     for y, share in enumerate(shares):
         axes.text(1.03, y, f"{share:.0f} %", va="center", transform=axes.get_yaxis_transform())
-    labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in shapes]
-    axes.set_yticks(range(len(shapes)), labels)
     axes.set(xlim=(0, 1.05 * max([100, *shares])), xlabel="share of the ceiling (%)")
-    cpu = f"the CPU ({result.device_name}, {result.threads} threads)"
-    title = _wrapped(f"forward, {result.multiplier} on {cpu if result.device == 'cpu' else result.device_name}", 56)
-    figure.suptitle(f"{title}\nceiling: {result.ceiling_macs_per_second / 1e9:.3g} GMAC/s")
-    return _png(figure)
+    axes.invert_yaxis()
+    cpu = f"the CPU ({result.device_name}, threads: {result.threads})"
+    where = f"on {cpu if result.device == 'cpu' else result.device_name}"
+    title = f"forward, {result.multiplier}\n{where}; ceiling: {result.ceiling_macs_per_second / 1e9:.3g} GMAC/s"
+    figure.suptitle("\n".join(_wrapped(line, 58) for line in title.splitlines()))
+    return {"profile.png": _png(figure)}
 
 
-def epoch_profile(result: EpochProfile) -> bytes:
+@pictures.register
+def epoch_profile(result: EpochProfile, made: object) -> dict[str, bytes]:
     """Draw where an epoch's time went: a bar a phase, and two a convolution (forward, backward)."""
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     phases, layers = figure.subplots(1, 2)
-    names = list(result.phases)[::-1]
-    phases.barh(names, [result.phases[name] for name in names], color="#0072B2")
-    phases.set_xlabel("seconds")
+    phases.barh(list(result.phases), list(result.phases.values()), color="#0072B2")
     phases.set_title("phases of an epoch", fontsize="medium")
-    labels = [layer.name for layer in result.layers][::-1]
-    positions = np.arange(len(labels))
-    for offset, part, color, hatch in ((0.2, "forward", "#D55E00", None), (-0.2, "backward", "#56B4E9", "//")):
-        values = [getattr(layer, f"{part}_seconds") for layer in result.layers][::-1]
+    positions = np.arange(len(result.layers))
+    for offset, part, color, hatch in ((-0.2, "forward", "#D55E00", None), (0.2, "backward", "#56B4E9", "//")):
+        values = [getattr(layer, f"{part}_seconds") for layer in result.layers]
         layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
-    layers.set_yticks(positions, labels)
-    layers.set_xlabel("seconds")
+    layers.set_yticks(positions, [layer.name for layer in result.layers])
     layers.set_title(_wrapped(f"convolutions, {result.multiplier}", 36), fontsize="medium")
+    for axes in (phases, layers):
+        axes.set_xlabel("seconds")
+        axes.invert_yaxis()
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    return _png(figure)
+    return {"profile.png": _png(figure)}
 
 
 @small
@@ -289,7 +276,7 @@ def confusions(counts: dict[str, np.ndarray]) -> bytes:
             axes.text(answer, label, matrix[label, answer], color=color, fontsize=6, ha="center", va="center")
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         axes.tick_params(length=0)
-        axes.set_title(f"{_wrapped(multiplier, 28)}: {100 * matrix.trace() / matrix.sum():.2f} %")
+        axes.set_title(f"{_wrapped(multiplier, 31)}: {100 * matrix.trace() / matrix.sum():.2f} %")
     figure.supxlabel("answer of the network")
     figure.supylabel("digit")
     return _png(figure)
@@ -315,13 +302,10 @@ Reported = Mapping[tuple[str, int], tuple[float, float]]
 def sweep_lines(
     lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str | None = None
 ) -> bytes:
-    """Draw test accuracy against numbers: means over seeds, with bands from the lowest to the highest.
+    """Draw test accuracy against a field's numbers: means over seeds, with bands from the lowest to the highest.
 
-    Args:
-        lines: at most MOST_LINES. The exact product alone is a horizontal line across the figure.
-        reported: improvements of area and power by family and truncated bits, written below the points that have them.
-        field: what the numbers are.
-        title: of the legend; an empty one leaves the legend out.
+    The exact product alone is a horizontal line; ``reported`` improvements stand below the points that have them. An
+    empty title leaves the legend out.
     """
     figure = Figure(figsize=(COLUMN, 2.3 + 0.17 * len(lines) + 0.6 * bool(reported)), layout="constrained")
     axes = figure.subplots()
@@ -351,9 +335,9 @@ def sweep_lines(
 
 
 def _mark_numbers(axes: Axes, numbers: Sequence[float], are_bits: bool) -> None:
-    """Set ticks at the numbers where there is room; what spans more than a few doublings has a logarithmic axis."""
-    if is_logarithmic := not are_bits and 0 < 8 * numbers[0] <= numbers[-1]:
-        axes.set_xscale("log")
+    """Set ticks at the numbers if they have room, on a logarithmic axis if they span more than a few doublings."""
+    is_logarithmic = not are_bits and 0 < 8 * numbers[0] <= numbers[-1]
+    axes.set_xscale("log" if is_logarithmic else "linear")
     places = np.log(numbers) if is_logarithmic else np.array(numbers)
     if len(numbers) > 1 and np.diff(places).min() > 0.1 * np.ptp(places):
         axes.set_xticks(numbers, [f"{x:g}" for x in numbers])
@@ -384,26 +368,26 @@ def sweep_grid(combinations: Sequence[CombinationResult], fields: Sequence[str])
     values = {field: list(dict.fromkeys(shown(one.values[field]) for one in combinations)) for field in fields}
     # Long names stand at the left, where they have room.
     across, down = sorted(fields, key=lambda field: (len(values[field]) > MOST_COLUMNS, max(map(len, values[field]))))
-    means, texts = np.full((len(values[down]), len(values[across])), np.nan), {}
-    for one in combinations:
-        cell = values[down].index(shown(one.values[down])), values[across].index(shown(one.values[across]))
-        means[cell] = 100 * np.mean(one.test_accuracy) if one.test_accuracy else np.nan
-        spread = "" if one.test_accuracy_std is None else f"\n± {100 * one.test_accuracy_std:.2f}"
-        texts[cell] = f"{means[cell]:.2f}{spread}" if one.test_accuracy else "failed"
+    means = np.full((len(values[down]), len(values[across])), np.nan)
     figure = Figure(figsize=(max(COLUMN, 1.4 + 0.5 * means.shape[1]), 0.8 + 0.3 * len(means)), layout="constrained")
     axes = figure.subplots()
-    # The lowest mean is not white, as what failed is, and the highest not black.
-    margin = 0.2 * (np.nanmax(means) - np.nanmin(means)) + 0.01
-    norm = Normalize(np.nanmin(means) - margin, np.nanmax(means) + margin)
-    axes.imshow(means, cmap=ACCURACIES, norm=norm, aspect="auto")
-    for (row, column), text in texts.items():
-        color = "white" if norm(means[row, column]) > 0.5 else "black"
+    known = [100 * one.test_accuracy_mean for one in combinations if one.test_accuracy_mean is not None]
+    norm = Normalize(min(known) - 0.2 * np.ptp(known) - 0.01, max(known))  # white is what failed, and no mean
+    for one in combinations:
+        row, column = values[down].index(shown(one.values[down])), values[across].index(shown(one.values[across]))
+        text, color = "failed", "black"
+        if one.test_accuracy_mean is not None:
+            means[row, column] = 100 * one.test_accuracy_mean
+            spread = "" if one.test_accuracy_std is None else f"\n± {100 * one.test_accuracy_std:.2f}"
+            text, color = f"{means[row, column]:.2f}{spread}", "white" if norm(means[row, column]) > 0.85 else "black"
         axes.text(column, row, text, color=color, ha="center", va="center", linespacing=1.1)
+    axes.imshow(means, cmap=ACCURACIES, norm=norm, aspect="auto")
     axes.set_xticks(range(means.shape[1]), [_wrapped(value, 10) for value in values[across]])
     axes.set_yticks(range(len(means)), [_wrapped(value, 22) for value in values[down]])
     axes.tick_params(length=0)
-    title = "test accuracy (%), mean ± standard deviation" if "±" in str(texts) else "test accuracy (%)"
-    axes.set(xlabel=_plain(across), ylabel=_plain(down), title=title)
+    axes.set(xlabel=_plain(across), ylabel=_plain(down))
+    is_spread = any(one.test_accuracy_std is not None for one in combinations)
+    figure.suptitle(f"test accuracy (%){', mean ± standard deviation' * is_spread}")
     return _png(figure)
 
 
@@ -441,7 +425,7 @@ def _wrapped(name: str, width: int) -> str:
     """Wrap the name of a multiplier or a combination; drop the folders of files."""
     name = re.sub(r"\b(lut|python|c):(?! )[^,}]*/", r"\1:", name)
     wrapper = TextWrapper(width, max_lines=3, placeholder=" ...")
-    wrapper.wordsep_re = re.compile(r"(\s+|(?<=[-_:])(?=\w))")  # a long name goes on in the next line after these
+    wrapper.wordsep_re = re.compile(r"(\s+|(?<=[_:])(?=\w))")  # a long name goes on in the next line after these
     return _plain(wrapper.fill(name))
 
 
@@ -475,7 +459,7 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
     """
     blocks = 1 if len(errors) <= MAP_ROWS else 2
     rows = -(-len(errors) // blocks)
-    figure = Figure(figsize=(COLUMN * blocks, 0.9 + 1.15 * rows), layout="constrained")
+    figure = Figure(figsize=(COLUMN * blocks, 0.9 + 1.15 * rows), layout="compressed")
     axes = figure.subplots(rows, 2 * blocks, squeeze=False, width_ratios=[1.0, 1.4] * blocks)
     panels = axes.reshape(-1, 2)
     for unused in panels[len(errors) :].flat:
@@ -507,7 +491,7 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
             how_often.set_xlabel(f"relative error ({unit})")
     ticks, place = np.linspace(norm.vmin, norm.vmax, 5), {"location": "bottom", "aspect": 40 * blocks, "fraction": 0.05}
     bar = figure.colorbar(ScalarMappable(norm, ERRORS), ax=axes, ticks=ticks, format="%.3g", **place)
-    bar.set_label(f"mean error of a cell ({unit}), on a scale to the peak error")
+    bar.set_label(f"mean error of a cell ({unit}); scale: ± peak error")
     return _png(figure)
 
 
