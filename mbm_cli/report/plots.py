@@ -48,9 +48,7 @@ TRUNCATED = "truncated bits"
 # Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
 # in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
 REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
-NOTE = """Area and power, against an IEEE single-precision
-multiplier, as the paper reports (mbm is AFMB there,
-mitchell AFMA)."""
+NOTE = "Area and power, against an IEEE single-precision\nmultiplier, as the paper reports (mbm is AFMB there,\nmitchell AFMA)."
 
 
 @singledispatch
@@ -210,7 +208,7 @@ def seed_by_seed(result: Comparison) -> bytes:
     difference.set_xlabel("difference (points)")
     for axes in (accuracy, difference):
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.grid(axis="x", alpha=0.3)
     title = f"{result.model} after one epoch, {result.seeds} seed{'s'[: result.seeds != 1]}"
     figure.legend(loc="outside upper center", ncols=3, title=title, handlelength=1, columnspacing=1, fontsize=6.5)
@@ -448,7 +446,7 @@ def _legend(figure: Figure, axes: Axes, place: str, **more: Any) -> None:
     """Put a legend outside the axes, in two columns where names are short."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 20 else 1
-    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3, **more)
+    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3, **more)  # type: ignore[call-overload]
 
 
 @small
@@ -489,8 +487,15 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
         if i + blocks >= len(errors):
             where.set_xlabel("fraction of b")
             how_often.set_xlabel(f"relative error ({unit})")
-    ticks, place = np.linspace(norm.vmin, norm.vmax, 5), {"location": "bottom", "aspect": 40 * blocks, "fraction": 0.05}
-    bar = figure.colorbar(ScalarMappable(norm, ERRORS), ax=axes, ticks=ticks, format="%.3g", **place)
+    bar = figure.colorbar(
+        ScalarMappable(norm, ERRORS),
+        ax=axes.ravel(),
+        ticks=np.linspace(-1, 1, 5) * peak / power,
+        format="%.3g",
+        location="bottom",
+        aspect=40 * blocks,
+        fraction=0.05,
+    )
     bar.set_label(f"mean error of a cell ({unit}); scale: ± peak error")
     return _png(figure)
 
