@@ -31,6 +31,10 @@ from mbm_cli.flags import (
     Target,
     Version,
     command,
+    config_of,
+    names_of,
+    setting_for,
+    with_bits,
 )
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
 
@@ -82,7 +86,7 @@ def train(
     """Train a network and keep the run."""
     from mbm_cli.experiments import train as experiment
 
-    config = _config(o)
+    config = config_of(o)
     if dry_run:
         _estimate(o, config)
     else:
@@ -94,8 +98,8 @@ def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> N
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
 
-    config = _config(replace(o, multiplier=None, bits=None))
-    _compute(o, partial(experiment, config, _names(o.multiplier, o.bits), seeds, o.output), latex=latex)
+    config = config_of(replace(o, multiplier=None, bits=None))
+    _compute(o, partial(experiment, config, names_of(o.multiplier, o.bits), seeds, o.output), latex=latex)
 
 
 @command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
@@ -105,7 +109,7 @@ def sweep(
     """Train with every combination of some fields' values."""
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    _compute(o, partial(experiment, _config(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
+    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
 
 
 @command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
@@ -129,7 +133,7 @@ def eval_(
     from mbm_cli.runs import Run
 
     found = Run.find(run, o.output).trusted(o.trust)
-    _compute(o, partial(experiment, found, _names(names, o.bits), o.output, o.device, o.threads), draw=plot)
+    _compute(o, partial(experiment, found, names_of(names, o.bits), o.output, o.device, o.threads), draw=plot)
 
 
 @command(profile_app, "conv", EXPERIMENT, "mbm profile conv --multiplier mbm-t16-r7")
@@ -137,7 +141,7 @@ def profile_conv(o: Options) -> None:
     """Time single convolutions beside exact ones."""
     from mbm_cli.experiments.profile_conv import profile_conv as experiment
 
-    _compute(o, partial(experiment, _config(o), o.output))
+    _compute(o, partial(experiment, config_of(o), o.output))
 
 
 @command(profile_app, "epoch", EXPERIMENT, "mbm profile epoch --config lenet-mbm")
@@ -145,7 +149,7 @@ def profile_epoch(o: Options) -> None:
     """Run an epoch and show where its time goes."""
     from mbm_cli.experiments.profile_epoch import profile_epoch as experiment
 
-    _compute(o, partial(experiment, _config(o), o.output))
+    _compute(o, partial(experiment, config_of(o), o.output))
 
 
 @command(app, "characterize", MEASUREMENT, "mbm characterize mbm mbm-t16-r7 mitchell mbm-int8")
@@ -161,7 +165,7 @@ def characterize(
     from mbm_cli.experiments.characterize import characterize as experiment
 
     drawn, place = (samples, o.seed or 0), (o.device or "auto", o.threads)
-    _compute(o, partial(experiment, _with_bits(names, o.bits), o.output, *drawn, *place, sweep_truncate))
+    _compute(o, partial(experiment, with_bits(names, o.bits), o.output, *drawn, *place, sweep_truncate))
 
 
 @command(app, "doctor", "seed threads json quiet", "mbm doctor")
@@ -279,8 +283,8 @@ def multipliers_export(
 @command(configs_app, "list", "", "mbm configs list")
 def configs_list(o: Options) -> None:
     """List the configs that ship with the package."""
-    from mbm_cli.config import shipped
     from mbm_cli.report.text import print_table
+    from mbm_cli.shipped import shipped
 
     rows = [(name, text.partition("\n")[0].removeprefix("#").strip()) for name, text in shipped().items()]
     print_table(("config", "what it is"), rows)
@@ -289,7 +293,7 @@ def configs_list(o: Options) -> None:
 @command(configs_app, "copy", "", "mbm configs copy lenet-mbm mine.yaml")
 def configs_copy(o: Options, name: Annotated[str, Argument(**CONFIG)], to: Target = None) -> None:
     """Copy a shipped config to a file of your own."""
-    from mbm_cli.config import copy_shipped
+    from mbm_cli.shipped import copy_shipped
 
     path = to or Path(f"{name.removesuffix('.yaml')}.yaml")
     copy_shipped(name, path)
@@ -332,20 +336,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        code = report_error(error, _setting_for(error))
+        code = report_error(error, setting_for(error))
     sys.exit(code)
-
-
-def _setting_for(error: Exception) -> str:
-    """Return the ``--set`` that does what an unknown option asks for."""
-    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    if not name:
-        return ""
-    from mbm_cli.config import Config
-    from mbm_cli.documents import field_called
-
-    field = field_called(name, Config)
-    return f"did you mean --set {field}=...?" if field else ""
 
 
 # What commands share
@@ -401,40 +393,6 @@ def _show(o: Options, made: Any, draw: bool) -> None:
 
         for name, picture in pictures(made.result, made).items():
             made.run.write(name, picture)
-
-
-def _config(o: Options) -> Any:
-    """Load the config with the flags as overrides; a flag wins over --set."""
-    from mbm_cli.config import load, multiplier
-
-    (name,) = [None] if (o.multiplier, o.bits) == (None, None) else _with_bits([o.multiplier or ""], o.bits)
-    if name is not None and multiplier(name) and not name.startswith("{"):
-        name = json.dumps(name)  # a file's name may have characters that mean something in YAML
-    base, init = (o.config or "lenet-mbm"), None
-    if o.init is not None:
-        from mbm_cli.runs import weights_of
-
-        base, init = weights_of(o.init, o.output, o.config, name is not None)
-    flags = {"device": o.device, "seed": o.seed, "name": o.name, "note": o.note and json.dumps(o.note)}
-    flags |= {"model.multiplier": name}
-    flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
-    overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
-    return load(base, [*(o.set_ or []), *overrides])
-
-
-def _names(listed: str | None, bits: int | None) -> list[str]:
-    """Split the multipliers of ``--multiplier A,B``."""
-    from mbm_cli.experiments.sweep import split_at_commas
-
-    return _with_bits([] if listed is None else split_at_commas(listed), bits)
-
-
-def _with_bits(names: list[str], bits: int | None) -> list[str]:
-    """Append ``--bits`` to the functions among multipliers."""
-    functions = [name for name in names if name.startswith(("python:", "c:"))]
-    if bits is not None and not functions:
-        raise RequestError("--bits belongs to a function, python:FILE.py:function or c:FILE.h:function")
-    return [f"{name}@{bits}" if bits is not None and name in functions else name for name in names]
 
 
 def _print_json(value: object) -> None:

