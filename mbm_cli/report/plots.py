@@ -468,7 +468,8 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
     norm = Normalize(-peak / power, peak / power)
     bins = np.linspace(*((low, high) if low < high else (-peak, peak)), 61) / power
     heights = [np.histogram(one.error / power, bins)[0] * (100 / len(one.error)) for one in errors]
-    top = max((height.max() for height in heights if height.max() <= 50), default=100.0)
+    tallest = [height.max() for height in heights]
+    top = max(most for most in tallest if most <= 4 * min(tallest))
     for i, (one, height, (where, how_often)) in enumerate(zip(errors, heights, panels, strict=False)):
         values = _error_map(one.a, one.b, one.error / power)
         where.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap=ERRORS, norm=norm, interpolation="nearest")
@@ -480,7 +481,7 @@ def characterization(errors: Sequence[Pairs]) -> bytes:
         for axis in (how_often.xaxis, how_often.yaxis):
             axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         at = int(height.argmax())
-        if height[at] > top:  # nearly all errors are alike: a whole bar would leave no room for the others
+        if height[at] > top:  # its errors are much alike: the whole bar would flatten the other histograms
             x, side = (bins[at], "right") if at > len(height) // 2 else (bins[at + 1], "left")
             how_often.text(x, top, f" {height[at]:.0f} % ", ha=side, va="top")
         if i + blocks >= len(errors):
