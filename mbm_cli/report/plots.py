@@ -195,9 +195,9 @@ def seed_by_seed(result: Comparison) -> bytes:
     values = 100 * np.array([column.test_accuracy for column in others]).ravel()
     of_exact = 100 * np.tile(exact.test_accuracy, len(others))
     accuracy.hlines(y, of_exact, values, color="0.6", linewidth=1)
-    accuracy.plot(of_exact, y, "o", color=COLORS[0], mfc="white", markersize=3.5, label="exact")
-    accuracy.plot(values, y, "s", color=COLORS[1], markersize=3.5, label="multiplier, same seed")
-    difference.plot(values - of_exact, y, "s", color=COLORS[1], markersize=3.5)
+    accuracy.plot(of_exact, y, "o", color=COLORS[0], mfc="none", markersize=5, label="exact")
+    accuracy.plot(values, y, "s", color=COLORS[1], markersize=3, label="multiplier, same seed")
+    difference.plot(values - of_exact, y, "s", color=COLORS[1], markersize=3)
     if result.seeds > 1:  # one has no interval
         intervals = [column.accuracy_difference for column in others]
         low, mean, high = (100 * np.array([getattr(one, end) for one in intervals]) for end in ("low", "mean", "high"))
