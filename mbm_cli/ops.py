@@ -134,7 +134,8 @@ def conv2d_of_operands(
 
 def _float32_in_autocast(a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to float32 where autocast is on, as PyTorch's own float32-only operators do."""
-    if not torch.is_autocast_enabled(a.device.type):
+    kind = a.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return a, b, c
     return a.float(), b.float(), None if c is None else c.float()
 
@@ -345,12 +346,12 @@ class _Conv2d(torch.autograd.Function):
             output = _Conv2d.apply(input.movedim(of_input, 0).flatten(0, 1), weight, bias, *arguments)
             return output.unflatten(0, (size, -1)), 0
         stride, padding, dilation, groups, *rest = arguments
-        mapped = [
-            None if x is None else x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
-            for x, d in ((input, of_input), (weight, of_weight), (bias, of_bias))
-        ]
-        images, weights, biases = mapped[0].movedim(0, 1).flatten(1, 2), mapped[1].flatten(0, 1), mapped[2]
-        biases = None if biases is None else biases.flatten()
+
+        def mapped(x: Tensor, dim: int | None) -> Tensor:
+            return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        images, weights = mapped(input, of_input).movedim(0, 1).flatten(1, 2), mapped(weight, of_weight).flatten(0, 1)
+        biases = None if bias is None else mapped(bias, of_bias).flatten()
         output = _Conv2d.apply(images, weights, biases, stride, padding, dilation, size * groups, *rest)
         return output.unflatten(1, (size, -1)), 1
 

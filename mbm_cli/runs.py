@@ -268,7 +268,9 @@ class Run:
         try:
             summary = asdict(self.summary())
             kind = self.read_json("plan.json").get("kind") if self.has_several else "training"
-            self.config(), self.metrics(), self._check_archive()
+            self.config()
+            self.metrics()
+            self._check_archive()
             return {"run": str(self.folder), "kind": kind, **summary}
         except MbmError as error:
             return {"run": str(self.folder), "status": "damaged", "reason": str(error)}

@@ -115,9 +115,9 @@ def test_c_functions_may_have_the_kernels_names(in_c, function):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("uint32_t f(uint32_t a, uint32_t b) { return a + ; }", "f does not compile: function.h:2"),
-        ("uint32_t f(uint32_t a) { return a; }", "f does not compile"),
-        ("uint32_t g(uint32_t a, uint32_t b) { return a; }", "has no function f"),
+        ("uint32_t f(uint32_t a, uint32_t b) { return a + ; }", "f does not compile: line 2: "),
+        ("uint32_t f(uint32_t a) { return a; }", "f is uint32_t f(uint32_t): write uint32_t f(uint32_t a, uint32_t b)"),
+        ("uint32_t g(uint32_t a, uint32_t b) { return a; }", "there is no definition of a function f"),
         ('#include "mine.h"\nuint32_t f(uint32_t a, uint32_t b) { return mine(a, b); }', "includes another file"),
         ("uint32_t f(uint32_t a, uint32_t b) { return a; }", "f is not a multiplier: "),
         ("uint32_t f(uint32_t a, uint32_t b) { return a + b - 0x3F800000u; }", "zero times a number is zero"),

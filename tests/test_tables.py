@@ -79,11 +79,11 @@ def test_written_tables_are_read_back(tmp_path, bits, suffix):
 
 
 def test_bytes_of_a_bin_file(tmp_path):
-    """Entry (fa << m) | fb is a byte: m fraction bits, and above them the carry."""
+    """Entry (fa << m) | fb is a byte: m fraction bits, and the carry in bit 7."""
     path = tmp_path / "mitchell.bin"
     tables.write(export(Multiplier.parse("mitchell-t21-r2"), 2), path)
     # 1 + fa/4 + fb/4 while that is below 2, then twice the sum of the fractions: Mitchell's product.
-    expected = [fa + fb if fa + fb < 4 else 4 | (fa + fb - 4) for fa in range(4) for fb in range(4)]
+    expected = [fa + fb if fa + fb < 4 else 128 | (fa + fb - 4) for fa in range(4) for fb in range(4)]
     assert list(path.read_bytes()) == expected
 
 
@@ -92,7 +92,7 @@ def test_bytes_of_a_bin_file(tmp_path):
     [
         ("t.txt", b"", "is a .bin or a .npy file"),
         *[("t.bin", bytes(count), f"has {count} entries") for count in (0, 1, 15)],
-        ("t.bin", bytes(1 << 16), "m from 1 to 7"),
+        ("t.bin", bytes(1 << 16), "has 65,536 bytes"),
         ("t.bin", b"\0\0\0\4", "entry 3 is 4, but a fraction of 1 bits and a carry are at most 3"),
         *[("t.npy", start, "cannot be read as .npy") for start in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04")],
         *[("t.npy", npy_header(shape), "cannot be read as .npy") for shape in ("(16", "(1152921504606846976,)")],

@@ -85,9 +85,9 @@ class Multiplier:
         match = _SHORT_FORM.fullmatch(text)
         if match is None and _INTEGER_FORM.fullmatch(text):
             raise ValueError(f"{text!r} multiplies integers, which mbm characterize measures; convolutions take floats")
-        number = re.fullmatch(r"([a-z]+)-([0-9]{1,3})", text)
-        if number is not None and number[1] in FAMILIES:
-            likely = f"{number[1]}-{FAMILIES[number[1]].parameter}{number[2]}"
+        bare = re.fullmatch(r"([a-z]+)-([0-9]{1,3})", text)
+        if bare is not None and bare[1] in FAMILIES:
+            likely = f"{bare[1]}-{FAMILIES[bare[1]].parameter}{bare[2]}"
             raise ValueError(f"{text!r} is not a multiplier; did you mean {likely}?")
         if match is None:
             raise ValueError(

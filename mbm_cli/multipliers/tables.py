@@ -18,7 +18,8 @@ MOST_BITS = {".bin": 7, ".npy": 11}
 # Where a .bin file has the carry, whatever the number of fraction bits (the format of ApproxTrain).
 BIN_CARRY = 1 << 7
 INTEGER_BITS = 8  # of the published tables of integer multipliers, which can be mistaken for one of fractions
-MOST_BIAS = 0.42  # of products of significands; the published 1-bit table has 0.39
+MOST_BIAS = 0.42  # of products of significands, in tables of at least so many bits: the published 1-bit table has 0.39
+LEAST_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def read(path: Path) -> Table:
             f"{path} has {entries.size:,} entries, but a table for m-bit fractions has 2^(2m), m from 1 to {most}"
         )
     if path.suffix == ".bin" and (entries & BIN_CARRY).any():
-        entries = (entries & (BIN_CARRY - 1)) | ((entries >= BIN_CARRY) * np.uint16(1 << bits))
+        carries = np.where(entries >= BIN_CARRY, 1 << bits, 0)
+        entries = ((entries & (BIN_CARRY - 1)) | carries).astype(np.uint16)
     try:
         table = Table(bits, np.ascontiguousarray(entries).reshape(1 << bits, 1 << bits))
     except ValueError as error:
@@ -149,7 +151,7 @@ def _refuse_other_tables(table: Table, path: Path) -> None:
     significands = 1 + np.arange(n) / n
     products = (1 + (words & (n - 1)) / n) * (1 + (words >> table.bits))
     bias = float((products / np.outer(significands, significands)).mean() - 1)
-    if abs(bias) > MOST_BIAS:
+    if table.bits >= LEAST_BITS and abs(bias) > MOST_BIAS:
         raise ValueError(
             f"{path} is not a table of products of significands: they would be wrong by {100 * bias:+.0f} % on average"
         )

@@ -209,7 +209,7 @@ def seed_by_seed(result: Comparison) -> bytes:
     difference.set_xlabel("difference (points)")
     for axes in (accuracy, difference):
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(3, min_n_ticks=3))
         axes.grid(axis="x", alpha=0.3)
     title = f"{result.model} after one epoch, {result.seeds} seed{'s'[: result.seeds != 1]}"
     figure.legend(loc="outside upper center", ncols=3, title=title, handlelength=1, columnspacing=1, fontsize=6.5)
