@@ -198,7 +198,9 @@ def test_nothing_is_overwritten_in_a_named_root(by, mirror, tmp_path, monkeypatc
     before = contents(folder)
     if by == "variable":
         monkeypatch.setenv("MBM_DATA_DIR", str(root))
-    with pytest.raises(RunError, match=f"damaged MNIST file: {folder / LABELS} has other content than {LABELS}; delete it"):
+    with pytest.raises(
+        RunError, match=f"damaged MNIST file: {folder / LABELS} has other content than {LABELS}; delete it"
+    ):
         data.MNIST.fetch(root if by == "argument" else None)
     assert contents(folder) == before
 
