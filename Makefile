@@ -44,8 +44,8 @@ stress: $(VENV)/installed
 	$(VENV)/bin/python tests/stress/kills.py
 	$(VENV)/bin/python tests/stress/disk.py
 	$(VENV)/bin/python tests/stress/memory.py
-	$(VENV)/bin/python tests/stress/mutations.py
 	$(VENV)/bin/python tests/stress/convolutions.py
+	MBM_EXAMPLES=3000 $(VENV)/bin/python -m pytest tests/test_inputs.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

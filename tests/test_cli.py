@@ -14,12 +14,13 @@ from stress import runs as processes
 from stress.runs import check_same, state
 
 from mbm_cli import __version__
-from mbm_cli.config import load, parse, shipped, shipped_text
+from mbm_cli.config import load, parse
 from mbm_cli.data import data_root
 from mbm_cli.experiments import doctor, profile_conv, profile_epoch
 from mbm_cli.experiments.profile_conv import ConvShape
 from mbm_cli.report.progress import Lines
 from mbm_cli.runs import list_runs
+from mbm_cli.shipped import shipped, shipped_text
 
 METRICS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "epoch_seconds"]
 METRICS += ["train_seconds", "eval_seconds", "images_per_second"]

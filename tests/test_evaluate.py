@@ -9,7 +9,7 @@ import torch
 from commands import EPOCH, PNG, SILENT, made, mbm
 from tables import exported
 
-from mbm_cli.data import load_mnist
+from mbm_cli.data import MNIST
 from mbm_cli.experiments.evaluate import evaluate
 from mbm_cli.models import MODELS
 from mbm_cli.runs import Run, list_runs
@@ -59,7 +59,7 @@ def test_trainings_multiplier_comes_first_and_equals_its_summary(trained):
 def test_rows_are_those_of_networks_built_anew(trained, tmp_path):
     """Whatever was evaluated before; confusion matrices hold all answers."""
     made = evaluate(trained, ["mbm-t20", LAYERS], tmp_path)
-    _, test = load_mnist("cpu", test_limit=50)
+    _, test = MNIST.load("cpu", test_limit=50)
     multipliers = ["mbm-t16-r7", "mbm-t20", {"conv1": "exact", "default": "mbm-t20"}]
     for row, multiplier in zip(made.result.evaluations, multipliers, strict=True):
         model = MODELS["lenet"](multiplier)

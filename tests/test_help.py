@@ -15,7 +15,7 @@ import typer.main
 from commands import EPOCH, Answer, mbm
 
 from mbm_cli.cli import app
-from mbm_cli.config import shipped
+from mbm_cli.shipped import shipped
 
 MBM = Path(sys.executable).with_name("mbm")
 ROOT = typer.main.get_command(app)

@@ -162,7 +162,7 @@ def test_configs_hold_names_fields_and_mappings(value, printed):
         ({"conv1": "booth", "default": "mbm"}, "unknown multiplier family 'booth'"),
         ({"conv1": 3, "default": "mbm"}, "must be a short form"),
         ({"truncate": 8}, "family is missing"),
-        ({"family": "mbn"}, r"family must be exact \| mitchell \| mbm \| drum, not 'mbn'.*did you mean mbm"),
+        ({"family": "mbn"}, r"family must be exact \| .*\| mbm \| .*, not 'mbn'.*did you mean mbm"),
         ({"family": "mbm", "truncated": 8}, "unknown field 'truncated'"),
         ({"family": "mbm", "truncate": 8.0}, "truncate must be null or a whole number, not 8.0"),
         ({"family": "drum", "leading_bits": 6, "truncate": 3}, "is not a multiplier"),
