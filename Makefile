@@ -39,13 +39,15 @@ notebook: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
 
-# Kills, full disks, memory and random input; docs/reliability.md has the results.
+# Kills, full disks, memory, random convolutions, mutated configs and command lines; docs/reliability.md has the results.
+stress: export GOMP_SPINCOUNT = 0
 stress: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python tests/stress/kills.py
 	$(VENV)/bin/python tests/stress/disk.py
 	$(VENV)/bin/python tests/stress/memory.py
 	$(VENV)/bin/python tests/stress/convolutions.py
-	MBM_EXAMPLES=3000 $(VENV)/bin/python -m pytest tests/test_inputs.py
+	MBM_EXAMPLES=5000 $(VENV)/bin/python -m pytest --timeout=0 tests/test_inputs.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

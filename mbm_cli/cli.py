@@ -16,6 +16,7 @@ from typer import Argument, Exit, Option, Typer, confirm, echo
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.flags import (
     CONFIG,
+    DRY_RUN,
     EXPERIMENT,
     MEASURED,
     MEASUREMENT,
@@ -81,7 +82,7 @@ profile_app = _group("profile", "Show where the time goes.", "mbm profile epoch"
 @command(app, "train", TRAINING, "mbm train --config lenet-mbm --multiplier mbm-t8 --epochs 3")
 def train(
     o: Options,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show the network and an estimate of the time.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help=DRY_RUN)] = False,
 ) -> None:
     """Train a network and keep the run."""
     from mbm_cli.experiments import train as experiment

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -44,6 +45,12 @@ def _runs(context: Context, incomplete: str) -> list[str]:
     return [part for part in parts if part.startswith(incomplete)]
 
 
+def _device(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
+        raise RequestError(f"--device must be auto, cpu, cuda or cuda:N, for example cuda:1, not {name!r}")
+    return name
+
+
 COUNT = 2**31 - 1
 CONFIG = {
     "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
@@ -61,7 +68,14 @@ NAMES = {
     "help": "One or several multipliers, for example exact,mbm-t16-r7.",
     "autocompletion": _multipliers,
 }
+DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of unsigned integers mbm-int8, mbm-int16-t3."
+DEVICE = {
+    "metavar": "DEVICE",
+    "help": "Where to compute: auto, cpu, cuda or cuda:N, for example cuda:1.",
+    "autocompletion": lambda incomplete: [n for n in ("auto", "cpu", "cuda") if n.startswith(incomplete)],
+    "callback": _device,
+}
 BITS = {"min": 1, "max": 11, "help": "Fraction bits of a function's table, for example 5."}
 
 
@@ -74,9 +88,11 @@ class Options:
     bits: Annotated[int | None, Option(**BITS)] = None
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
-    device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N, for example cuda:1.")] = None
+    device: Annotated[str | None, Option(**DEVICE)] = None
     seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
-    init: Annotated[str | None, Option(metavar="RUN", help="Start from the weights of a run, or a FILE.pt.")] = None
+    init: Annotated[
+        str | None, Option(metavar="RUN", help="Start from a run's weights, or a file's, for example w.pt.")
+    ] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
     name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
@@ -161,7 +177,8 @@ def with_bits(names: list[str], bits: int | None) -> list[str]:
 def setting_for(error: Exception) -> str:
     """Return the ``--set`` that does what an unknown option asks for."""
     name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    if not name:
+    taken = error.ctx.command.params if getattr(error, "ctx", None) else []  # type: ignore[attr-defined]
+    if not name or not any("--set" in parameter.opts for parameter in taken):
         return ""
     from mbm_cli.config import Config
     from mbm_cli.documents import field_called

@@ -1,5 +1,6 @@
 """Where the runs of a sweep are computed: one after the other in this process, or several at once in others."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from mbm_cli.errors import Interrupted, MbmError, RunError
 
 # What a terminal or a batch system sends to every process of a job; only the parent acts on it.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LISTEN_INTERVAL = 0.05  # seconds between two looks at the pipe, each of which costs as much as a step on a GPU
 
 Tell = Callable[[float], None]  # takes how much of a task is done, 0 to 1
@@ -212,6 +214,11 @@ def _signals_blocked() -> Iterator[None]:
 
 def _serve(connection: Connection, work: Work, environment: dict[str, str]) -> None:
     """Compute tasks in a worker process until there are no more, or the parent is gone."""
+    # A killed parent takes its workers along: they would hold runs that a resume computes, or begin others.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        return  # it was killed before
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -25,7 +25,7 @@ from mbm_cli.shipped import shipped, shipped_text
 METRICS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "epoch_seconds"]
 METRICS += ["train_seconds", "eval_seconds", "images_per_second"]
 SUMMARY = ["status", "multiplier", "device", "epochs", "test_accuracy", "best_test_accuracy"]
-SUMMARY += ["epoch_seconds", "train_seconds", "total_seconds", "peak_memory_bytes", "reason"]
+SUMMARY += ["epoch_seconds", "train_seconds", "total_seconds", "peak_memory_bytes", "reason", "note"]
 FILES = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "curves.png"}
 
 
@@ -256,8 +256,8 @@ EVERYWHERE = {
     "--multiplier nbm": "'nbm'.*exact, mitchell, mbm",
     "--multiplier ''": "''",
     "--multiplier mbm-t23": "truncate is 23.*0 to 22",
-    "--bits 5": "--bits belongs to a function in Python",
-    "--device gpu": "--device.*'gpu'.*auto.*cpu.*cuda",
+    "--bits 5": "--bits belongs to a function",
+    "--device gpu": "--device.*auto.*cpu.*cuda.*'gpu'",
     "--device cuda": "no CUDA device",
     "--seed -1": "--seed.*0",
     "--seed 9223372036854775808": "--seed.*9223372036854775807",
@@ -403,7 +403,7 @@ def test_runs_are_listed_and_shown():
     listed = mbm("runs", "list").out
     assert listed.index(first.name) < listed.index(second.name)
     expected = [{"run": str(run.folder), **run.read_json("summary.json")} for run in runs]
-    assert mbm("runs", "list", "--json").json == {"runs": expected}
+    assert mbm("runs", "list", "--json").json == {"runs": [{**one, "kind": "training"} for one in expected]}
     shown = mbm("runs", "show", first.name)
     assert shown.code == 0
     assert "2/2" in shown.out

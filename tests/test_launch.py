@@ -1,5 +1,6 @@
 """Where the runs of a sweep are computed: in this process, or in worker processes that fail in every way."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -38,12 +39,11 @@ def work(task, tell, stopped) -> str:
             raise Interrupted("interrupted")
         case "device":
             return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-        case folder if os.path.isdir(folder):
-            Path(folder, "begun").touch()
-            try:
-                return work(WAIT, tell, stopped)
-            finally:
-                Path(folder, "ended").touch()
+        case file if os.path.isfile(file):
+            with open(file, "w") as begun:
+                fcntl.flock(begun, fcntl.LOCK_EX)
+                print("begun", file=begun, flush=True)
+                time.sleep(600)
     tell(1.0)
     return f"{task} in {os.getpid()}"
 
@@ -121,10 +121,13 @@ def test_worker_k_sees_device_k(log, monkeypatch, count, listed, devices):
 
 
 def test_worker_ends_with_its_parent(tmp_path):
-    script = f"from test_launch import *; Log().launch([{str(tmp_path)!r}], jobs=2)"
+    """At once, not at its next step: what it holds is free for a resume."""
+    file = tmp_path / "task"
+    file.touch()
+    script = f"from test_launch import *; Log().launch([{str(file)!r}], jobs=2)"
     with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent) as parent:
-        while not (tmp_path / "begun").exists():
+        while not file.read_text():
             time.sleep(0.02)
         parent.kill()
-    while not (tmp_path / "ended").exists():
-        time.sleep(0.02)
+    with file.open("w") as ended:
+        fcntl.flock(ended, fcntl.LOCK_EX)

@@ -42,18 +42,17 @@ def test_any_name_is_drawn(name):
 # Comparisons
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("multiplier", ["mbm", "{conv1: mbm-t20, default: exact}"])
-def test_legend_of_a_comparison_hides_nothing(epochs, multiplier, figures):
+def test_legend_of_a_comparison_hides_nothing(multiplier, figures):
     """It lies beside the axes, or between the lines where there is room."""
-    metrics = [{"epoch": e + 1, "test_accuracy": 0.9 + e / 20, "train_loss": 0.3 - e / 5} for e in range(epochs)]
+    metrics = [{"epoch": e + 1, "test_accuracy": 0.9 + e / 20, "train_loss": 0.3 - e / 5} for e in range(2)]
     names = ["exact", multiplier]
     runs = [{"multiplier": name, "metrics": metrics} for name in names for _ in range(2)]
-    result = Comparison("x", "lenet", "cpu", names, seeds=2, epochs=epochs, columns=[], runs=runs, verdicts=[])
+    result = Comparison("x", "lenet", "cpu", names, seeds=2, epochs=2, columns=[], runs=runs, verdicts=[])
     assert plots.pictures(result, None).keys() == {"compare.png"}
     (figure,) = figures
     figure.draw_without_rendering()
-    if epochs == 1 or multiplier != "mbm":
+    if multiplier != "mbm":
         legend = figure.legends[0].get_window_extent()
         assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
         assert figure.bbox.containsx(legend.x0)
@@ -74,7 +73,7 @@ def swept(*names: str, **others: list[float]) -> Sweep:
     for field, values in fields.items():
         choices = [{**choice, field: value} for choice in choices for value in values]
     none = CombinationResult({}, [0.9, 0.91], None, None, None, None, None, 0, [])
-    return Sweep("x", dict.fromkeys(fields), 2, 1, [replace(none, values=choice) for choice in choices], [])
+    return Sweep("x", fields, 2, 1, [replace(none, values=choice) for choice in choices], [])
 
 
 def labels(figure: Figure) -> list[str]:
@@ -86,7 +85,7 @@ def test_accuracy_is_drawn_against_truncated_bits(figures):
     assert plots.pictures(swept(*names), None).keys() == {"sweep.png"}
     plots.pictures(swept("mbm", "mbm-t8", optimizer__lr=[0.1, 0.2]), None)
     assert labels(figures[0]) == ["exact", "mbm", "mitchell", "mbm-tT-rR", "drum"]
-    assert labels(figures[1]) == ["mbm, 0.1", "mbm, 0.2"]
+    assert labels(figures[1]) == ["mbm", "mbm-t8"]  # against the rate
     (mbm,) = (line for line in figures[0].axes[0].lines if line.get_label() == "mbm")
     assert list(mbm.get_xdata()) == [0, 20]
     assert mbm.get_ydata() == pytest.approx([90.5, 90.5])
@@ -99,7 +98,7 @@ def test_accuracy_is_drawn_against_truncated_bits(figures):
         swept("exact", "mbm-t20"),
         swept("mbm-t8-r7", "mbm-t8-r6", "mbm"),
         swept("{conv1: exact, default: mbm}", "mbm", "mbm-t8"),
-        swept(optimizer__lr=[0.1, 0.2]),
+        swept(optimizer__name=["sgd", "adam"]),
     ],
 )
 def test_other_combinations_are_drawn_one_by_one(sweep, figures):
