@@ -127,7 +127,7 @@ def eval_(
     o: Options,
     run: RunName,
     names: Annotated[str, Option("--multiplier", **NAMES)],
-    plot: Annotated[bool, Option("--plot", help="Draw confusion matrices: for example, which digits suffer?")] = False,
+    plot: Annotated[bool, Option("--plot", help="Draw confusion matrices, for example to see which suffer.")] = False,
 ) -> None:
     """Evaluate a trained network with other multipliers."""
     from mbm_cli.experiments.evaluate import evaluate as experiment

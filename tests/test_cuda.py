@@ -248,6 +248,7 @@ def test_capturing_before_the_first_use_is_refused():
     input, weight = normal_on_gpu((1, 3, 8, 8), (4, 3, 3, 3))
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         conv2d(input, weight, multiplier="mbm-t3-r11")
+    assert torch.rand(3, device="cuda").max() < 1  # what is random has left the capture, too
 
 
 @on_gpu

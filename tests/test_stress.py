@@ -1,8 +1,6 @@
 """Run the scripts of tests/stress in small, and `mbm` where a home, a terminal or its colours are missing."""
 
-import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -38,28 +36,6 @@ def test_small_stress_passes(code):
 def environment() -> dict[str, str]:
     # OpenMP's idle threads would spin on cores that other processes need.
     return {**os.environ, "GOMP_SPINCOUNT": "0"}
-
-
-def test_closed_terminal_interrupts_run(tmp_path):
-    leader, follower = pty.openpty()
-    # A terminal belongs to the first process that opens it in a session of its own.
-    begin = (
-        "import os, signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "terminal = os.open(sys.argv[1], os.O_RDWR)\nfor stream in range(3): os.dup2(terminal, stream)\n"
-        "os.execv(sys.argv[2], sys.argv[2:])"
-    )
-    command = [sys.executable, "-c", begin, os.ttyname(follower), MBM, *EPOCH, "--epochs", "1000"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), start_new_session=True)
-    shown = b""
-    while b"2/1000" not in shown:
-        shown += os.read(leader, 65536)
-    os.close(follower)
-    os.close(leader)
-    assert process.wait(60) == 130
-    (run,) = tmp_path.glob("runs/*")
-    summary = json.loads((run / "summary.json").read_text())
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert (summary["status"], summary["epochs"]) == ("interrupted", checkpoint["epoch"])
 
 
 @pytest.mark.parametrize(("name", "value", "forbidden"), [("TERM", "dumb", r"\x1b"), ("NO_COLOR", "1", r"\x1b\[3\d")])

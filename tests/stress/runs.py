@@ -164,7 +164,7 @@ def _read(path: Path) -> Any:
         case ".yaml":
             return yaml.safe_load(path.read_text())
         case ".pt":
-            return torch.load(path, weights_only=True)
+            return torch.load(path, weights_only=True, map_location="cpu")
     return path.read_bytes()
 
 
