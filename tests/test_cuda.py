@@ -157,7 +157,7 @@ def test_products_of_mbm_in_c():
 @on_gpu
 def test_faults_of_c_functions_are_named(tmp_path):
     (tmp_path / "wrong.h").write_text("unsigned f(unsigned a, unsigned b) { return a + ; }")
-    with pytest.raises(ValueError, match=r"f does not compile: function\.h\(1\)"):
+    with pytest.raises(ValueError, match="f does not compile: line 1: "):
         multiply(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"), f"c:{tmp_path / 'wrong.h'}:f")
 
 
