@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
@@ -197,6 +196,8 @@ def _epochs_to(metrics: Sequence[dict[str, Any]], goal: float) -> int | None:
 
 
 def _interval(values: Sequence[float]) -> Interval:
+    from scipy import stats  # only where there is a comparison: importing it takes longer than a small command
+
     mean = statistics.mean(values)
     if len(values) < 2:
         return Interval(mean, None, None)
