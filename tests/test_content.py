@@ -75,6 +75,14 @@ def test_layers_of_a_model_share_one_execution(counted, by_layer):
     assert model[3].multiplier == (Multiplier("mbm") if by_layer else model[0].multiplier)
 
 
+def test_functions_of_a_file_share_one_execution(counted, tmp_path):
+    name, executions = counted
+    with (tmp_path / "my.py").open("a") as file:
+        file.write("def g(a, b): return b * a\n")
+    convert(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), {"0": name, "default": name[:-1] + "g"})
+    assert executions() == 1
+
+
 def test_experiments_share_one_execution(counted):
     name, executions = counted
     respelled = name.replace("my.py", "./my.py")

@@ -237,7 +237,8 @@ def read_python(file: str, function: str, bits: int | None) -> Table:
     """
     path, bits = _existing(file), DEFAULT_BITS if bits is None else bits
     try:
-        product = runpy.run_path(str(path)).get(function)
+        changed = path.stat().st_mtime_ns
+        product = _namespace(str(path.resolve()), changed).get(function)
     except BaseException as error:  # whatever the file does when it is run
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -248,6 +249,12 @@ def read_python(file: str, function: str, bits: int | None) -> Table:
     with torch.device("cpu"):  # whatever the caller's default device is
         _check_scaling(product, bits, name)
         return tabulate(product, bits, name)
+
+
+@lru_cache(maxsize=64)
+def _namespace(path: str, changed: int) -> dict[str, object]:
+    """Run a Python file once for all the functions that are taken from it, and again after it has changed."""
+    return runpy.run_path(path)
 
 
 def _existing(file: str) -> Path:
