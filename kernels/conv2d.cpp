@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -78,47 +79,45 @@ NativeMultiplier make(const std::string& family, int bits, int result_bits, std:
 constexpr std::int64_t PARALLEL_FROM = 200'000;
 
 using Pair = std::array<std::int64_t, 2>;
+template <std::size_t N> using Strides = std::array<std::int64_t, N>;
 
-void copy(const Pair& from, std::int64_t (&to)[2]) { to[0] = from[0], to[1] = from[1]; }
-
-// Compute a convolution. The pointers are addresses of float32 memory that the caller has checked and keeps alive.
+// Compute a convolution. The pointers are addresses of float32 memory that the caller has checked and keeps alive; the
+// other arguments are those of a Geometry (backends/geometry.py), and the strides of the output's rows and columns.
 void conv2d(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t output,
-            std::array<std::int64_t, 4> input_shape, std::array<std::int64_t, 4> input_stride,
-            std::array<std::int64_t, 4> weight_shape, Pair out_size, Pair stride, Pair padding, Pair dilation,
-            std::int64_t groups, const NativeMultiplier& native, int threads) {
+            std::array<std::int64_t, 4> counts, Pair size, Pair kernel, Pair out_size, Pair stride, Pair padding,
+            Pair dilation, Strides<5> input_strides, Strides<3> weight_strides, Strides<5> output_strides,
+            const NativeMultiplier& native, int threads) {
   Conv2d c{};
   c.input = reinterpret_cast<const float*>(input);
   c.weight = reinterpret_cast<const float*>(weight);
   c.bias = reinterpret_cast<const float*>(bias);
   c.output = reinterpret_cast<float*>(output);
-  c.batch = input_shape[0];
-  c.groups = groups;
-  c.channels = weight_shape[1];
-  c.out_channels = weight_shape[0] / groups;
-  copy({input_shape[2], input_shape[3]}, c.size);
-  copy({weight_shape[2], weight_shape[3]}, c.kernel);
-  copy(out_size, c.out_size);
-  copy(stride, c.stride);
-  copy(padding, c.padding);
-  copy(dilation, c.dilation);
-  for (int i = 0; i < 4; i++) c.input_stride[i] = input_stride[i];
+  c.batch = counts[0], c.groups = counts[1], c.channels = counts[2], c.out_channels = counts[3];
+  auto copy = [](const auto& from, std::int64_t* to) { std::copy(from.begin(), from.end(), to); };
+  copy(size, c.size), copy(kernel, c.kernel), copy(out_size, c.out_size);
+  copy(stride, c.stride), copy(padding, c.padding), copy(dilation, c.dilation);
+  copy(input_strides, c.input_stride), copy(weight_strides, c.weight_stride), copy(output_strides, c.output_stride);
   c.multiplier = native.multiplier;
+  std::int64_t products =
+      c.batch * c.groups * c.out_channels * out_size[0] * out_size[1] * c.channels * kernel[0] * kernel[1];
+  if (products < PARALLEL_FROM) threads = 1;
   c.threads = threads;
 
   const Kernels& kernels = native.kernels();
   std::unique_ptr<void, void (*)(void*)> plan(kernels.make_plan(c), kernels.free_plan);
-  std::int64_t jobs = kernels.jobs(plan.get());
-  std::int64_t products =
-      c.batch * weight_shape[0] * out_size[0] * out_size[1] * c.channels * c.kernel[0] * c.kernel[1];
-  if (products < PARALLEL_FROM) threads = 1;
+  std::int64_t jobs = kernels.jobs(plan.get()), packing_jobs = kernels.packing_jobs(plan.get());
   if (threads > jobs) threads = static_cast<int>(jobs);
 
   std::size_t scratch_bytes = (kernels.scratch_bytes(plan.get()) + 63) / 64 * 64;
   std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, scratch_bytes * threads), std::free);
   if (!scratch) throw std::bad_alloc();
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (std::int64_t job = 0; job < jobs; job++) {
-    kernels.run_job(plan.get(), job, static_cast<char*>(scratch.get()) + scratch_bytes * omp_get_thread_num());
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic)
+    for (std::int64_t job = 0; job < packing_jobs; job++) kernels.pack(plan.get(), job);
+#pragma omp for schedule(dynamic)
+    for (std::int64_t job = 0; job < jobs; job++)
+      kernels.run_job(plan.get(), job, static_cast<char*>(scratch.get()) + scratch_bytes * omp_get_thread_num());
   }
 }
 

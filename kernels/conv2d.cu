@@ -1,28 +1,11 @@
 // The CUDA kernels. NVRTC compiles this file once per multiplier, named by the macros FAMILY, BITS and RESULT_BITS. No
 // branch on the multiplier is left at run time.
 //
-// For mbm, a product and its addition to the sum cost 4 instructions (2 for mitchell):
-//   w = fraction of a + bits of b       integer addition: Mitchell's product of a's significand and b
-//   p = w below a threshold of b        true unless the correction is skipped
-//   if p: w = w + correction of b       float addition, rounded toward zero: c times b's power of two
-//   sum = power of a * w + sum          fused multiply-add: multiplying by a signed power of two is exact
-// What depends on one operand alone (a: fraction, power; b: bits, threshold, correction) is decoded once per tile.
-// drum costs one instruction, because operands with few bits multiply exactly, or three where a product must be cut.
-//
-// A table of up to 7 bits lies in shared memory, one byte per entry. The row for one weight is 128 bytes, one word in
-// each bank, so a warp whose threads share their weights looks up without bank conflicts. A product costs four
-// instructions: address, load, shift and add, multiply-add. A multiprocessor issues only one such load per cycle.
-//
-// Zeros need no special case. A zero a has power 0. A zero b leaves w subnormal, and the float instructions take it for
-// zero (.ftz). They would flush a subnormal sum, too, so no sum may be subnormal. Where the operands' exponents do not
-// rule out products below 2^-103 or above the largest float, the tile is computed again, each product by definition.
-// This is several times slower, and rare.
-//
 // conv2d_tiled is an implicit GEMM. Rows are the output channels of a group, columns are pixels (all output positions
 // of the batch), and the steps of a sum run over channels, kernel rows and kernel columns.
 //   Mapping: a team of BN threads computes a tile of BM channels by BN pixels, TM by TN per thread. The 128 threads of
 //     a block form one team or, for few pixels, several teams. Several teams divide the steps of a sum among themselves
-//     and add their partial sums in a fixed order.
+//     and add their partial sums in a fixed order. Long sums of few outputs are divided among blocks, too.
 //   Tile: while the current 8 steps are multiplied, each thread fetches its own pixel and some weights for the next 8.
 //     It then decodes them into the other half of the team's shared memory. There is one barrier per 8 steps.
 //   Limit: instructions. In the 64 x 128 tile, 84 % of them compute products, 3 % load from shared memory, and the
@@ -35,246 +18,37 @@
 //     decoded into shared memory.
 //   Limit: instructions, half of which fetch and decode. With one pixel per thread, reading the weights limits it, too.
 //
-// Sums start at 0.0 and round to nearest. There are no atomics, so the same inputs give the same bits.
+// The gradients are the same convolution on other strides (backends/contraction.py): that of the input takes the
+// gradient as its input and the weight with its channels exchanged; that of the weight takes channels as images, images
+// as channels, and the gradient as its kernel. A dense layer is a 1x1 convolution of 1x1 images.
 //
-// With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's source text precedes this one (backends/cuda.py). In the
-// fast form the compiler is told that operands are normal, so it can drop the function's code for other operands. Those
-// are decoded as 1, and a mask clears their products.
-#include "multiplier.h"
-
-#define MBM_MEMBER __device__ __forceinline__
+// Sums start at 0.0 and round to nearest. There are no atomics, so the same inputs give the same bits.
+#include "arithmetic.cuh"
 
 namespace mbm {
 
-struct Lane {
-  typedef int I;
-  typedef float F;
-};
-
-__device__ constexpr Multiplier M = make_multiplier(FAMILY, BITS, RESULT_BITS);
-constexpr bool MASKED = result_is_masked(M);
-constexpr bool CORRECTED = M.form == ONE_LEVEL || M.form == TWO_LEVELS;
-constexpr bool WHOLE = M.form == IEEE || M.form == TRUNCATED;  // operands are multiplied as whole floats
-constexpr bool SHARED_TABLE = M.form == LOOKUP;
-constexpr int THREADS = 128;      // per block
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
 constexpr int OUTSIDE = 1 << 29;  // a row outside any image, even after adding an image row or -2 * OUTSIDE
-constexpr float UNIT = 1.0f / CARRY;
 
-// The kernels' argument. backends/cuda.py mirrors its layout.
+// The kernels' argument: a convolution whose operands lie in memory in any order. With other strides it is a gradient or
+// a dense layer. backends/cuda.py mirrors the layout. Strides are in elements; kernels and outputs of a channel are
+// contiguous. Channels are counted per group.
 struct Conv2d {
   const float *input, *weight, *bias;
   float* output;
   const TableEntry* table;
-  long long image_stride;  // elements
-  int channel_stride, row_stride, column_stride;
-  int channels, out_channels, groups;  // channels are counted per group
-  int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];
+  long long image_stride, input_group_stride, channel_stride;          // of the input
+  long long weight_group_stride, weight_row_stride;                    // of the weight; a row is an output channel
+  long long out_image_stride, out_group_stride, out_channel_stride;    // of the output
+  long long part_stride;  // gridDim.y blocks divide the steps of a sum; each writes its part of the sum into an output
+  int part_slices;        // slices of SLICE steps in a part
+  int weight_channel_gap;  // from the last element of a channel of the weight to the first of the next, less one
+  int row_stride, column_stride;  // of the input
+  int channels, out_channels, groups;
+  int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];  // padding and dilation may be negative
   int slice[3];     // SLICE steps, expressed as channels, kernel rows and kernel columns
   unsigned pixels;  // batch * out_size[0] * out_size[1]
 };
-
-// ---- The table -----------------------------------------------------------------------------------------------------
-
-// A row of zeros follows the entries, for weights that are zero.
-constexpr int ENTRIES = is_lookup(M) ? 1 << 2 * M.table_bits : 1;
-constexpr int COLUMNS = is_lookup(M) ? 1 << M.table_bits : 1;
-
-MBM_FN Multiplier with_table(const TableEntry* table) {
-  Multiplier m = M;
-  m.table = table;
-  return m;
-}
-
-// A block's view of the table. With up to 7 bits, the block copies the table to shared memory as bytes.
-struct BlockTable {
-  const TableEntry* entries;
-  const unsigned char* shared;
-
-  MBM_MEMBER BlockTable(const TableEntry* entries) : entries(entries) {
-    __shared__ __align__(16) unsigned char copy[SHARED_TABLE ? ENTRIES + COLUMNS : 16];
-    shared = copy;
-    if constexpr (SHARED_TABLE) {
-      for (int i = threadIdx.x; i < (ENTRIES + COLUMNS) / 2; i += THREADS) {
-        unsigned two = reinterpret_cast<const unsigned*>(entries)[i];
-        reinterpret_cast<unsigned short*>(copy)[i] = two | two >> 8;
-      }
-      __syncthreads();
-    }
-  }
-  MBM_MEMBER int operator[](int index) const {
-    if constexpr (SHARED_TABLE) return shared[index];
-    return entries[index];
-  }
-};
-
-// ---- The product ---------------------------------------------------------------------------------------------------
-
-// These are in PTX to fix the treatment of subnormals. C operators would follow CuPy's option -ftz=true.
-MBM_FN float add(float a, float b) {
-  float sum;
-  asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
-  return sum;
-}
-MBM_FN float multiply_add_ftz(float a, float b, float c) {
-  float sum;
-  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
-  return sum;
-}
-// Add c to w if sum < threshold, by one predicated addition. The compiler would emit an addition and a select.
-MBM_FN void add_below_ftz(float& w, int sum, int threshold, float c) {
-  asm("{\n\t.reg .pred below;\n\tsetp.lt.u32 below, %1, %2;\n\t@below add.rz.ftz.f32 %0, %0, %3;\n\t}"
-      : "+f"(w)
-      : "r"(sum), "r"(threshold), "f"(c));
-}
-
-MBM_FN float multiply_toward_zero_ftz(float a, float b) {
-  float product;
-  asm("mul.rz.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
-  return product;
-}
-
-// A decoded pixel, operand a.
-// - WHOLE: power is the truncated operand, fraction is unused.
-// - Table: fraction is the table column.
-// - Function: power is the operand, fraction a mask, 0 unless the operand is normal.
-struct Pixel {
-  float power;
-  int fraction;
-};
-// A decoded weight, operand b.
-// - WHOLE: bits are those of the truncated operand.
-// - Sum of fractions: bits are those of the truncated operand, 0 for a zero; without a correction only they are used.
-// - Table: bits are those of the power of two, threshold is the start of the table row.
-// - Function: bits are those of the operand, threshold is the mask.
-struct __align__(16) Weight {
-  int bits;
-  int threshold;
-  float correction;
-};
-
-MBM_FN bool is_normal(float x) {
-  int exponent = bits<Lane>(x) & INFINITE;
-  return exponent != 0 && exponent != INFINITE;
-}
-
-MBM_FN float decode_whole(float x) {
-  if constexpr (M.form == TRUNCATED) return decode_truncated<Lane>(x, M);
-  return truncate_finite<Lane>(x, M.operand_keep);
-}
-
-MBM_FN Pixel decode_pixel(float a) {
-  if constexpr (WHOLE) return {decode_whole(a), 0};
-  if constexpr (M.form == CALL) return {is_normal(a) ? a : 1.0f, is_normal(a) ? ~0 : 0};
-  if constexpr (is_lookup(M)) return {decode_power<Lane>(a), table_column(bits<Lane>(a) & FRACTION, M)};
-  return {decode_power<Lane>(a), decode_fraction<Lane>(a, M)};
-}
-
-MBM_FN Weight decode_weight(float b) {
-  if constexpr (WHOLE) return {bits<Lane>(decode_whole(b)), 0, 0};
-  if constexpr (M.form == CALL) return {is_normal(b) ? bits<Lane>(b) : ONE, is_normal(b) ? ~0 : 0, 0};
-  if constexpr (is_lookup(M)) {
-    int power = bits<Lane>(decode_power<Lane>(b));
-    return {power, (power & INFINITE) != 0 ? table_row(bits<Lane>(b) & FRACTION, M) : ENTRIES, 0};
-  }
-  constexpr int THRESHOLD = M.correction_carry == 0 ? CARRY : 2 * CARRY - M.correction_carry;
-  constexpr float C = UNIT * (M.form == TWO_LEVELS ? 2 * M.correction_carry : M.correction);
-  float power = decode_power<Lane>(b);
-  int normal = (bits<Lane>(b) & INFINITE) != 0;
-  return {normal ? bits<Lane>(power) | decode_fraction<Lane>(b, M) : 0, bits<Lane>(power) + THRESHOLD, power * C};
-}
-
-MBM_FN float accumulate(float sum, const Pixel& a, const Weight& b, const BlockTable& table) {
-  if constexpr (M.form == CALL) {
-    int x = bits<Lane>(a.power), y = b.bits;
-    unsigned ex = unsigned(x) >> FRACTION_BITS & 255, ey = unsigned(y) >> FRACTION_BITS & 255;
-    __builtin_assume(ex > 0);
-    __builtin_assume(ex < 255);
-    __builtin_assume(ey > 0);
-    __builtin_assume(ey < 255);
-    return add(sum, from_bits<Lane>(call<Lane>(x, y) & a.fraction & b.threshold));
-  }
-  if constexpr (M.form == IEEE) return add(sum, ieee_product<Lane>(a.power, from_bits<Lane>(b.bits), M));
-  if constexpr (M.form == TRUNCATED && MASKED) {
-    float product = multiply_toward_zero_ftz(a.power, from_bits<Lane>(b.bits));
-    return add(sum, from_bits<Lane>(bits<Lane>(product) & (M.result_keep | ~FRACTION)));
-  }
-  if constexpr (M.form == TRUNCATED) return multiply_add_ftz(a.power, from_bits<Lane>(b.bits), sum);
-  if constexpr (is_lookup(M)) {
-    int entry = table[b.threshold + a.fraction];
-    float w = from_bits<Lane>(b.bits + (entry << (FRACTION_BITS - M.table_bits)));  // scaled by b's power of two
-    return multiply_add_ftz(a.power, w, sum);
-  }
-  int significand = a.fraction + b.bits;  // includes b's sign and exponent
-  float w = from_bits<Lane>(significand);
-  // The comparison reads the sum, not a's fraction, although it must then wait for the sum. The sum can lie in any
-  // register, whereas an instruction loses a cycle if two of its operands come from the same of the two register banks.
-  if constexpr (M.form == ONE_LEVEL) add_below_ftz(w, significand, b.threshold, b.correction);
-  if constexpr (M.form == TWO_LEVELS) {
-    constexpr float REST = float(M.correction - 2 * M.correction_carry) / (2 * M.correction_carry);
-    add_below_ftz(w, significand, b.threshold, b.correction);
-    add_below_ftz(w, significand, b.threshold - (CARRY - M.correction_carry), REST * b.correction);
-  }
-  if constexpr (MASKED) w = from_bits<Lane>(bits<Lane>(w) & (M.result_keep | ~FRACTION));
-  return multiply_add_ftz(a.power, w, sum);
-}
-
-// The range of exponents of the normal operands in a set.
-struct Exponents {
-  unsigned above_subnormal = ~0u;  // smallest magnitude's bits minus CARRY; zeros and subnormals wrap around
-  int highest = 0;
-
-  MBM_MEMBER void add(float x) {
-    int magnitude = bits<Lane>(x) & ~SIGN;
-    // A user's function may treat subnormals in any way, so they rule out the fast form.
-    if (M.form == CALL && unsigned(magnitude - 1) < CARRY - 1) magnitude = INFINITE;
-    above_subnormal = min(above_subnormal, unsigned(magnitude) - CARRY);
-    highest = max(highest, magnitude);
-  }
-  MBM_MEMBER void add(const Exponents& other) {
-    above_subnormal = min(above_subnormal, other.above_subnormal);
-    highest = max(highest, other.highest);
-  }
-  MBM_MEMBER bool empty() const { return highest < CARRY; }
-  MBM_MEMBER int lowest_exponent() const { return int(above_subnormal >> FRACTION_BITS) + 1; }
-  MBM_MEMBER int highest_exponent() const { return highest >> FRACTION_BITS; }
-};
-
-// Return whether the fast form is correct for all products of two sets.
-MBM_FN bool in_range(const Exponents& pixels, const Exponents& weights) {
-  // The IEEE form is correct for all operands, but padding must not meet an infinite weight: 0 * inf is NaN.
-  if constexpr (M.form == IEEE) return weights.highest < INFINITE;
-  // w's exponent is at most one above b's; a correction's is at most 6 below b's. Both must be normal and finite.
-  if (pixels.highest >= INFINITE || weights.highest_exponent() > 253) return false;
-  if (pixels.empty() || weights.empty()) return true;
-  // Products with exponent field 24 or more are multiples of 2^-126. So are their sums, so none is subnormal.
-  return weights.lowest_exponent() > 6 && pixels.lowest_exponent() + weights.lowest_exponent() - BIAS > FRACTION_BITS &&
-         pixels.highest_exponent() + weights.highest_exponent() - BIAS < 254;
-}
-
-MBM_FN unsigned warp_max(unsigned x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(~0u, x);
-#else
-  for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(~0u, x, lane));
-  return x;
-#endif
-}
-
-// Combine several sets of exponents over the whole block. All threads must call this, once per kernel.
-template <int SETS> MBM_FN void combine(Exponents (&sets)[SETS]) {
-  __shared__ Exponents of_warp[THREADS / 32][SETS];
-#pragma unroll
-  for (int i = 0; i < SETS; i++) {
-    Exponents warp{~warp_max(~sets[i].above_subnormal), int(warp_max(sets[i].highest))};
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = warp;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < THREADS / 32; warp++)
-#pragma unroll
-    for (int i = 0; i < SETS; i++) sets[i].add(of_warp[warp][i]);
-}
 
 // ---- Positions -----------------------------------------------------------------------------------------------------
 
@@ -291,18 +65,22 @@ struct Position {
     unsigned width = c.out_size[1];
     row = int(rest / width) * c.stride[0] - c.padding[0];
     column = int(rest % width) * c.stride[1] - c.padding[1];
-    origin = c.input + image * c.image_stride + (long long)group * c.channels * c.channel_stride +
-             (long long)row * c.row_stride + (long long)column * c.column_stride;
-    output = ((long long)image * c.groups + group) * c.out_channels * plane + rest;
+    origin = c.input + image * c.image_stride + group * c.input_group_stride + (long long)row * c.row_stride +
+             (long long)column * c.column_stride;
+    output = image * c.out_image_stride + group * c.out_group_stride + rest;
     if (pixel >= c.pixels) row = -2 * OUTSIDE;  // past the last pixel
   }
 };
 
 MBM_FN int sum_length(const Conv2d& c) { return c.channels * c.kernel[0] * c.kernel[1]; }
 
+// Return the bias, which the first part of a sum contains.
 MBM_FN float bias_of(const Conv2d& c, int group, int channel) {
-  return c.bias ? c.bias[group * c.out_channels + channel] : 0.0f;
+  return c.bias && blockIdx.y == 0 ? c.bias[group * c.out_channels + channel] : 0.0f;
 }
+
+// Return where this block's part of the sums belongs, in an output's first channel.
+MBM_FN float* output_of(const Conv2d& c, long long offset) { return c.output + blockIdx.y * c.part_stride + offset; }
 
 // Return the float at `base` plus `offset` bytes if x < limit_x and y < limit_y, else zero. This is PTX because the
 // compiler would not emit predicated loads for a series of these; it would evaluate all their predicates first.
@@ -362,28 +140,38 @@ struct Walk {
       channel++;
     }
   }
+  // Return the offset of the step's weight in its row.
+  MBM_MEMBER long long weight(const Conv2d& c, int step) const {
+    return step + (long long)channel * c.weight_channel_gap;
+  }
   MBM_MEMBER Step step(const Conv2d& c) const {
     int down = row * c.dilation[0], right = column * c.dilation[1];
-    long long offset = channel * c.channel_stride + down * c.row_stride + right * c.column_stride;
+    long long offset = channel * c.channel_stride + (long long)down * c.row_stride + (long long)right * c.column_stride;
     return {offset * (int)sizeof(float), channel < c.channels ? down : OUTSIDE, right};
   }
 };
 
-// Compute an output's sum without the fast form, for operands with any exponents.
-MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, int channel) {
-  const float* weight = c.weight + (long long)(group * c.out_channels + channel) * sum_length(c);
+// The steps of a sum that a block computes: from `first` to before `last`.
+struct Range {
+  int first, last;
+};
+
+// Compute a part of an output's sum without the fast form, for operands with any exponents.
+MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, int channel, Range steps) {
+  const float* weight = c.weight + group * c.weight_group_stride + channel * c.weight_row_stride;
   float sum = 0;
+  Walk walk(c, steps.first);
 #pragma unroll 1
-  for (Walk walk(c, 0); walk.channel < c.channels; walk.advance(c, 0, 0, 1), weight++) {
+  for (int k = steps.first; k < steps.last; k++, walk.advance(c, 0, 0, 1)) {
     Step step = walk.step(c);
-    if (step.inside(c, at)) sum = add(sum, product<Lane>(step.load(c, at), *weight, with_table(c.table)));
+    if (step.inside(c, at)) sum = add(sum, product<Lane>(step.load(c, at), weight[walk.weight(c, k)], with_table(c.table)));
   }
   return sum;
 }
 
-MBM_FN void write_by_definition(const Conv2d& c, const Position& at, int group, int channel) {
-  float* output = c.output + at.output + (long long)channel * c.out_size[0] * c.out_size[1];
-  *output = add(sum_by_definition(c, at, group, channel), bias_of(c, group, channel));
+MBM_FN void write_by_definition(const Conv2d& c, const Position& at, int group, int channel, Range steps) {
+  float sum = sum_by_definition(c, at, group, channel, steps);
+  *output_of(c, at.output + channel * c.out_channel_stride) = add(sum, bias_of(c, group, channel));
 }
 
 // ---- Tiles ---------------------------------------------------------------------------------------------------------
@@ -415,20 +203,19 @@ struct Outputs4 {
     in_line = plane % 4 == 0;
     unsigned image = pixel / plane;
     int rest = pixel % plane;
-    long long image_size = (long long)c.groups * c.out_channels * plane;
-    long long first = image * image_size + (long long)group * c.out_channels * plane;
+    long long first = image * c.out_image_stride + group * c.out_group_stride;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       offset[i] = first + rest;
       if (++rest == plane) {
         rest = 0;
-        first += image_size;
+        first += c.out_image_stride;
       }
     }
   }
   MBM_MEMBER void write(const Conv2d& c, int group, int channel, const float* sums) const {
     if (channel >= c.out_channels) return;
-    float* output = c.output + (long long)channel * plane;
+    float* output = output_of(c, channel * c.out_channel_stride);
     float bias = bias_of(c, group, channel);
     if (in_line) {
       if (count > 0)
@@ -457,7 +244,8 @@ template <int BM, int BN> struct Fetch {
   MBM_MEMBER Fetch(const Conv2d& c, int group, int first_row, unsigned first_pixel, int first, int thread)
       : c(c), at(c, group, first_pixel + thread), row(thread / SLICE), k(thread % SLICE),
         rows_left(max(c.out_channels - first_row - row, 0)), walk(c, first + k),
-        weight(c.weight + (long long)(group * c.out_channels + first_row + row) * sum_length(c) + first + k) {}
+        weight(c.weight + group * c.weight_group_stride + (first_row + row) * c.weight_row_stride +
+               walk.weight(c, first + k)) {}
 
   // Publish the steps of the next slice to the team.
   MBM_MEMBER void announce(Step (&steps)[SLICE]) const {
@@ -467,12 +255,13 @@ template <int BM, int BN> struct Fetch {
   MBM_MEMBER void fetch(const Step (&steps)[SLICE]) {
 #pragma unroll
     for (int i = 0; i < SLICE; i++) pixel_next[i] = load16(steps[i]).load(c, at);
-    long long row_bytes = (long long)ROWS * sizeof(float) * sum_length(c);
+    long long row_bytes = ROWS * sizeof(float) * c.weight_row_stride;
 #pragma unroll
     for (int i = 0; i < WEIGHTS; i++)
       weight_next[i] = load_if_below(weight, i * row_bytes, i * ROWS, rows_left, walk.channel, c.channels);
-    weight += SLICE;
+    int channel = walk.channel;
     walk.advance(c, c.slice[0], c.slice[1], c.slice[2]);
+    weight += SLICE + (long long)(walk.channel - channel) * c.weight_channel_gap;
   }
 
   MBM_MEMBER void store(Planes<BM, BN> (&slice)[SLICE], int thread, Exponents& pixels, Exponents& weights) const {
@@ -544,8 +333,8 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   unsigned first_pixel = column_tile / unsigned(c.groups) * BN;
 
   int team = threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
-  int slice_count = (sum_length(c) + SLICE - 1) / SLICE;
-  int first = team * slice_count / TEAMS, last = (team + 1) * slice_count / TEAMS;
+  int begin = blockIdx.y * c.part_slices, end = min(begin + c.part_slices, (sum_length(c) + SLICE - 1) / SLICE);
+  int first = begin + team * (end - begin) / TEAMS, last = begin + (team + 1) * (end - begin) / TEAMS;
   Fetch<BM, BN> next(c, group, first_row, first_pixel, first * SLICE, thread);
 
   // A warp is 4 rows by 8 columns of threads. With a table in shared memory it is one row, if the tile is wide enough.
@@ -580,7 +369,8 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
       int channel = first_row + i / BN;
       unsigned pixel = first_pixel + i % BN;
       if (channel < c.out_channels && pixel < c.pixels)
-        write_by_definition(c, Position(c, group, pixel), group, channel);
+        write_by_definition(c, Position(c, group, pixel), group, channel,
+                            {begin * SLICE, min(end * SLICE, sum_length(c))});
     }
     return;
   }
@@ -630,7 +420,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
 #pragma unroll
   for (int p = 0; p < PIXELS; p++) at[p] = Position(c, group, pixel + p * THREADS);
   int length = sum_length(c);
-  const float* weight = c.weight + (long long)group * c.out_channels * length;
+  const float* weight = c.weight + group * c.weight_group_stride;
 
   float sums[PIXELS][CHANNELS] = {};
   Exponents pixels[PIXELS], weights[1];
@@ -640,7 +430,8 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     for (int k = threadIdx.x; k < count; k += THREADS) steps[k] = Walk(c, first + k).step(c);
     for (int i = threadIdx.x; i < count * CHANNELS; i += THREADS) {
       int k = i / CHANNELS, m = i % CHANNELS;
-      float b = m < c.out_channels ? weight[m * length + first + k] : 0.0f;
+      long long offset = m * c.weight_row_stride + Walk(c, first + k).weight(c, first + k);
+      float b = m < c.out_channels ? weight[offset] : 0.0f;
       weights[0].add(b);
       decoded[k][m] = decode_weight(b);
     }
@@ -669,14 +460,14 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   for (int p = 0; p < PIXELS; p++) {
     if (pixel + p * THREADS >= c.pixels) break;
     if (in_range(pixels[p], weights[0])) {
-      float* output = c.output + at[p].output;
+      float* output = output_of(c, at[p].output);
 #pragma unroll
       for (int m = 0; m < CHANNELS; m++)
         if (m < c.out_channels)
-          output[(long long)m * c.out_size[0] * c.out_size[1]] = add(sums[p][m], bias_of(c, group, m));
+          output[m * c.out_channel_stride] = add(sums[p][m], bias_of(c, group, m));
     } else {
 #pragma unroll 1
-      for (int m = 0; m < c.out_channels; m++) write_by_definition(c, at[p], group, m);
+      for (int m = 0; m < c.out_channels; m++) write_by_definition(c, at[p], group, m, {0, length});
     }
   }
 }

@@ -1,6 +1,6 @@
 // The CPU kernels. CMake compiles this file once for each instruction set, each time into its own namespace (MBM_ISA).
 //
-// Mapping: a job is one image, one group and a range of output rows. One thread computes it.
+// Mapping: a job is one image, one group, a range of output rows and a range of output channels. One thread computes it.
 //   1. The thread decodes the input rows that it needs once, padding included, into planes of powers of two and planes
 //      of fractions. With a stride, rows and columns of equal phase lie side by side, so that neighbouring outputs read
 //      neighbouring elements whatever the stride. Narrow images get one plane per kernel column.
@@ -44,6 +44,7 @@ constexpr int LANES = 4;
 constexpr int VECTORS = 2, BLOCK = 4;
 constexpr std::int64_t SCRATCH_TARGET = 384 << 10;  // bytes of a job's planes, so that they stay in the L2 cache
 constexpr int JOBS_PER_THREAD = 4;                  // at least, so that no thread waits long for another
+constexpr int LEAST_BLOCKS = 4;                     // of a job, so that decoding its planes pays
 
 enum RoundingMode { TO_NEAREST, TOWARD_ZERO };
 
@@ -145,14 +146,28 @@ template <class T> struct Buffer {
 struct Exponents {
   int lowest = INFINITE, highest = 0;
 
-  void add(float x) {
-    int magnitude = __builtin_bit_cast(int, x) & ~SIGN;
-    int normal = magnitude < CARRY ? INFINITE : magnitude;
+  bool special() const { return highest >= INFINITE; }
+  bool empty() const { return highest < CARRY; }
+};
+
+// Collects the exponents of vectors of operands.
+struct Range {
+  I lowest = I{} + INFINITE, highest = {};
+
+  void add(F x) {
+    I magnitude = bits<Lanes>(x) & ~SIGN;
+    I normal = magnitude < CARRY ? I{} + INFINITE : magnitude;
     lowest = normal < lowest ? normal : lowest;
     highest = magnitude > highest ? magnitude : highest;
   }
-  bool special() const { return highest >= INFINITE; }
-  bool empty() const { return highest < CARRY; }
+  Exponents exponents() const {
+    Exponents e;
+    for (int lane = 0; lane < LANES; lane++) {
+      e.lowest = lowest[lane] < e.lowest ? lowest[lane] : e.lowest;
+      e.highest = highest[lane] > e.highest ? highest[lane] : e.highest;
+    }
+    return e;
+  }
 };
 
 // Return whether all products of the two sets and the intermediate A * B stay in the normal range.
@@ -213,19 +228,6 @@ void tile(const float* power, const int* fraction, const std::int64_t* offsets, 
   for (int i = 0; i < N * V; i++) store(sums + i / V * sums_stride + i % V * LANES, sum[i]);
 }
 
-// Compute the sums of one vector and one output channel, each product by definition. `operands` and `weights` are not
-// decoded. The mask `inside` excludes padding, which contributes nothing, although padding times an infinite weight is
-// NaN.
-void tile_by_definition(const float* operands, const int* inside, const std::int64_t* offsets, std::int64_t steps,
-                        const float* weights, const Multiplier& m, float* sums) {
-  F sum = {};
-  for (std::int64_t k = 0; k < steps; k++) {
-    F p = product<Lanes>(load<F>(operands + offsets[k]), F{} + weights[k], m);
-    sum += from_bits<Lanes>(bits<Lanes>(p) & load<I>(inside + offsets[k]));
-  }
-  store(sums, sum);
-}
-
 struct TileSet {
   Tile of_size[VECTORS][BLOCK];  // [vectors - 1][channels - 1]
 };
@@ -258,16 +260,17 @@ struct Tiles {
   }
 };
 
-Weight decode_weight(float weight, const Multiplier& m) {
-  F w = F{} + weight;
+// Decode a vector of weights into powers and, as Weight has them, the others.
+void decode_weights(F w, const Multiplier& m, F& power, I& rest) {
   I fraction = bits<Lanes>(w) & FRACTION;
+  power = w, rest = I{};
   switch (m.form) {
-    case CALL: return {weight, 0};
-    case IEEE: return {truncate_finite<Lanes>(w, m.operand_keep)[0], 0};
-    case TRUNCATED: return {decode_truncated<Lanes>(w, m)[0], 0};
+    case CALL: return;
+    case IEEE: power = truncate_finite<Lanes>(w, m.operand_keep); return;
+    case TRUNCATED: power = decode_truncated<Lanes>(w, m); return;
     case LOOKUP:
-    case LOOKUP_WIDE: return {decode_power<Lanes>(w)[0], table_row(fraction, m)[0]};
-    default: return {decode_power<Lanes>(w)[0], ONE + decode_fraction<Lanes>(w, m)[0]};
+    case LOOKUP_WIDE: power = decode_power<Lanes>(w), rest = table_row(fraction, m); return;
+    default: power = decode_power<Lanes>(w), rest = ONE + decode_fraction<Lanes>(w, m);
   }
 }
 
@@ -319,6 +322,7 @@ struct Plan {
   Axis high, wide;
   std::int64_t steps;                         // products per sum
   std::int64_t rows;                          // output rows per job
+  std::int64_t block_count;                   // blocks of output channels per job
   std::int64_t columns, plane, plane_count;   // elements per plane row, elements per plane, planes per job
   std::int64_t positions;                     // positions per job, rounded up to whole vectors
   std::int64_t blocks, block;                 // output channels form `blocks` blocks of at most `block`
@@ -329,7 +333,8 @@ struct Plan {
 
   explicit Plan(const Conv2d& conv)
       : c(conv), high(c, 0, share_rows(c)), wide(c, 1, share_columns(c)),
-        steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), columns(wide.extent(c.out_size[1])),
+        steps(c.channels * c.kernel[0] * c.kernel[1]), rows(c.out_size[0]), block_count(ceil_div(c.out_channels, BLOCK)),
+        columns(wide.extent(c.out_size[1])),
         plane_count(c.channels * high.phases * wide.phases), blocks(ceil_div(c.out_channels, BLOCK)),
         block(ceil_div(c.out_channels, blocks)), offsets(steps), weights(c.groups * c.out_channels * steps),
         weight_exponents(c.groups * blocks), tile_set(for_form<Tiles>(c.multiplier)) {
@@ -337,14 +342,18 @@ struct Plan {
       return std::int64_t(sizeof(float) + sizeof(int)) * plane_count * high.extent(rows) * columns;
     };
     while (rows > 1 && planes_bytes() > SCRATCH_TARGET) rows = ceil_div(rows, 2);
-    while (rows > 1 && c.threads > 1 && job_count() < JOBS_PER_THREAD * c.threads) rows = ceil_div(rows, 2);
+    // Both gather and decode some rows more than once. Fewer positions than a tile has would leave lanes idle.
+    auto few_jobs = [&] { return c.threads > 1 && job_count() < JOBS_PER_THREAD * c.threads; };
+    while (rows > 1 && few_jobs() && rows * columns > VECTORS * LANES) rows = ceil_div(rows, 2);
+    while (block_count > LEAST_BLOCKS && few_jobs()) block_count = ceil_div(block_count, 2);
     plane = high.extent(rows) * columns;
     positions = ceil_div((rows - 1) * columns + c.out_size[1], LANES) * LANES;
     locate_steps();
-    pack_weights();
   }
 
-  std::int64_t job_count() const { return c.batch * c.groups * ceil_div(c.out_size[0], rows); }
+  std::int64_t row_ranges() const { return ceil_div(c.out_size[0], rows); }
+  std::int64_t block_ranges() const { return ceil_div(blocks, block_count); }
+  std::int64_t job_count() const { return c.batch * c.groups * row_ranges() * block_ranges(); }
   std::int64_t block_start(std::int64_t b) const { return b * block; }
   std::int64_t block_size(std::int64_t b) const {
     std::int64_t left = c.out_channels - b * block;
@@ -361,20 +370,30 @@ struct Plan {
                          high.start(i) * columns + wide.start(j);
   }
 
-  void pack_weights() {
-    const Multiplier& m = c.multiplier;
-    for (std::int64_t g = 0; g < c.groups; g++)
-      for (std::int64_t b = 0; b < blocks; b++) {
-        std::int64_t first = g * c.out_channels + block_start(b), size = block_size(b);
-        Exponents e;
-        for (std::int64_t n = 0; n < size; n++)
-          for (std::int64_t k = 0; k < steps; k++) {
-            float w = c.weight[(first + n) * steps + k];
-            e.add(w);
-            weights[first * steps + k * size + n] = decode_weight(w, m);
-          }
-        weight_exponents[g * blocks + b] = e;
+  // Pack the weights of one block of one group.
+  void pack(std::int64_t job) const {
+    const Multiplier m = c.multiplier;
+    std::int64_t g = job / blocks, b = job % blocks, size = block_size(b), elements = c.kernel[0] * c.kernel[1];
+    Weight* to = &weights[(g * c.out_channels + block_start(b)) * steps];
+    Range range;
+    for (std::int64_t n = 0; n < size; n++) {
+      const float* row = c.weight + g * c.weight_stride[0] + (block_start(b) + n) * c.weight_stride[1];
+      std::int64_t channel = 0, element = 0;
+      for (std::int64_t k = 0; k < steps; k += LANES) {
+        std::int64_t count = steps - k < LANES ? steps - k : LANES;
+        float w[LANES] = {};
+        for (std::int64_t i = 0; i < count; i++) {
+          w[i] = row[channel + element];
+          if (++element == elements) element = 0, channel += c.weight_stride[2];
+        }
+        F power;
+        I rest;
+        decode_weights(load<F>(w), m, power, rest);
+        range.add(load<F>(w));
+        for (std::int64_t i = 0; i < count; i++) to[(k + i) * size + n] = {power[i], rest[i]};
       }
+    }
+    weight_exponents[job] = range.exponents();
   }
 };
 
@@ -382,7 +401,7 @@ struct Plan {
 // set it to -1 for elements of the input and to 0 for padding.
 void gather_planes(const Plan& p, const float* image, std::int64_t row, float* plane, int* inside) {
   const Conv2d& c = p.c;
-  std::int64_t plane_rows = p.high.extent(p.rows), column_step = c.input_stride[3] * c.stride[1];
+  std::int64_t plane_rows = p.high.extent(p.rows), column_step = c.input_stride[4] * c.stride[1];
   if (inside) std::memset(inside, 0, p.planes_elements() * sizeof(int));
   for (std::int64_t ch = 0; ch < c.channels; ch++)
     for (std::int64_t i = 0; i < p.high.phases; i++)
@@ -396,7 +415,7 @@ void gather_planes(const Plan& p, const float* image, std::int64_t row, float* p
         for (std::int64_t r = 0; r < plane_rows; r++, plane += p.columns) {
           std::int64_t y = (row + r) * c.stride[0] + p.high.phase[i] - c.padding[0];
           std::int64_t end = y >= 0 && y < c.size[0] ? last : first;
-          const float* x = image + ch * c.input_stride[1] + y * c.input_stride[2] + left * c.input_stride[3];
+          const float* x = image + ch * c.input_stride[2] + y * c.input_stride[3] + left * c.input_stride[4];
           for (std::int64_t q = 0; q < first; q++) plane[q] = 0;
           if (column_step == 1)
             std::memcpy(plane + first, x + first, (end - first) * sizeof(float));
@@ -417,13 +436,10 @@ void gather_planes(const Plan& p, const float* image, std::int64_t row, float* p
 // Return the range of their exponents.
 Exponents decode_planes(const Plan& p, float* power, int* fraction) {
   const Multiplier m = p.c.multiplier;
-  I lowest = I{} + INFINITE, highest = {};
+  Range range;
   for (std::int64_t i = 0; i < p.planes_elements(); i += LANES) {
     F x = load<F>(power + i);
-    I magnitude = bits<Lanes>(x) & ~SIGN;
-    I normal = magnitude < CARRY ? I{} + INFINITE : magnitude;
-    lowest = normal < lowest ? normal : lowest;
-    highest = magnitude > highest ? magnitude : highest;
+    range.add(x);
     if (m.form == CALL) continue;
     if (m.form == IEEE) {
       store(power + i, truncate_finite<Lanes>(x, m.operand_keep));
@@ -435,16 +451,25 @@ Exponents decode_planes(const Plan& p, float* power, int* fraction) {
       store(fraction + i, column);
     }
   }
-  Exponents e;
-  for (int lane = 0; lane < LANES; lane++) {
-    e.lowest = lowest[lane] < e.lowest ? lowest[lane] : e.lowest;
-    e.highest = highest[lane] > e.highest ? highest[lane] : e.highest;
-  }
-  return e;
+  return range.exponents();
+}
+
+// Compute the sums of one vector and one output channel, each product by definition. `operands` and `weight` are not
+// decoded. The mask `inside` excludes padding, which contributes nothing, although padding times an infinite weight is
+// NaN.
+void tile_by_definition(const float* operands, const int* inside, const Plan& p, const float* weight, float* sums) {
+  F sum = {};
+  std::int64_t k = 0;
+  for (std::int64_t ch = 0; ch < p.c.channels; ch++, weight += p.c.weight_stride[2])
+    for (std::int64_t i = 0; i < p.c.kernel[0] * p.c.kernel[1]; i++, k++) {
+      F product_of_step = product<Lanes>(load<F>(operands + p.offsets[k]), F{} + weight[i], p.c.multiplier);
+      sum += from_bits<Lanes>(bits<Lanes>(product_of_step) & load<I>(inside + p.offsets[k]));
+    }
+  store(sums, sum);
 }
 
 struct Job {
-  std::int64_t image, group, row, rows;
+  std::int64_t image, group, row, rows, first_block, last_block;
 };
 
 // Write a block's sums to the output and add the bias, rounding to nearest.
@@ -452,13 +477,14 @@ void write_block(const Plan& p, const Job& job, std::int64_t b, const float* sum
   const Conv2d& c = p.c;
   Rounding nearest(TO_NEAREST);
   for (std::int64_t n = 0; n < p.block_size(b); n++) {
-    std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
-    float* out =
-        c.output + ((job.image * c.groups * c.out_channels + channel) * c.out_size[0] + job.row) * c.out_size[1];
-    float bias = c.bias ? c.bias[channel] : 0.0f;
-    for (std::int64_t r = 0; r < job.rows; r++, out += c.out_size[1]) {
+    float* out = c.output + job.image * c.output_stride[0] + job.group * c.output_stride[1] +
+                 (p.block_start(b) + n) * c.output_stride[2] + job.row * c.output_stride[3];
+    float bias = c.bias ? c.bias[job.group * c.out_channels + p.block_start(b) + n] : 0.0f;
+    for (std::int64_t r = 0; r < job.rows; r++, out += c.output_stride[3]) {
       const float* sum = sums + n * p.positions + r * p.columns;
-      if (c.bias)
+      if (c.output_stride[4] != 1)
+        for (std::int64_t q = 0; q < c.out_size[1]; q++) out[q * c.output_stride[4]] = c.bias ? sum[q] + bias : sum[q];
+      else if (c.bias)
         for (std::int64_t q = 0; q < c.out_size[1]; q++) out[q] = sum[q] + bias;
       else
         std::memcpy(out, sum, c.out_size[1] * sizeof(float));
@@ -469,10 +495,12 @@ void write_block(const Plan& p, const Job& job, std::int64_t b, const float* sum
 void run_job(const void* plan, std::int64_t index, void* scratch) {
   const Plan& p = *static_cast<const Plan*>(plan);
   const Conv2d& c = p.c;
-  std::int64_t ranges = ceil_div(c.out_size[0], p.rows);
-  Job job{index / ranges / c.groups, index / ranges % c.groups, index % ranges * p.rows, p.rows};
+  std::int64_t range = index % p.block_ranges(), rows = index / p.block_ranges(), image_and_group = rows / p.row_ranges();
+  Job job{image_and_group / c.groups, image_and_group % c.groups, rows % p.row_ranges() * p.rows, p.rows,
+          range * p.block_count,      (range + 1) * p.block_count};
   if (job.row + job.rows > c.out_size[0]) job.rows = c.out_size[0] - job.row;
-  const float* image = c.input + job.image * c.input_stride[0] + job.group * c.channels * c.input_stride[1];
+  if (job.last_block > p.blocks) job.last_block = p.blocks;
+  const float* image = c.input + job.image * c.input_stride[0] + job.group * c.input_stride[1];
 
   float* power = static_cast<float*>(scratch);
   int* fraction = reinterpret_cast<int*>(power + p.planes_elements());
@@ -490,7 +518,7 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
   };
 
   bool all_fast = true;
-  for (std::int64_t b = 0; b < p.blocks; b++) {
+  for (std::int64_t b = job.first_block; b < job.last_block; b++) {
     if (!is_fast(b)) {
       all_fast = false;
       continue;
@@ -507,13 +535,12 @@ void run_job(const void* plan, std::int64_t index, void* scratch) {
 
   int* inside = fraction;
   gather_planes(p, image, job.row, power, inside);
-  for (std::int64_t b = 0; b < p.blocks; b++) {
+  for (std::int64_t b = job.first_block; b < job.last_block; b++) {
     if (is_fast(b)) continue;
     for (std::int64_t n = 0; n < p.block_size(b); n++) {
-      std::int64_t channel = job.group * c.out_channels + p.block_start(b) + n;
+      const float* weight = c.weight + job.group * c.weight_stride[0] + (p.block_start(b) + n) * c.weight_stride[1];
       for (std::int64_t q = 0; q < p.positions; q += LANES)
-        tile_by_definition(power + q, inside + q, p.offsets.data, p.steps, c.weight + channel * p.steps,
-                           c.multiplier, sums + n * p.positions + q);
+        tile_by_definition(power + q, inside + q, p, weight, sums + n * p.positions + q);
     }
     write_block(p, job, b, sums);
   }
@@ -566,6 +593,11 @@ std::int64_t ceiling(const Multiplier& m, std::int64_t rounds) {
   return for_form<Ceiling>(m, m, rounds);
 }
 
+std::int64_t packing_jobs(const void* plan) {
+  const Plan& p = *static_cast<const Plan*>(plan);
+  return p.c.groups * p.blocks;
+}
+void pack(const void* plan, std::int64_t job) { static_cast<const Plan*>(plan)->pack(job); }
 void* make_plan(const Conv2d& c) { return new Plan(c); }
 void free_plan(void* plan) { delete static_cast<Plan*>(plan); }
 std::int64_t jobs(const void* plan) { return static_cast<const Plan*>(plan)->job_count(); }
@@ -580,7 +612,8 @@ std::size_t scratch_bytes(const void* plan) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{MBM_NAME(MBM_ISA), make_plan, free_plan, jobs, scratch_bytes, run_job, multiply, ceiling};
+const Kernels kernels{MBM_NAME(MBM_ISA), make_plan,     free_plan, packing_jobs, pack,
+                      jobs,             scratch_bytes, run_job,   multiply,     ceiling};
 
 }  // namespace mbm::MBM_ISA
 

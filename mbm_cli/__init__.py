@@ -8,18 +8,22 @@ if TYPE_CHECKING:
     from mbm_cli.multipliers.content import resolve as resolve
     from mbm_cli.multipliers.names import Multiplier as Multiplier
     from mbm_cli.nn import ApproxConv2d as ApproxConv2d
+    from mbm_cli.nn import ApproxLinear as ApproxLinear
     from mbm_cli.nn import convert as convert
     from mbm_cli.ops import conv2d as conv2d
+    from mbm_cli.ops import linear as linear
     from mbm_cli.ops import multiply as multiply
 
 __version__ = version("mbm-cli")
-__all__ = ["ApproxConv2d", "Multiplier", "conv2d", "convert", "multiply", "resolve"]
+__all__ = ["ApproxConv2d", "ApproxLinear", "Multiplier", "conv2d", "convert", "linear", "multiply", "resolve"]
 
 _HOMES = {
     "ApproxConv2d": "nn",
+    "ApproxLinear": "nn",
     "Multiplier": "multipliers.names",
     "conv2d": "ops",
     "convert": "nn",
+    "linear": "ops",
     "multiply": "ops",
     "resolve": "multipliers.content",
 }

@@ -99,8 +99,9 @@ def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> N
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
 
-    config = config_of(replace(o, multiplier=None, bits=None))
-    _compute(o, partial(experiment, config, names_of(o.multiplier, o.bits), seeds, o.output), latex=latex)
+    config = config_of(replace(o, multiplier=None, backward=None, bits=None))
+    names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
+    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards), latex=latex)
 
 
 @command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")

@@ -1,7 +1,8 @@
 """The typed experiment: YAML in, checked, overridden, written out again."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,11 +16,12 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from mbm_cli.documents import explain, read_yaml, show, write_yaml
 from mbm_cli.errors import RequestError
-from mbm_cli.multipliers.names import LayerMultipliers, Multiplier, multiplier_of
+from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier, multiplier_of
 from mbm_cli.shipped import shipped_text
 
 _COUNT = 2**31 - 1  # what PyTorch takes as a size on every platform
@@ -63,19 +65,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _to_multiplier(value: object) -> Multiplier | LayerMultipliers:
-    try:
-        if isinstance(value, str) and value.startswith("{"):
-            value = read_yaml(value, "the multiplier")
-        return multiplier_of(value)
-    except RequestError as error:
-        raise ValueError(str(error)) from None
+_T = TypeVar("_T")
+
+
+def _read(convert: Callable[[object], _T]) -> Callable[[object], _T]:
+    """Return the conversion for a value that can also be a mapping as text."""
+
+    def read(value: object) -> _T:
+        try:
+            return convert(read_yaml(value, "it") if isinstance(value, str) and value.startswith("{") else value)
+        except RequestError as error:
+            raise ValueError(str(error)) from None
+
+    return read
+
+
+_to_multiplier, _to_backward = _read(multiplier_of), _read(Backward.of)
 
 
 # Written with absolute paths, so that a run can be resumed from another folder.
 MultiplierField = Annotated[
     Multiplier | LayerMultipliers, PlainValidator(_to_multiplier), PlainSerializer(lambda one: one.located)
 ]
+BackwardField = Annotated[Backward, PlainValidator(_to_backward), PlainSerializer(lambda one: one.located)]
 
 
 class DataConfig(_Section):
@@ -102,13 +114,40 @@ class ModelConfig(_Section):
     """The network.
 
     Attributes:
-        name: ``lenet`` or ``cnn3``.
-        multiplier: of its convolutions: a `Multiplier`, its name or its mapping, or a mapping from layers' names or
-            patterns to multipliers.
+        name: ``lenet``, ``cnn3`` or ``mlp``.
+        multiplier: of its convolutions: a `Multiplier`, its name or its mapping, or a mapping from layers' names,
+            patterns or kinds to multipliers.
+        backward: of the gradients of each layer whose multiplier is not exact: a `Multiplier` or its name, ``same``, or
+            ``{input: ..., weight: ...}``.
     """
 
-    name: Literal["lenet", "cnn3"] = "lenet"
+    name: Literal["lenet", "cnn3", "mlp"] = "lenet"
     multiplier: MultiplierField = Multiplier("mbm")
+    backward: BackwardField = Backward()
+
+    @model_validator(mode="after")
+    def _keep_meaning(self) -> Self:
+        """Keep what a config meant that was written before ``backward`` existed: patterns match convolutions only."""
+        if "backward" in self.model_fields_set or not isinstance(self.multiplier, LayerMultipliers):
+            return self
+        return self.model_copy(update={"multiplier": replace(self.multiplier, dense_patterns=False)})
+
+    @model_serializer(mode="wrap")
+    def _without_new_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if not getattr(self.multiplier, "dense_patterns", True):
+            del fields["backward"]
+        return fields
+
+    @property
+    def products(self) -> str:
+        """All multipliers in words, for tables and lists."""
+        return f"{self.multiplier}" + ("" if self.backward.is_exact else f", backward {self.backward}")
+
+    def distinct(self) -> list[Multiplier]:
+        """Return each multiplier of a forward pass, then each other one of a gradient that is not exact, once."""
+        gradients = [one for one in self.backward.distinct() if not one.is_exact]
+        return list(dict.fromkeys([*self.multiplier.distinct(), *gradients]))
 
 
 class OptimizerConfig(_Section):
@@ -188,8 +227,9 @@ class Config(_Section):
         fields = {f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()}
         return {name: value for name, value in document.items() if name not in sections} | fields
 
-    def with_multiplier(self, multiplier: Multiplier | LayerMultipliers) -> "Config":
-        return self.model_copy(update={"model": self.model.model_copy(update={"multiplier": multiplier})})
+    def with_model(self, **fields: Any) -> "Config":
+        """Return the config with other values in ``model``; they are not checked."""
+        return self.model_copy(update={"model": self.model.model_copy(update=fields)})
 
     def with_train(self, **fields: Any) -> "Config":
         """Return the config with other values in ``train``; they are not checked."""
@@ -229,6 +269,18 @@ def multiplier(name: str) -> Multiplier | LayerMultipliers:
     except ValueError as error:
         several = " (several at once are for mbm compare, eval and sweep)" if "," in name else ""
         raise RequestError(f"--multiplier: {error}{several}") from None
+
+
+def backward(name: str) -> Backward:
+    """Parse the multiplier of gradients of the command line, or ``{input: name, weight: name}`` as text.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    try:
+        return _to_backward(name)
+    except ValueError as error:
+        raise RequestError(f"--backward: {error}") from None
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--set") -> Config:

@@ -57,6 +57,10 @@ CONFIG = {
     "autocompletion": _configs,
 }
 MULTIPLIER = {"help": "A multiplier, for example mbm-t8; see mbm multipliers list.", "autocompletion": _multipliers}
+BACKWARD = {
+    "help": "A multiplier of the gradients, for example mbm-t8, same or '{weight: mbm}'.",
+    "autocompletion": _multipliers,
+}
 FIELD = {
     "metavar": "FIELD=VALUE",
     "help": "Override a field, for example optimizer.lr=0.002; repeatable.",
@@ -84,6 +88,7 @@ class Options:
 
     config: Annotated[str | None, Option("--config", "-c", **CONFIG)] = None
     multiplier: Annotated[str | None, Option(**MULTIPLIER)] = None
+    backward: Annotated[str | None, Option(**BACKWARD)] = None
     bits: Annotated[int | None, Option(**BITS)] = None
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
@@ -104,7 +109,7 @@ class Options:
 
 
 MEASUREMENT = "bits device seed threads output json quiet"
-EXPERIMENT = f"config multiplier set_ {MEASUREMENT}"
+EXPERIMENT = f"config multiplier backward set_ {MEASUREMENT}"
 TRAINING = f"{EXPERIMENT} epochs init name note"
 RUN = {
     "metavar": "RUN",
@@ -141,21 +146,28 @@ def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Cal
 
 def config_of(o: Options) -> Any:
     """Load the config with the flags as overrides; a flag wins over --set."""
-    from mbm_cli.config import load, multiplier
+    from mbm_cli.config import backward, load, multiplier
 
     (name,) = [None] if (o.multiplier, o.bits) == (None, None) else with_bits([o.multiplier or ""], o.bits)
-    if name is not None and multiplier(name) and not name.startswith("{"):
-        name = json.dumps(name)  # a file's name may have characters that mean something in YAML
+    if name is not None and multiplier(name):
+        name = _text(name)
     base, init = (o.config or "lenet-mbm"), None
     if o.init is not None:
         from mbm_cli.runs import weights_of
 
         base, init = weights_of(o.init, o.output, o.config, name is not None)
+    if o.backward is not None:
+        backward(o.backward)
     flags = {"device": o.device, "seed": o.seed, "name": o.name, "note": o.note and json.dumps(o.note)}
-    flags |= {"model.multiplier": name}
+    flags |= {"model.multiplier": name, "model.backward": o.backward and _text(o.backward)}
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
     return load(base, [*(o.set_ or []), *overrides])
+
+
+def _text(name: str) -> str:
+    """Return a multiplier's name as YAML; a file's may have characters that mean something there."""
+    return name if name.startswith("{") else json.dumps(name)
 
 
 def names_of(listed: str | None, bits: int | None) -> list[str]:

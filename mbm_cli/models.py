@@ -1,4 +1,4 @@
-"""LeNet and the other networks, with a multiplier in their convolutions, and a description of their layers."""
+"""LeNet and the other networks, their multipliers, and a description of their layers."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
+from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
 
 
-def lenet(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
+def lenet() -> nn.Module:
     """Build LeNet-5's layout with ReLU and max-pooling: (N, 1, 28, 28) float32 to (N, 10) logits."""
     layers = {
         "conv1": nn.Conv2d(1, 6, 5, padding=2),
@@ -27,10 +27,10 @@ def lenet(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
         "relu4": nn.ReLU(),
         "fc3": nn.Linear(84, 10),
     }
-    return convert(nn.Sequential(OrderedDict(layers)), multiplier)
+    return nn.Sequential(OrderedDict(layers))
 
 
-def cnn3(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
+def cnn3() -> nn.Module:
     """Build three 3x3 convolutions with batch norm and three dense layers: (N, 1, 28, 28) float32 to (N, 10) logits."""
     layers = {
         "conv1": nn.Conv2d(1, 32, 3, padding=1),
@@ -56,16 +56,38 @@ def cnn3(multiplier: Multiplier | LayerMultipliers | str) -> nn.Module:
         "dropout5": nn.Dropout(0.5),
         "fc3": nn.Linear(64, 10),
     }
-    return convert(nn.Sequential(OrderedDict(layers)), multiplier)
+    return nn.Sequential(OrderedDict(layers))
+
+
+def mlp() -> nn.Module:
+    """Build LeNet-300-100, three dense layers with ReLU: (N, 1, 28, 28) float32 to (N, 10) logits."""
+    layers = {
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(28 * 28, 300),
+        "relu1": nn.ReLU(),
+        "fc2": nn.Linear(300, 100),
+        "relu2": nn.ReLU(),
+        "fc3": nn.Linear(100, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 # A new network gets an entry here, and its name in config.py.
-MODELS: dict[str, Callable[[Multiplier | LayerMultipliers | str], nn.Module]] = {"lenet": lenet, "cnn3": cnn3}
+MODELS: dict[str, Callable[[], nn.Module]] = {"lenet": lenet, "cnn3": cnn3, "mlp": mlp}
+
+
+def build(name: str, multiplier: Multiplier | LayerMultipliers | str, backward: Backward | str = "exact") -> nn.Module:
+    """Build a network of `MODELS` with these multipliers. Raises as `convert`."""
+    return convert(MODELS[name](), multiplier, backward)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its shapes, parameters, multiplications for an image, and the multiplier that computes them."""
+    """One layer: its shapes, parameters, multiplications for an image, and the multipliers that compute them.
+
+    Attributes:
+        backward: of the gradients: one for both, or those of input and weight.
+    """
 
     name: str
     kind: str
@@ -74,6 +96,7 @@ class Layer:
     parameters: int
     multiplications: int
     multiplier: str
+    backward: str = "exact"
 
 
 def describe_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
@@ -83,17 +106,18 @@ def describe_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Laye
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             parameters = sum(p.numel() for p in module.parameters())
-            multiplications, multiplier = 0, "exact"
+            multiplications = 0
+            multiplier = str(getattr(module, "multiplier", "exact"))
+            backward = str(Backward(*getattr(module, "backward", ())))
             if isinstance(module, nn.Conv2d):
                 multiplications = output[0].numel() * module.weight[0].numel()
-                multiplier = str(getattr(module, "multiplier", "exact"))
             elif isinstance(module, nn.Linear):
                 multiplications = module.weight.numel()
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 multiplications = output[0].numel()  # by the scale that training and evaluation share
             kind = type(module).__name__.removeprefix("Approx")
             shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-            layers.append(Layer(name, kind, *shapes, parameters, multiplications, multiplier))
+            layers.append(Layer(name, kind, *shapes, parameters, multiplications, multiplier, backward))
 
         return hook
 

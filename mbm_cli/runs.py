@@ -359,7 +359,7 @@ class Run:
         if self.has_several:
             planned = self.read(list[Combination], "plan.json", self.read_json("plan.json").get("combinations") or [])
             named += [configs.validate(one.config, str(self.folder / "plan.json")) for one in planned]
-        for multiplier in (m for config in named for m in config.model.multiplier.distinct()):
+        for multiplier in (m for config in named for m in config.model.distinct()):
             if multiplier.family in CODE:
                 raise RequestError(f"{self.folder} names code, {multiplier}: read it, then run it with --trust")
         return self

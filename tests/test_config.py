@@ -14,17 +14,26 @@ from mbm_cli.config import Config, ModelConfig, dump, load, multiplier, parse
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments.sweep import split_at_commas
 from mbm_cli.multipliers.float32 import FAMILIES
-from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
+from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.shipped import shipped, shipped_text
 
-NAMES = ["cnn3-exact", "cnn3-mbm", "lenet-exact", "lenet-mbm", "lenet-mitchell"]
+SHIPPED = {
+    "cnn3-exact": {"name": "cnn3", "multiplier": "exact"},
+    "cnn3-mbm": {"name": "cnn3", "multiplier": "mbm"},
+    "lenet-everything": {"multiplier": {"conv2d": "mbm-t16-r7", "linear": "mbm-t16-r7"}, "backward": "same"},
+    "lenet-exact": {"multiplier": "exact"},
+    "lenet-mbm": {"multiplier": "mbm"},
+    "lenet-mitchell": {"multiplier": "mitchell"},
+    "mlp-exact": {"name": "mlp", "multiplier": "exact"},
+    "mlp-mbm": {"name": "mlp", "multiplier": {"linear": "mbm"}},
+}
 LENET_MBM = """
 name: lenet-mbm
 note: null
 seed: 0
 device: auto
 data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_limit: null, test_limit: null}
-model: {name: lenet, multiplier: mbm}
+model: {name: lenet, multiplier: mbm, backward: exact}
 optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear}
 train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto}
 """
@@ -43,13 +52,13 @@ def refusal(text: str, *overrides: str) -> str:
 # What ships
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_is_complete_and_described(name):
-    assert list(shipped()) == NAMES
-    config, (model, multiplier) = load(name), name.split("-")
+    assert list(shipped()) == list(SHIPPED)
+    config = load(name)
     assert config == load(f"{name}.yaml")
     assert config.name == name
-    assert config.model == ModelConfig(name=model, multiplier=Multiplier(multiplier))
+    assert config.model == ModelConfig(**{"backward": "exact", **SHIPPED[name]})
     text = shipped_text(name)
     assert text == shipped_text(f"{name}.yaml") == shipped()[name]
     assert text.startswith("# ")
@@ -86,7 +95,7 @@ def test_byte_order_mark_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
-        ("lenet-mb", ["'lenet-mb'", "no such file", *NAMES, "did you mean lenet-mbm?"]),
+        ("lenet-mb", ["'lenet-mb'", "no such file", *SHIPPED, "did you mean lenet-mbm?"]),
         ("elsewhere/lenet-exact.yaml", ["no such file", "did you mean lenet-exact?"]),
         ("", ["''", "no such file"]),
         ("folder", ["'folder'", "no such file"]),
@@ -201,12 +210,17 @@ def test_value_is_shown_in_one_line(value, shown):
         ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, init, threads, deterministic"]),
         ('"a\\nb"', "1", [r"unknown field 'a\nb'"]),
         ("device", "cdua", ["device must be auto, cpu, cuda or cuda:N, for example cuda:1, not 'cdua'"]),
-        ("model.name", "LeNet", ["lenet | cnn3, not 'LeNet'; did you mean lenet?"]),
+        ("model.name", "LeNet", ["lenet | cnn3 | mlp, not 'LeNet'; did you mean lenet?"]),
         ("model.multiplier", "mbn-t8", ["model.multiplier: ", "'mbn'", "exact, mitchell, mbm", "did you mean mbm?"]),
         ("model.multiplier", "m" * 5000, ["mmm..."]),
         ("model.multiplier", "8", ["short form", "mapping", "not 8"]),
         ("model.multiplier", "{family: mbm, trunc: 8}", ["unknown field 'trunc'", "truncate"]),
-        ("model.multiplier", "{conv1: mbm}", ["need one for the other layers: default: mbm"]),
+        ("model.multiplier", "{conv1: 3}", ["must be a short form"]),
+        ("model.backward", "mbn", ["model.backward: ", "did you mean mbm?"]),
+        ("model.backward", "mbm-int8", ["model.backward: ", "multiplies integers"]),
+        ("model.backward", "{bias: mbm}", ["unknown gradient 'bias'", "{input: mbm, weight: exact}"]),
+        ("model.backward", "{}", ["no gradient is named"]),
+        ("model.backward", "3", ["model.backward: must be a short form", "not 3"]),
         ("optimizer.momentum", "0.9", ["optimizer.momentum", "belongs to the optimizer sgd, not to adam"]),
         ("optimizer", "{name: adamw, nesterov: false}", ["optimizer.nesterov", "not to adamw"]),
         ("optimizer", "{name: sgd, nesterov: true}", ["optimizer.nesterov", "needs a momentum above 0"]),
@@ -245,12 +259,16 @@ def test_first_problem_is_explained_and_others_counted():
         ("train.deterministic", "false", False),
         ("optimizer.schedule", "none", "none"),
         ("model.multiplier", "mitchell-t16-r7", Multiplier("mitchell", 16, 7)),
+        ("model.backward", "same", Backward(None, None)),
+        ("model.backward", "mbm-t8", Backward(Multiplier("mbm", 8), Multiplier("mbm", 8))),
+        ("model.backward", "{input: same}", Backward(None, Multiplier("exact"))),
+        ("model.backward", "{family: mbm, truncate: 8}", Backward(Multiplier("mbm", 8), Multiplier("mbm", 8))),
         ("model.multiplier", "{family: mbm, truncate: 8}", Multiplier("mbm", 8)),
         ("model.multiplier", "{family: exact, truncate: 0, result_bits: null}", Multiplier("exact")),
         (
             "model.multiplier",
             "{conv1: exact, default: mbm}",
-            LayerMultipliers(Multiplier("mbm"), (("conv1", Multiplier("exact")),)),
+            LayerMultipliers((("conv1", Multiplier("exact")), ("default", Multiplier("mbm")))),
         ),
     ],
 )
@@ -293,10 +311,24 @@ def test_wrong_override_is_explained(override, parts):
     assert [part for part in ["--set", *parts] if part not in message] == []
 
 
+def test_patterns_of_configs_without_backward_match_convolutions_only():
+    """Check that a config means what it meant before dense layers had multipliers, also when it is written again."""
+    text = "name: x\nmodel: {multiplier: {'*': mbm, fc3: mitchell}}"
+    old, new = parse(text, "x"), parse(text.replace("fc3: mitchell}", "fc3: mitchell}, backward: exact"), "x")
+    for config, of_dense in ((old, "exact"), (parse(dump(old), "x"), "exact"), (new, "mbm"), (load_again(new), "mbm")):
+        found = [str(config.model.multiplier.of(*layer)) for layer in (("conv1", "conv2d"), ("fc1", "linear"))]
+        assert found == ["mbm", of_dense]
+        assert str(config.model.multiplier.of("fc3", "linear")) == "mitchell"
+
+
+def load_again(config: Config) -> Config:
+    return parse(dump(config), "x")
+
+
 def test_multiplier_is_a_name_or_a_mapping():
     assert multiplier("mbm-t8") == Multiplier("mbm", 8)
     assert str(multiplier("{conv1: exact, default: mbm}")) == "{conv1: exact, default: mbm}"
-    for wrong in ("mbn", "{conv1: mbm}", "{conv1: ["):
+    for wrong in ("mbn", "{}", "{conv1: ["):
         with pytest.raises(RequestError):
             multiplier(wrong)
 

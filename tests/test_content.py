@@ -90,7 +90,7 @@ def test_experiments_share_one_execution(counted):
     configs = [load("lenet-mbm", [f"model.multiplier={value}"]) for value in values]
     first, second = (config.model.multiplier for config in lifecycle.resolve(configs, CPU))
     assert executions() == 1
-    assert second.of("conv1").content == second.default.content == first.content
+    assert second.of("conv1", "conv2d").content == second.of("x", "conv2d").content == first.content
 
 
 def test_multipliers_without_files_are_returned():

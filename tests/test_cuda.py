@@ -18,7 +18,7 @@ from sums import assert_sums_of_products, same_bits
 from tables import IN_C, exported, random_table
 
 from mbm_cli import ApproxConv2d, Multiplier, conv2d, multiply, resolve
-from mbm_cli.backends import cuda
+from mbm_cli.backends import cuda, geometry
 from mbm_cli.multipliers.content import operands
 from mbm_cli.multipliers.float32 import FAMILIES
 
@@ -73,8 +73,7 @@ def test_every_variant_compiles_without_spills():
 
 def plan(shape, weight_shape, out_size, groups=1, padding=(0, 0)):
     strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
-    out_shape = (shape[0], weight_shape[0], *out_size)
-    return cuda.plan(shape, strides, weight_shape, out_shape, (1, 1), padding, (1, 1), groups, 132)
+    return cuda.plan(geometry.forward(shape, strides, weight_shape, out_size, (1, 1), padding, (1, 1), groups), 132)
 
 
 @pytest.mark.parametrize(

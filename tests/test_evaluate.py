@@ -11,7 +11,7 @@ from tables import exported
 
 from mbm_cli.data import MNIST
 from mbm_cli.experiments.evaluate import evaluate
-from mbm_cli.models import MODELS
+from mbm_cli.models import build
 from mbm_cli.runs import Run, list_runs
 from mbm_cli.training import predict
 
@@ -62,7 +62,7 @@ def test_rows_are_those_of_networks_built_anew(trained, tmp_path):
     _, test = MNIST.load("cpu", test_limit=50)
     multipliers = ["mbm-t16-r7", "mbm-t20", {"conv1": "exact", "default": "mbm-t20"}]
     for row, multiplier in zip(made.result.evaluations, multipliers, strict=True):
-        model = MODELS["lenet"](multiplier)
+        model = build("lenet", multiplier)
         model.load_state_dict(trained.checkpoint()["model"])
         answers = predict(model, test, 100).argmax(1)
         matrix = made.confusions[row.multiplier]

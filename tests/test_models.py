@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from mbm_cli.data import DATASETS
-from mbm_cli.models import MODELS, cnn3, describe_layers
-from mbm_cli.nn import ApproxConv2d
+from mbm_cli.models import MODELS, build, describe_layers
+from mbm_cli.nn import ApproxConv2d, ApproxLinear
 
 IMAGE = DATASETS["mnist"].shape
 # name, kind, input and output shape, parameters, multiplications, whether the multiplier computes them
+EVERYTHING = {"linear": "mbm"}  # every network has dense layers
 LAYERS = {
     "lenet": [
         ("conv1", "Conv2d", (1, 28, 28), (6, 28, 28), 156, 117_600, True),
@@ -35,38 +36,38 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("multiplier", ["exact", "exact-t8", "mbm-t16-r7"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_described(name, multiplier):
-    rows = [tuple(vars(layer).values()) for layer in describe_layers(MODELS[name](multiplier), IMAGE)]
-    assert rows == [(*row, multiplier if approximate else "exact") for *row, approximate in LAYERS[name]]
+    rows = [tuple(vars(layer).values()) for layer in describe_layers(build(name, multiplier), IMAGE)]
+    assert rows == [(*row, multiplier if approximate else "exact", "exact") for *row, approximate in LAYERS[name]]
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("lenet", 61_706), ("cnn3", 905_354)])
+@pytest.mark.parametrize(("name", "parameters"), [("lenet", 61_706), ("cnn3", 905_354), ("mlp", 266_610)])
 def test_parameters_and_logits(name, parameters):
-    model = MODELS[name]("mbm")
+    model = build(name, EVERYTHING)
     assert sum(p.numel() for p in model.parameters()) == parameters
     logits = model(torch.randn(3, *IMAGE))
     assert (logits.shape, logits.dtype) == ((3, DATASETS["mnist"].classes), torch.float32)
     assert logits.isfinite().all()
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert {type(module) for module in convolutions} == {ApproxConv2d}
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert {type(module) for module in layers} <= {ApproxConv2d, ApproxLinear}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_initial_weights_depend_on_the_seed_alone(name):
     def weights(seed: int, multiplier: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
-        return MODELS[name](multiplier).state_dict()
+        return build(name, multiplier).state_dict()
 
-    first, same, other = weights(0, "mbm"), weights(0, "exact"), weights(1, "mbm")
+    first, same, other = weights(0, EVERYTHING), weights(0, "exact"), weights(1, EVERYTHING)
     assert first.keys() == same.keys()
     assert all(torch.equal(first[key], same[key]) for key in first)
-    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_describing_layers_changes_nothing(training):
-    model = cnn3("exact").train(training)
+    model = build("cnn3", "exact").train(training)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
     described = describe_layers(model, IMAGE)
@@ -74,3 +75,15 @@ def test_describing_layers_changes_nothing(training):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training is training for module in model.modules())
     assert describe_layers(model, IMAGE) == described  # no hook is left behind
+
+
+def test_layers_are_described_with_both_multipliers():
+    model = build("lenet", {"conv2d": "mbm", "linear": "mbm-t8", "fc3": "exact"}, {"weight": "drum-k4"})
+    gradients = "{input: exact, weight: drum-k4}"
+    assert [(layer.name, layer.multiplier, layer.backward) for layer in describe_layers(model, IMAGE)] == [
+        ("conv1", "mbm", gradients),
+        ("conv2", "mbm", gradients),
+        ("fc1", "mbm-t8", gradients),
+        ("fc2", "mbm-t8", gradients),
+        ("fc3", "exact", "exact"),
+    ]

@@ -124,12 +124,12 @@ def test_names_and_configs_need_no_pytorch():
 )
 def test_names_win_over_patterns_over_the_default(layer, multiplier):
     mapping = {"conv?": "mbm", "conv1": "exact", "features.*": "mbm-t8", "features.1?": "drum-k6", "default": "mbm"}
-    assert str(LayerMultipliers.of_mapping(mapping).of(layer)) == multiplier
+    assert str(LayerMultipliers.of_mapping(mapping).of(layer, "conv2d")) == multiplier
 
 
-@pytest.mark.parametrize("mapping", [{"conv1": "mbm"}, {"default": 3}, {"default": "booth"}, {"default": {"a": "mbm"}}])
+@pytest.mark.parametrize("mapping", [{}, {"default": 3}, {"default": "booth"}, {"default": {"a": "mbm"}}])
 def test_mappings_without_a_multiplier_are_rejected(mapping):
-    with pytest.raises(ValueError, match="multiplier"):
+    with pytest.raises(ValueError, match=r"multiplier|no layer"):
         LayerMultipliers.of_mapping(mapping)
 
 
@@ -158,7 +158,7 @@ def test_configs_hold_names_fields_and_mappings(value, printed):
     [
         (3, "must be a short form such as mbm-t8 or a mapping"),
         ("bmb", "families are .*did you mean mbm"),
-        ({"conv1": "mbm"}, "default: mbm"),
+        ({}, "no layer is named"),
         ({"conv1": "booth", "default": "mbm"}, "unknown multiplier family 'booth'"),
         ({"conv1": 3, "default": "mbm"}, "must be a short form"),
         ({"truncate": 8}, "family is missing"),

@@ -14,8 +14,6 @@ from tables import EXAMPLES, IN_C, IN_PYTHON, exported, random_table
 from torch import nn
 
 from mbm_cli import ApproxConv2d, Multiplier, conv2d, convert, resolve
-from mbm_cli.models import describe_layers, lenet
-from mbm_cli.multipliers.names import LayerMultipliers
 
 MULTIPLIERS = ["mbm-t8", Multiplier("mitchell", 16, 7), random_table(3), IN_PYTHON, IN_C]
 EACH_MULTIPLIER = pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
@@ -209,8 +207,25 @@ def test_convert_takes_multipliers_by_layer():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3)))
     convert(model, {"1.*": "mbm-t8", "1.1": Multiplier("exact"), "default": "mitchell"})
     assert [str(m.multiplier) for m in model.modules() if isinstance(m, nn.Conv2d)] == ["mitchell", "mbm-t8", "exact"]
-    layers = describe_layers(lenet(LayerMultipliers.of_mapping({"conv1": "mitchell", "default": "mbm"})), (1, 28, 28))
-    assert [layer.multiplier for layer in layers] == ["mitchell", "mbm", "exact", "exact", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "expected"),
+    [
+        ("mbm", "mbm mbm exact exact"),
+        ({"conv2d": "mbm", "linear": "mbm-t8", "3": "exact"}, "mbm mbm mbm-t8 exact"),
+        ({"[12]": "mitchell", "linear": "mbm-t8"}, "exact mitchell mitchell mbm-t8"),
+        ({"[12]": "mitchell", "1": "drum-k6", "default": "mbm"}, "mbm drum-k6 mitchell exact"),
+        ({"3": "mbm"}, "exact exact exact mbm"),
+        ({"default": "mbm-t8", "conv2d": "mbm"}, "mbm mbm exact exact"),
+    ],
+)
+def test_a_name_wins_over_a_pattern_over_a_kind_over_the_default(multiplier, expected):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Linear(2, 2), nn.Linear(2, 2))
+    convert(model, multiplier)
+    assert " ".join(str(getattr(layer, "multiplier", "exact")) for layer in model) == expected
+    convert(model, "exact")
+    assert {str(getattr(layer, "multiplier", "exact")) for layer in model} == {"exact"}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +233,7 @@ def test_convert_takes_multipliers_by_layer():
     [
         ("booth", "families are exact"),
         ({"0": "mbm", "default": "lut:nowhere.bin"}, "no such file"),
-        ({"conv9": "mbm", "default": "mbm"}, r"no convolution is called conv9; those of the model are 0, 2\.1"),
+        ({"conv9": "mbm", "default": "mbm"}, r"no layer is called conv9; those with a multiplier are 0, 2\.1"),
     ],
 )
 def test_wrong_multipliers_change_nothing(multiplier, message):

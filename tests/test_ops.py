@@ -252,17 +252,17 @@ def test_the_reference_backend_adds_up_the_products(shapes, arguments, multiplie
     """Check that the batch may be computed in parts."""
     tensors, (*pairs, groups) = normal(*shapes), arguments
     direct = MULTIPLIERS["table"][1] if multiplier is TABLE else (multiplier, None)
-    output = reference.conv2d(*tensors, *in_pairs(*pairs), groups, *direct)
+    output = reference.OPERATORS.conv2d(*tensors, *in_pairs(*pairs), groups, *direct)
     assert_sums_of_products(output, *tensors, *arguments, resolve(multiplier))
     monkeypatch.setattr(reference, "_CHUNK", 200)
-    assert same_bits(reference.conv2d(*tensors, *in_pairs(*pairs), groups, *direct), output)
+    assert same_bits(reference.OPERATORS.conv2d(*tensors, *in_pairs(*pairs), groups, *direct), output)
 
 
 @pytest.mark.parametrize("kind", ["built-in", "table"])
 def test_the_reference_backend_multiplies_bit_for_bit(kind):
     multiplier, direct = MULTIPLIERS[kind]
     input, weight = normal((2, 1, 5, 6), (3, 1, 1, 1))
-    sums = reference.conv2d(input, weight, None, [1, 1], [0, 0], [1, 1], 1, *direct)
+    sums = reference.OPERATORS.conv2d(input, weight, None, [1, 1], [0, 0], [1, 1], 1, *direct)
     expected = reference_product(input, weight.reshape(1, 3, 1, 1), multiplier)
     assert same_bits(sums, 0.0 + expected)
     assert same_bits(reference.multiply(input, weight.reshape(1, 3, 1, 1), *direct), expected)

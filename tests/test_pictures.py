@@ -136,7 +136,7 @@ def test_confusions_are_a_grid_of_three_columns(draw, count, grid):
 
 def test_shares_of_the_ceiling_are_bars(draw):
     shapes = [
-        TimedConv(name, "1->6 5x5 28x28", 64, 1, 1.0, 1.0, {}, 1.0, share)
+        TimedConv(name, "1->6 5x5 28x28", 64, 1, 1.0, 1.0, {}, {}, {}, 1.0, share)
         for name, share in (("lenet conv1", 0.45), ("", 1.06))
     ]
     figure = draw(ConvProfile(LONG, "cpu", "avx512", 2, 5.32e9, shapes))

@@ -9,7 +9,6 @@ from torch import nn
 
 from mbm_cli import models
 from mbm_cli.experiments import profile_epoch
-from mbm_cli.nn import ApproxConv2d
 from mbm_cli.training import PHASES
 
 SMALL = [*CPU, "--set", "data.train_limit=640", "--set", "data.test_limit=200"]
@@ -66,9 +65,8 @@ def test_costliest_are_operators_in_order(result):
 
 
 def test_network_may_have_one_convolution(monkeypatch, tmp_path):
-    def small(multiplier):
-        convolution = ApproxConv2d(1, 2, 28, multiplier=multiplier)
-        return nn.Sequential(convolution, nn.Flatten(), nn.Linear(2, 10))
+    def small():
+        return nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten(), nn.Linear(2, 10))
 
     monkeypatch.setitem(models.MODELS, "lenet", small)
     result = mbm("profile", "epoch", *SMALL, "--output", tmp_path, "--json").json

@@ -41,7 +41,10 @@ ROWS = [Row(name, 0.9812, 0.1234, -12.34) for name in [*MULTIPLIERS, FILE]]
 WORST = [1.23456789, 1.87654321]
 ERRORS = [Errors(m, -13.456, 22.345, 100.0, 10.0, WORST, 2**24, False) for m in ("mitchell-int16-t8", FILE)]
 SECONDS = {"torch_nn_grad": 0.0123, "two_calls": 0.0112, "one_call": 0.0101}
-CONV = TimedConv("lenet conv2", "6->16 5x5 14x14", 256, 61_440_000, 0.00412, 0.00123, SECONDS, 1.5e10, 0.8)
+GRADIENTS = {"input": 0.0042, "weight": 0.0051}
+CONV = TimedConv(
+    "lenet conv2", "6->16 5x5 14x14", 256, 61_440_000, 0.00412, 0.00123, SECONDS, GRADIENTS, GRADIENTS, 1.5e10, 0.8
+)
 LAYER = LayerTimes("conv1", "mbm", 117_600, 0.123, 0.234, 1.2e12, 0.45, "cuDNN")
 KERNEL = Costly("void cutlass::Kernel2<" + "cutlass_80_" * 9, 12345, 0.123, 0.3)
 RUN = {"run": "runs/20260101T000000Z-lenet-mbm-0001", "status": "interrupted", "multiplier": ", ".join(MULTIPLIERS)}

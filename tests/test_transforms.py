@@ -140,7 +140,8 @@ class Other(nn.Conv2d):
 @pytest.mark.parametrize(
     ("model", "error", "words"),
     [
-        (nn.Linear(1, 1), ValueError, r"the model, a Linear, has no torch\.nn\.Conv2d"),
+        (nn.Linear(1, 1), ValueError, r"no convolutions; for its dense layers write .* as \{linear: mbm\}"),
+        (nn.ReLU(), ValueError, r"the model, a ReLU, has no torch\.nn\.Conv2d or torch\.nn\.Linear"),
         (nn.Sequential(Other(1, 1, 1)), TypeError, r"0 is a \S*test_transforms\.Other; only torch\.nn\.Conv2d"),
     ],
 )

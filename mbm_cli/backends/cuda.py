@@ -1,5 +1,7 @@
 """The CUDA backend: the kernels of kernels/conv2d.cu, compiled by CuPy, on PyTorch's streams and memory."""
 
+import math
+import operator
 import re
 import sys
 import zlib
@@ -12,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_cli.backends.shapes import conv2d_output_shape
+from mbm_cli.backends.geometry import Geometry
+from mbm_cli.backends.operators import Operators
 from mbm_cli.errors import RunError
 from mbm_cli.multipliers.code import Function, first_compiler_error
-from mbm_cli.multipliers.content import TABLE, of_handle
+from mbm_cli.multipliers.content import TABLE, exchange, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
 
 # As in conv2d.cu: threads of a block, and steps of a sum between two barriers of a tiled kernel.
@@ -29,8 +31,10 @@ _CEILING_RELOAD = 4096  # rounds, a power of two
 # conv2d.cu's struct Conv2d, field by field.
 _CONV2D = np.dtype(
     [(name, np.uint64) for name in ("input", "weight", "bias", "output", "table")]
-    + [("image_stride", np.int64)]
-    + [(name, np.int32) for name in ("channel_stride", "row_stride", "column_stride")]
+    + [(name, np.int64) for name in ("image_stride", "input_group_stride", "channel_stride")]
+    + [(name, np.int64) for name in ("weight_group_stride", "weight_row_stride")]
+    + [(name, np.int64) for name in ("out_image_stride", "out_group_stride", "out_channel_stride", "part_stride")]
+    + [(name, np.int32) for name in ("part_slices", "weight_channel_gap", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channels", "out_channels", "groups")]
     + [(name, np.int32, 2) for name in ("size", "kernel", "out_size", "stride", "padding", "dilation")]
     + [("slice", np.int32, 3), ("pixels", np.uint32)],
@@ -49,24 +53,37 @@ typedef unsigned long long uint64_t; typedef long long int64_t;
 """
 
 
+_SOURCES = ("multiplier.h", "arithmetic.cuh", "conv2d.cu")
+
+
 class CudaError(RunError, RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says what to install."""
 
 
 class Tile(NamedTuple):
-    """A tiled kernel: output channels and pixels of a block, and a product's time as a multiple of the first's."""
+    """A kernel: output channels and pixels of a block, and a product's time as a multiple of the first's.
+
+    Attributes:
+        cost: in forward convolutions, where it decides the order of sums, so that it stays.
+        cost_of_parts: in sums that are added up in parts.
+    """
 
     kernel: str
     channels: int
     pixels: int
     cost: float
+    cost_of_parts: float
 
 
 _TILES = (
-    Tile("conv2d_64x128", 64, 128, 1.0),
-    Tile("conv2d_32x128", 32, 128, 1.06),
-    Tile("conv2d_16x32", 16, 32, 1.3),
+    Tile("conv2d_64x128", 64, 128, 1.0, 1.0),
+    Tile("conv2d_32x128", 32, 128, 1.06, 1.06),
+    Tile("conv2d_16x32", 16, 32, 1.3, 1.4),
 )
+# Of the times in `_choose_kernel`, measured on an H100.
+_BUSY_FROM, _STEPS_OF_A_BLOCK, _SUM_LAUNCH, _SUM_ELEMENT = 2.2, 24, 100_000, 0.2
+_LEAST_STEPS, _MOST_PARTS = 32, 512
+_TRANSPOSE_FROM = 1 << 28  # products of a dense layer from which transposing its input pays
 _DIRECT = {1: (4,), 4: (2,), 6: (1, 2), 8: (2,)}  # output channels of the direct kernels, and pixels of a thread
 _KERNELS = (
     *(tile.kernel for tile in _TILES),
@@ -77,10 +94,15 @@ _KERNELS = (
 
 
 class Launch(NamedTuple):
-    """How a convolution is launched: the kernel, the number of blocks, and the argument with its pointers left open."""
+    """How a convolution is launched: the kernel, the blocks, and the argument with its pointers left open.
+
+    Attributes:
+        parts: of each sum, computed by as many times the blocks into outputs of their own, which must be added up.
+    """
 
     kernel: str
     blocks: int
+    parts: int
     conv: np.ndarray
 
 
@@ -91,26 +113,28 @@ class Program(NamedTuple):
     options: tuple[str, ...]
 
 
-def program(handle: str, table_bits: int = 0) -> Program:
+def program(handle: str, table_bits: int = 0, exchanged: bool = False) -> Program:
     """Return the program of a multiplier; ``table_bits`` are the fraction bits of its table.
+
+    With ``exchanged``, a function is called with its operands exchanged.
 
     A function in C stands in front of the kernels. NVRTC has no standard headers, so C's integers are defined first.
     """
     multiplier = of_handle(handle)
-    header, kernels = (files("mbm_cli").joinpath("kernels", name) for name in ("multiplier.h", "conv2d.cu"))
+    *headers, kernels = (files("mbm_cli").joinpath("kernels", name) for name in _SOURCES)
     text, function = kernels.read_text(encoding="utf-8"), multiplier.content
     family, bits, result_bits = multiplier.family, multiplier.truncate, multiplier.result_bits or FRACTION_BITS
     extra = []
     if handle == TABLE:
         family, bits = "table", table_bits
     if isinstance(function, Function):
-        family, extra = "function", [f"-DMBM_FUNCTION=::{function.CALLED}", "-fmad=false"]
+        family, extra = "function", ["-fmad=false"]
         users = function.renamed(f'#line 1 "function.h"\n{_C_INCLUDE.sub("", function.text)}')
-        text = f'{_C_INTEGERS}{users}#line 1 "conv2d.cu"\n{text}'
+        text = f'{_C_INTEGERS}{users}{function.define(exchanged)}#line 1 "conv2d.cu"\n{text}'
     macros = (f"-DFAMILY=mbm::{family.upper()}", f"-DBITS={bits}", f"-DRESULT_BITS={result_bits}")
     # CuPy's cache on disk does not look into headers.
-    digest = f"-DHEADER_DIGEST=0x{zlib.crc32(header.read_bytes()):08x}"
-    return Program(text, ("-std=c++17", f"-I{Path(str(header)).parent}", digest, *macros, *extra))
+    digest = f"-DHEADER_DIGEST=0x{zlib.crc32(b''.join(header.read_bytes() for header in headers)):08x}"
+    return Program(text, ("-std=c++17", f"-I{Path(str(headers[0])).parent}", digest, *macros, *extra))
 
 
 def _table_bits(table: Tensor | None) -> int:
@@ -138,7 +162,7 @@ def import_cupy() -> Any:
 
 
 @lru_cache(maxsize=256)
-def kernels(handle: str, table_bits: int, device: int) -> dict[str, Any]:
+def kernels(handle: str, table_bits: int, exchanged: bool, device: int) -> dict[str, Any]:
     """Return a multiplier's kernels by name, ready to launch on the device with this index.
 
     Compiling takes seconds, once; CuPy keeps the result on disk, and loads it before the message below is due.
@@ -159,7 +183,7 @@ def kernels(handle: str, table_bits: int, device: int) -> dict[str, Any]:
     notice.start()
     try:
         with torch.cuda.device(device), cupy.cuda.Device(device):
-            source, options = program(handle, table_bits)
+            source, options = program(handle, table_bits, exchanged)
             module = cupy.RawModule(code=source, options=options)
             loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
             for kernel in loaded.values():
@@ -191,11 +215,19 @@ def _stream(device: int, handle: int) -> Any:
     return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
 
 
-def _run(handle: str, table: Tensor | None, kernel: str, device: int, blocks: int, arguments: tuple) -> None:
+def _launch(
+    handle: str,
+    table: Tensor | None,
+    kernel: str,
+    device: int,
+    grid: tuple[int, ...],
+    arguments: tuple,
+    exchanged: bool = False,
+) -> None:
     """Launch a kernel on PyTorch's current stream of the device."""
-    function = kernels(handle, _table_bits(table), device)[kernel]
+    function = kernels(handle, _table_bits(table), exchanged, device)[kernel]
     with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
-        function((blocks,), (_THREADS,), arguments)
+        function(grid, (_THREADS,), arguments)
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:
@@ -207,45 +239,40 @@ def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None)
         # Enough blocks to fill the card; a thread steps through the elements by the number of threads.
         blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
         arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), _address(table), count)
-        _run(multiplier, table, "multiply", device, blocks, arguments)
+        _launch(multiplier, table, "multiply", device, (blocks,), arguments)
     return output
 
 
-def conv2d(
+def run(
+    geometry: Geometry,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    output: Tensor,
     multiplier: str,
-    table: Tensor | None = None,
-) -> Tensor:
-    if of_handle(multiplier).is_exact:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
-    if output.numel() == 0:
-        return output
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    table: Tensor | None,
+) -> None:
+    """Compute a convolution into ``output``, which is contiguous.
+
+    Raises:
+        RuntimeError, CudaError: as `plan` and `kernels`.
+    """
     device = input.device.index
-    launch = plan(
-        tuple(input.shape),
-        input.stride(),
-        tuple(weight.shape),
-        tuple(output.shape),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        _multiprocessors(device),
-    )
+    if geometry.is_dense and geometry.products >= _TRANSPOSE_FROM:
+        # The threads of a warp fetch for one step: neighbours in memory, then.
+        input = input.t().contiguous().t()
+        geometry = geometry._replace(input_strides=(1, 0, input.stride(1), 0, 0))
+    launch = plan(geometry, _multiprocessors(device))
+    parts = output if launch.parts == 1 else output.new_empty(launch.parts, *output.shape)
+    exchanged = geometry.exchanged and multiplier.startswith("c:")
+    if geometry.exchanged and table is not None:
+        table = exchange(table)
     conv = launch.conv.copy()
-    pointers = input.data_ptr(), weight.data_ptr(), _address(bias), output.data_ptr(), _address(table)
+    pointers = input.data_ptr(), weight.data_ptr(), _address(bias), parts.data_ptr(), _address(table)
     conv.view(np.uint64)[: len(pointers)] = pointers
-    _run(multiplier, table, launch.kernel, device, launch.blocks, (conv,))
-    return output
+    _launch(multiplier, table, launch.kernel, device, (launch.blocks, launch.parts), (conv,), exchanged)
+    if launch.parts > 1:
+        torch.sum(parts, 0, out=output)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -253,67 +280,88 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    out_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    multiprocessors: int,
-) -> Launch:
+def plan(g: Geometry, multiprocessors: int) -> Launch:
     """Choose the kernel for a convolution, and lay out its argument.
 
     Raises:
         RuntimeError: an image, the weight, or the number of output positions has more elements than 32 bits index.
     """
-    out_channels, channels, *kernel = weight_shape
-    out_channels //= groups
-    pixels = out_shape[0] * out_shape[2] * out_shape[3]
-    name, blocks = _choose_kernel(out_channels, groups, pixels, multiprocessors)
+    pixels = g.batch * math.prod(g.out_size)
+    name, blocks, parts = _choose_kernel(g, pixels, multiprocessors)
+    all_slices = -(-g.steps // _SLICE)
+    slices = -(-all_slices // parts)
+    parts = -(-all_slices // slices)
 
-    reach = [max(shape[2 + i], dilation[i] * (kernel[i] - 1) + 1 + padding[i]) for i in range(2)]
-    image = sum((n - 1) * step for n, step in zip((shape[1], *reach), strides[1:], strict=True))
-    weights = out_channels * groups * channels * kernel[0] * kernel[1]
+    reach = [max(g.size[i], abs(g.dilation[i]) * (g.kernel[i] - 1) + 1 + abs(g.padding[i])) for i in range(2)]
+    _, _, channel_stride, *of_image = g.input_strides
+    image = sum((n - 1) * step for n, step in zip(reach, of_image, strict=True))
+    if not g.exchanged:  # otherwise the channels are images
+        image += (g.channels - 1) * channel_stride
+    gap = g.weight_strides[2] - math.prod(g.kernel)
     # Positions outside the image are encoded as row >= 2^29.
-    if max(image, weights, pixels, blocks, 8 * max(reach)) >= _INDEX_LIMIT:
+    if max(image, g.steps, g.out_channels * g.groups * g.steps, gap, pixels, blocks, 8 * max(reach)) >= _INDEX_LIMIT:
         raise RuntimeError(
-            f"a convolution of {list(shape)} with {list(weight_shape)} needs indices of more than 32 bits within an "
-            "image, in the weight, or for its output positions: use smaller batches or images"
+            f"a convolution of {g.batch} x {g.channels * g.groups} x {list(g.size)} with {g.out_channels * g.groups} "
+            f"kernels of {list(g.kernel)} needs indices of more than 32 bits within an image, in the weight, or for "
+            "its output positions: use smaller batches or images"
         )
 
-    steps, column = divmod(_SLICE, kernel[1])
-    channel, row = divmod(steps, kernel[0])
-    values: list[object] = [*strides, channels, out_channels, groups]
-    values += [shape[2:], kernel, out_shape[2:], stride, padding, dilation, (channel, row, column), pixels]
+    steps, column = divmod(_SLICE, g.kernel[1])
+    channel, row = divmod(steps, g.kernel[0])
+    image_stride, group_stride, _, *rows_and_columns = g.input_strides
+    values: list[object] = [image_stride, group_stride, channel_stride, *g.weight_strides[:2], *g.output_strides]
+    values += [g.outputs, slices, gap, *rows_and_columns, g.channels, g.out_channels, g.groups]
+    values += [g.size, g.kernel, g.out_size, g.stride, g.padding, g.dilation, (channel, row, column), pixels]
     conv = np.zeros(1, _CONV2D)
     for field, value in zip(list(_CONV2D.fields or ())[5:], values, strict=True):
         conv[field] = value
-    return Launch(name, blocks, conv)
+    return Launch(name, blocks, parts, conv)
 
 
-def _choose_kernel(out_channels: int, groups: int, pixels: int, multiprocessors: int) -> tuple[str, int]:
-    """Return the kernel's name and the number of blocks."""
-    if out_channels <= max(_DIRECT):
-        channels = next(n for n in _DIRECT if n >= out_channels)
-        blocks_of = {n: groups * -(-pixels // (_THREADS * n)) for n in _DIRECT[channels]}
+def _choose_kernel(g: Geometry, pixels: int, multiprocessors: int) -> tuple[str, int, int]:
+    """Return the kernel's name, the number of blocks, and the parts of a sum."""
+    if not g.divisible and g.out_channels <= max(_DIRECT):
+        channels = next(n for n in _DIRECT if n >= g.out_channels)
+        blocks_of = {n: g.groups * -(-pixels // (_THREADS * n)) for n in _DIRECT[channels]}
         # More pixels a thread read the weights less often, but every multiprocessor needs some blocks.
-        choices = [n for n in blocks_of if blocks_of[n] >= 3 * multiprocessors]
-        of_thread = max(choices, default=min(blocks_of))
-        return f"conv2d_direct_{channels}x{of_thread}", blocks_of[of_thread]
+        sizes = [n for n in blocks_of if blocks_of[n] >= 3 * multiprocessors]
+        of_thread = max(sizes, default=min(blocks_of))
+        return f"conv2d_direct_{channels}x{of_thread}", blocks_of[of_thread], 1
 
     # Choose the tile with the least time if every multiprocessor computes its blocks one after the other. Large tiles
     # fetch and decode less for each product; small ones leave fewer channels, pixels and multiprocessors idle.
     def blocks(tile: Tile) -> int:
-        return groups * -(-out_channels // tile.channels) * -(-pixels // tile.pixels)
+        return g.groups * -(-g.out_channels // tile.channels) * -(-pixels // tile.pixels)
 
-    def time(tile: Tile) -> float:
-        return -(-blocks(tile) // multiprocessors) * tile.channels * tile.pixels * tile.cost
+    if not g.divisible:
 
-    best = min(_TILES, key=time)
-    return best.kernel, blocks(best)
+        def time_whole(tile: Tile) -> float:
+            return -(-blocks(tile) // multiprocessors) * tile.channels * tile.pixels * tile.cost
+
+        best = min(_TILES, key=time_whole)
+        return best.kernel, blocks(best), 1
+
+    # The same, in products of a multiprocessor. One or two blocks of it do not keep it busy, a block costs as much as
+    # some steps to begin and to end, and adding up parts costs a launch and the memory's time.
+    def time(tile: Tile, parts: int) -> float:
+        of_multiprocessor = max(-(-blocks(tile) * parts // multiprocessors), _BUSY_FROM)
+        work = tile.channels * tile.pixels * tile.cost_of_parts * (g.steps / parts + _STEPS_OF_A_BLOCK)
+        return of_multiprocessor * work + (parts > 1) * (_SUM_LAUNCH + _SUM_ELEMENT * parts * g.outputs)
+
+    most = max(1, min(_MOST_PARTS, g.steps // _LEAST_STEPS))
+    # Full rounds of three blocks on each multiprocessor, or as many as there can be.
+    choices: list[tuple[float, Tile, int]] = []
+    for tile in _TILES:
+        full = (n * 3 * multiprocessors // blocks(tile) for n in (1, 2))
+        choices += [(time(tile, parts), tile, parts) for parts in {1, most, *full} if 1 <= parts <= most]
+    if g.out_channels <= max(_DIRECT):
+        channels = next(n for n in _DIRECT if n >= g.out_channels)
+        for of_thread in _DIRECT[channels]:
+            cost = 1 + 3 / channels  # of fetching and decoding, too
+            direct = Tile(f"conv2d_direct_{channels}x{of_thread}", channels, _THREADS * of_thread, cost, cost)
+            choices.append((time(direct, 1), direct, 1))
+    _, tile, parts = min(choices, key=operator.itemgetter(0))
+    return tile.kernel, blocks(tile), parts
 
 
 def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
@@ -334,7 +382,7 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
         for _ in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            _run(handle, table, "ceiling", index, blocks, arguments)
+            _launch(handle, table, "ceiling", index, (blocks,), arguments)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e-3)
@@ -342,4 +390,4 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
 
 
 torch.library.impl("mbm::multiply", "cuda", multiply)
-torch.library.impl("mbm::conv2d", "cuda", conv2d)
+Operators("cuda", run)

@@ -1,10 +1,10 @@
 """The reference backend, for devices without kernels: the bit-level model, in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_cli.backends.shapes import conv2d_output_shape
+from mbm_cli.backends.geometry import Geometry
+from mbm_cli.backends.operators import Operators
 from mbm_cli.multipliers.content import of_handle
 from mbm_cli.multipliers.float32 import reference_product
 
@@ -16,51 +16,54 @@ def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None)
     return reference_product(a, b, of_handle(multiplier), table).clone()
 
 
-def conv2d(
+def run(
+    geometry: Geometry,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    output: Tensor,
     multiplier: str,
-    table: Tensor | None = None,
-) -> Tensor:
-    """Add up one kernel element at a time: its products with the input elements under it, without the padding."""
-    parsed = of_handle(multiplier)
-    if parsed.is_exact:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    _, out_channels, *out_size = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)
-    batch, _, *size = input.shape
-    _, group_channels, *kernel = weight.shape
-    grouped_input = input.reshape(batch, groups, 1, group_channels, *size)
-    grouped_weight = weight.reshape(1, groups, out_channels // groups, group_channels, *kernel, 1, 1)
-    output = input.new_zeros(batch, groups, out_channels // groups, *out_size)
+    table: Tensor | None,
+) -> None:
+    """Add up one kernel element of one channel at a time: its products with the input elements under it.
 
-    step = max(1, _CHUNK // max(1, output[:1].numel()))
-    for channel in range(group_channels):
-        for i in range(kernel[0]):
-            rows, image_rows = _overlap(i * dilation[0] - padding[0], stride[0], size[0], out_size[0])
-            for j in range(kernel[1]):
-                columns, image_columns = _overlap(j * dilation[1] - padding[1], stride[1], size[1], out_size[1])
-                w = grouped_weight[:, :, :, channel, i, j]
-                for first in range(0, batch, step):
-                    images = slice(first, first + step)
-                    x = grouped_input[images, :, :, channel, image_rows, image_columns]
-                    output[images, :, :, rows, columns] += reference_product(x, w, parsed, table)
-    output = output.reshape(batch, out_channels, *out_size)
-    return output if bias is None else output + bias.reshape(-1, 1, 1)
+    Padding takes no part.
+    """
+    g, parsed = geometry, of_handle(multiplier)
+    of_groups = g.batch, g.groups, g.out_channels, g.channels
+    images = input.as_strided((g.batch, g.groups, 1, g.channels, *g.size), _with_zero(g.input_strides, 2))
+    weights = weight.as_strided((1, *of_groups[1:], *g.kernel, 1, 1), (0, *g.weight_strides, g.kernel[1], 1, 1, 1))
+    sums = output.as_strided((*of_groups[:3], *g.out_size), (*g.output_strides, g.out_size[1], 1)).zero_()
+
+    step = max(1, _CHUNK // max(1, sums[:1].numel()))
+    for channel in range(g.channels):
+        for i in range(g.kernel[0]):
+            rows, image_rows = _overlap(g, 0, i)
+            for j in range(g.kernel[1]):
+                columns, image_columns = _overlap(g, 1, j)
+                w = weights[:, :, :, channel, i, j]
+                for first in range(0, g.batch, step):
+                    some = slice(first, first + step)
+                    x = images[some, :, :, channel, image_rows, image_columns]
+                    operands = (w, x) if g.exchanged else (x, w)
+                    sums[some, :, :, rows, columns] += reference_product(*operands, parsed, table)
+    if bias is not None:
+        sums += bias.reshape(g.groups, g.out_channels, 1, 1)
 
 
-def _overlap(shift: int, stride: int, size: int, out_size: int) -> tuple[slice, slice]:
-    """Return the outputs of one axis whose element ``output * stride + shift`` is in the image, and the elements."""
+def _with_zero(strides: tuple[int, ...], dimension: int) -> tuple[int, ...]:
+    return (*strides[:dimension], 0, *strides[dimension:])
+
+
+def _overlap(g: Geometry, axis: int, element: int) -> tuple[slice, slice]:
+    """Return the outputs along an axis whose element under a kernel element is in the image, and these elements."""
+    shift, stride, size = element * g.dilation[axis] - g.padding[axis], g.stride[axis], g.size[axis]
     first = max(0, -(shift // stride))
-    last = min(out_size, (size - 1 - shift) // stride + 1)
+    last = min(g.out_size[axis], (size - 1 - shift) // stride + 1)
     if last <= first:
         return slice(0, 0), slice(0, 0)
     return slice(first, last), slice(first * stride + shift, (last - 1) * stride + shift + 1, stride)
 
 
 torch.library.impl("mbm::multiply", "default", multiply)
-torch.library.impl("mbm::conv2d", "default", conv2d)
+OPERATORS = Operators("default", run)

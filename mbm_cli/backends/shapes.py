@@ -1,4 +1,4 @@
-"""The shape of a convolution's output, and the checks that its arguments fit together."""
+"""The shapes of outputs, and the checks that arguments fit together."""
 
 from torch import Tensor
 
@@ -52,3 +52,16 @@ def conv2d_output_shape(
             )
         size.append((padded - extent) // stride[i] + 1)
     return [input.shape[0], out_channels, *size]
+
+
+def linear_output_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[int]:
+    """Return the output's shape, (N, O), for an input (N, K) and a weight (O, K).
+
+    Raises:
+        RuntimeError: where ``torch.nn.functional.linear`` raises one.
+    """
+    if input.dim() != 2 or weight.dim() != 2 or input.shape[1] != weight.shape[1]:
+        raise RuntimeError(f"an input {list(input.shape)} does not fit a weight {list(weight.shape)}")
+    if bias is not None and list(bias.shape) != [weight.shape[0]]:
+        raise RuntimeError(f"the bias has shape {list(bias.shape)}, but there are {weight.shape[0]} outputs")
+    return [input.shape[0], weight.shape[0]]

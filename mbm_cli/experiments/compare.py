@@ -1,5 +1,6 @@
 """`mbm compare exact-vs-mbm`: a sweep over multipliers, exact among them, with statistics of the pairs of each seed."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from mbm_cli.experiments import lifecycle, sweep
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.profile_conv import convolution_seconds
 from mbm_cli.experiments.sweep import Row
+from mbm_cli.multipliers.names import Backward
 from mbm_cli.nn import convert
 from mbm_cli.runs import Plan, Run
 from mbm_cli.training import Split, evaluate
@@ -78,6 +80,7 @@ def compare(
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
+    backwards: Sequence[str] = (),
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -86,6 +89,8 @@ def compare(
 
     Args:
         multipliers: names, as a config can have them; the config's without any.
+        backwards: multipliers of the gradients, each of which is combined with each multiplier; the config's without
+            any.
 
     Raises:
         RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
@@ -95,9 +100,12 @@ def compare(
     exact = configs.multiplier(EXACT)
     if exact in named:
         raise RequestError("exact is compared with something else: name a multiplier, --multiplier mbm")
-    columns = list(dict.fromkeys([exact, *named]))
-    varied = [config.with_multiplier(multiplier) for multiplier in columns]
-    vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in columns]}
+    gradients = [configs.backward(name) for name in backwards] or [config.model.backward]
+    columns = list(dict.fromkeys([(exact, Backward()), *itertools.product(named, gradients)]))
+    varied = [config.with_model(multiplier=multiplier, backward=backward) for multiplier, backward in columns]
+    vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
+    if backwards:
+        vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
     run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output)
     with run.hold():
         return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude)
@@ -158,7 +166,7 @@ def _column(
     ratios = [_median_epoch(mine) / _median_epoch(other) for mine, other in zip(runs, exact, strict=True)]
     differences = [a - (other.row.test_accuracy or 0.0) for a, other in zip(accuracies, exact, strict=True)]
     return Column(
-        multiplier=str(config.model.multiplier),
+        multiplier=config.model.products,
         test_accuracy=accuracies,
         test_accuracy_mean=statistics.mean(accuracies),
         test_accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,

@@ -47,5 +47,5 @@ def estimate(config: Config, watch: Watch | None = None, stopped: Stopped = neve
     step = timed.train_seconds / part.steps
     epoch = step * whole.steps + timed.eval_seconds / evaluated * len(test)
     layers = describe_layers(whole.model, train.images.shape[1:])
-    what = f"{config.name}: {config.model.name} with {config.model.multiplier} on {device.type}"
+    what = f"{config.name}: {config.model.name} with {config.model.products} on {device.type}"
     return Estimate(what, layers, config.train.epochs, whole.steps, step, epoch, epoch * config.train.epochs)

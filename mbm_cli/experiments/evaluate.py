@@ -85,7 +85,7 @@ def evaluate(
     update: dict[str, Any] = {} if device is None else {"device": device}
     config = config.model_copy(update=update).with_train(threads=threads or config.train.threads)
     where = lifecycle.use_device(config)
-    asked = [config.with_multiplier(configs.multiplier(name)) for name in multipliers]
+    asked = [config.with_model(multiplier=configs.multiplier(name)) for name in multipliers]
     try:
         config, *others = lifecycle.resolve([config, *asked], where)
     except RequestError as error:

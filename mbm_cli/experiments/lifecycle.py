@@ -14,9 +14,9 @@ from mbm_cli.config import Config, OptimizerConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
-from mbm_cli.models import MODELS, Layer
+from mbm_cli.models import Layer, build
 from mbm_cli.multipliers import content
-from mbm_cli.multipliers.code import check_magnitude
+from mbm_cli.multipliers.code import Namespace, check_magnitude
 from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.runs import Run
@@ -86,26 +86,36 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
     """Read the content of the configs' multipliers, each once, and check everything about them.
 
     Raises:
-        RequestError: a file is missing or wrong, a function does not multiply, or the network lacks a layer.
+        RequestError: a file is missing or wrong, a function does not multiply, the network lacks a layer, or none of
+            the configs has a layer for its ``backward``.
     """
     read: dict[str, Multiplier] = {}
+    run: dict[Path, Namespace] = {}
 
     def read_once(multiplier: Multiplier) -> Multiplier:
         located = multiplier.located
         if located not in read:
-            read[located] = content.resolve(multiplier)
+            read[located] = content.resolve(multiplier, run)
             check_function(read[located], device)
         return replace(multiplier, content=read[located].content)
 
     resolved = []
     for config in configs:
+        field = "model.backward"
         try:
+            backward = content.resolve_backward(config.model.backward, read_once)
+            field = "model.multiplier"
             multiplier = content.resolve_layers(config.model.multiplier, read_once)
             with torch.device("meta"):
-                MODELS[config.model.name](multiplier)
+                build(config.model.name, multiplier, backward)
         except ValueError as error:
-            raise RequestError(f"model.multiplier: {error}") from None
-        resolved.append(config.with_multiplier(multiplier))
+            raise RequestError(f"{field}: {error}") from None
+        resolved.append(config.with_model(multiplier=multiplier, backward=backward))
+    if all(config.model.multiplier.is_exact and not config.model.backward.is_exact for config in resolved):
+        raise RequestError(
+            f"model.backward: {resolved[0].model.backward} acts on no layer, because the multiplier is exact: name a "
+            "multiplier, --multiplier mbm, or leave it out"
+        )
     return resolved
 
 
@@ -170,7 +180,7 @@ def refuse_other_device(config: Config, run: Run) -> None:
 
 def content_keys(config: Config) -> list[str]:
     """Return the content keys that identify the products of the config's multipliers, which must be resolved."""
-    return [multiplier.key for multiplier in config.model.multiplier.distinct()]
+    return [multiplier.key for multiplier in config.model.distinct()]
 
 
 def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None:
@@ -181,7 +191,7 @@ def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None
     """
     if content_keys(config) != keys:
         raise RunError(
-            f"{config.model.multiplier} differs from the multiplier that {folder} was trained with: "
+            f"{config.model.products} differs from the multiplier that {folder} was trained with: "
             "restore its file, or config.yaml, or train a new run"
         )
 
@@ -200,7 +210,7 @@ def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
 def build_model(config: Config, device: torch.device) -> nn.Module:
     """Build the network with the initial weights that the seed decides, the same on every device."""
     torch.manual_seed(config.seed)
-    return MODELS[config.model.name](config.model.multiplier).to(device)
+    return build(config.model.name, config.model.multiplier, config.model.backward).to(device)
 
 
 def build_trainer(config: Config, device: torch.device, data: tuple[Split, Split]) -> Trainer:

@@ -1,10 +1,11 @@
-"""`mbm profile conv`: time single convolutions beside exact ones."""
+"""`mbm profile conv`: time single convolutions and dense layers, and their gradients, beside exact ones."""
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,12 @@ from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers.content import operands
-from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
-from mbm_cli.nn import ApproxConv2d
-from mbm_cli.ops import conv2d
+from mbm_cli.multipliers.names import EXACT, LayerMultipliers, Multiplier
+from mbm_cli.nn import ApproxConv2d, ApproxLinear
 from mbm_cli.runs import Run
 
-# Multiplications of the largest reference shape that is timed: a tenth of a second a call on two cores, 2 ms on a GPU.
-LIMITS = {"cpu": 1 << 30, "cuda": 1 << 33}
+# Multiplications of the largest reference shape that is timed: a tenth of a second a call on two cores, 13 ms on a GPU.
+LIMITS = {"cpu": 1 << 30, "cuda": 1 << 36}
 CEILING_ROUNDS = 2_000_000  # about ten milliseconds a call, as long as a convolution: disturbances hit both alike
 LEAST_SECONDS = 0.3
 GRAPHED_CALLS = 50  # in one CUDA graph, so that its launch does not count
@@ -35,7 +35,10 @@ GRAPHED_CALLS = 50  # in one CUDA graph, so that its launch does not count
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution to time: ``batch`` images of (channels, size, size), square kernel and padding."""
+    """A convolution to time: ``batch`` images of (channels, size, size), square kernel and padding.
+
+    With a size of 0 it is a dense layer.
+    """
 
     name: str
     batch: int
@@ -45,20 +48,35 @@ class ConvShape:
     padding: int
     size: int
 
+    @classmethod
+    def dense(cls, name: str, batch: int, inputs: int, outputs: int) -> Self:
+        return cls(name, batch, inputs, outputs, 1, 0, 0)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.size == 0
+
     @property
     def multiplications(self) -> int:
+        if self.is_dense:
+            return self.batch * self.out_channels * self.channels
         out_size = self.size + 2 * self.padding - self.kernel + 1
         return self.batch * self.out_channels * out_size**2 * self.channels * self.kernel**2
 
     def describe(self) -> str:
+        if self.is_dense:
+            return f"{self.channels}->{self.out_channels} dense"
         padding = f" p{self.padding}" if self.padding else ""
         return f"{self.channels}->{self.out_channels} {self.kernel}x{self.kernel}{padding} {self.size}x{self.size}"
 
 
-# LeNet's two convolutions, and shapes as they occur in larger networks.
+# LeNet's layers, and shapes as they occur in larger networks.
 REFERENCE_SHAPES = (
     ConvShape("lenet conv1", 64, 1, 6, 5, 2, 28),
     ConvShape("lenet conv2", 64, 6, 16, 5, 0, 14),
+    ConvShape.dense("lenet fc1", 64, 400, 120),
+    ConvShape.dense("lenet fc2", 64, 120, 84),
+    ConvShape.dense("lenet fc3", 64, 84, 10),
     ConvShape("lenet conv1", 256, 1, 6, 5, 2, 28),
     ConvShape("lenet conv2", 256, 6, 16, 5, 0, 14),
     ConvShape("", 64, 32, 64, 3, 1, 28),
@@ -66,12 +84,20 @@ REFERENCE_SHAPES = (
     ConvShape("", 256, 32, 64, 3, 1, 28),
     ConvShape("", 256, 64, 128, 3, 1, 14),
     ConvShape("", 64, 64, 64, 3, 1, 56),
+    ConvShape.dense("", 1024, 1024, 1024),
+    ConvShape.dense("", 4096, 4096, 4096),
 )
+PASSES = ("forward", "input", "weight")  # the latter two are the gradients
 
 
 @dataclass(frozen=True)
 class TimedConv:
-    """The times of a convolution, in seconds; ``backward_seconds`` by the way to both exact gradients."""
+    """The times of a convolution or a dense layer, in seconds.
+
+    Attributes:
+        backward_seconds: by the way to both exact gradients of a convolution.
+        gradient_seconds, exact_gradient_seconds: of ``input`` and of ``weight``, with the multiplier and exact.
+    """
 
     name: str
     shape: str
@@ -80,6 +106,8 @@ class TimedConv:
     forward_seconds: float
     exact_forward_seconds: float
     backward_seconds: dict[str, float]
+    gradient_seconds: dict[str, float]
+    exact_gradient_seconds: dict[str, float]
     macs_per_second: float
     share_of_ceiling: float
 
@@ -154,12 +182,12 @@ def _measure(
 
 
 def convolution_seconds(config: Config, device: torch.device) -> float:
-    """Time the forward convolutions of a training step of the config's model, each alone; return the sum in seconds."""
+    """Time the forward passes of the approximate layers in a training step, each alone; return the sum in seconds."""
     generator, total = torch.Generator().manual_seed(config.seed), 0.0
     for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
         with torch.no_grad():
-            total += _seconds(partial(conv2d, x, weight, padding=shape.padding, multiplier=multiplier), device)
+            total += _seconds(_passes(shape, x, weight, multiplier)["forward"], device)
     return total
 
 
@@ -176,21 +204,43 @@ def measure_ceiling(multiplier: Multiplier, device: torch.device) -> float:
 
 
 def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
-    weight = torch.randn(shape.out_channels, shape.channels, shape.kernel, shape.kernel, generator=generator).to(device)
+    of_image, of_kernel = ((), ()) if shape.is_dense else ((shape.size,) * 2, (shape.kernel,) * 2)
+    x = torch.randn(shape.batch, shape.channels, *of_image, generator=generator).to(device)
+    weight = torch.randn(shape.out_channels, shape.channels, *of_kernel, generator=generator).to(device)
     return x, weight
 
 
+def _passes(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> dict[str, Callable[[], Tensor]]:
+    """Return the three passes of a layer as calls, with these products."""
+    product = operands(multiplier, x.device)
+    if shape.is_dense:
+        linear = partial(torch.ops.mbm.linear, bias=None, multiplier=product[0], table=product[1])
+        grad = linear(x, weight)
+        pairs = (x, weight), (grad, weight.t()), (grad.t(), x.t())
+        return {name: partial(linear, *pair) for name, pair in zip(PASSES, pairs, strict=True)}
+    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, *product
+    forward = partial(torch.ops.mbm.conv2d, x, weight, None, *arguments)
+    grad = torch.randn_like(forward())
+    return {
+        "forward": forward,
+        "input": partial(torch.ops.mbm.conv2d_input_grad, grad, weight, list(x.shape), *arguments),
+        "weight": partial(torch.ops.mbm.conv2d_weight_grad, grad, x, list(weight.shape), *arguments),
+    }
+
+
 def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape, Multiplier]]:
-    """List the convolutions of the config's model, each with its multiplier."""
+    """List the approximate layers of the config's model, each with its multiplier."""
     model = lifecycle.build_model(config, device)
     layers = []
     for layer in describe_layers(model, DATASETS[config.data.dataset].shape):
         module = model.get_submodule(layer.name)
+        name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
+        if isinstance(module, ApproxLinear):
+            shape = ConvShape.dense(name, batch, module.in_features, module.out_features)
+            layers.append((shape, module.multiplier))
         if isinstance(module, ApproxConv2d):
             channels, size, _ = layer.input_shape
             kernel, padding = module.kernel_size[0], int(module.padding[0])
-            name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
             shape = ConvShape(name, batch, channels, module.out_channels, kernel, padding, size)
             layers.append((shape, module.multiplier))
     return layers
@@ -200,12 +250,16 @@ def _time_shape(
     shape: ConvShape, multiplier: Multiplier, ceiling: float, generator: torch.Generator, device: torch.device
 ) -> TimedConv:
     x, weight = _operands(shape, generator, device)
-    padding = shape.padding
     with torch.no_grad():
-        forward = _seconds(lambda: conv2d(x, weight, padding=padding, multiplier=multiplier), device)
-        exact = _seconds(lambda: F.conv2d(x, weight, padding=padding), device)
-        grad = torch.randn_like(F.conv2d(x, weight, padding=padding))
-        backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, padding)}
+        approximate, exact = (
+            {name: _seconds(call, device) for name, call in _passes(shape, x, weight, one).items()}
+            for one in (multiplier, EXACT)
+        )
+        backward = {}
+        if not shape.is_dense:
+            grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
+            backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
+    forward = approximate.pop("forward")
     rate = shape.multiplications / forward
     return TimedConv(
         name=shape.name,
@@ -213,8 +267,10 @@ def _time_shape(
         batch=shape.batch,
         multiplications=shape.multiplications,
         forward_seconds=forward,
-        exact_forward_seconds=exact,
+        exact_forward_seconds=exact.pop("forward"),
         backward_seconds=backward,
+        gradient_seconds=approximate,
+        exact_gradient_seconds=exact,
         macs_per_second=rate,
         share_of_ceiling=rate / ceiling,
     )
@@ -245,15 +301,16 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         return _eager_seconds(call)
     call()
+    calls = max(1, min(GRAPHED_CALLS, int(LEAST_SECONDS / _eager_seconds(call, 0.02))))
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPHED_CALLS):
+        for _ in range(calls):
             call()
-    return _eager_seconds(graph.replay) / GRAPHED_CALLS
+    return _eager_seconds(graph.replay) / calls
 
 
-def _eager_seconds(call: Callable[[], object]) -> float:
+def _eager_seconds(call: Callable[[], object], least_seconds: float = LEAST_SECONDS) -> float:
     """Return the median time of a call with its launches; the timer waits for the GPU."""
     # The module looks for a compiler, and warns of nvcc without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -261,4 +318,4 @@ def _eager_seconds(call: Callable[[], object]) -> float:
 
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=LEAST_SECONDS).median
+    return timer.blocked_autorange(min_run_time=least_seconds).median

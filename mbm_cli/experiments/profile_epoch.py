@@ -25,22 +25,24 @@ from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.profile_conv import measure_ceiling
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers.names import Multiplier
-from mbm_cli.nn import ApproxConv2d
+from mbm_cli.nn import ApproxConv2d, ApproxLinear
 from mbm_cli.runs import Run
 from mbm_cli.training import PHASES, Range, Split, Trainer, learning_rates, no_range
 
 COSTLIEST = 10
 LIBRARIES = {"Cudnn": "cuDNN", "Mkldnn": "oneDNN"}  # PyTorch's names of its convolutions' backends
+EXACT, GENERATED = "exact", "GeneratedBackwardFor_mbm_"
 WARMUP_STEPS = 10
 PROFILED_STEPS = 50
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """A convolution's work and times in the epoch; on a GPU the times of its kernels.
+    """An approximate layer's work and times in the epoch; on a GPU the times of its kernels.
 
     ``multiplications`` are those of an image. The rate and its share of the ceiling are ``None`` where nothing was
-    measured, the share also for the exact product.
+    measured, the share also for the exact product. ``backward_library`` is what computes the gradients: a library, or
+    the kernels with these multipliers.
     """
 
     name: str
@@ -162,7 +164,7 @@ def _measure(
     result = EpochProfile(
         config=config.name,
         model=config.model.name,
-        multiplier=str(config.model.multiplier),
+        multiplier=config.model.products,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if on_gpu else "the CPU",
         threads=torch.get_num_threads(),
@@ -272,7 +274,7 @@ def _profiled_steps(trainer: Trainer, config: Config, device: torch.device) -> t
 
 @contextmanager
 def _layer_ranges(model: nn.Module, range_of: Range) -> Iterator[None]:
-    """Put a range around each convolution's forward pass in training, and around its backward pass."""
+    """Put a range around each layer's forward pass in training, and around its backward pass."""
     open_ranges: dict[str, AbstractContextManager[object]] = {}
     hooks = []
 
@@ -284,7 +286,7 @@ def _layer_ranges(model: nn.Module, range_of: Range) -> Iterator[None]:
         if name in open_ranges:
             open_ranges.pop(name).__exit__(None, None, None)
 
-    def watch(layer: str, module: nn.Conv2d) -> None:
+    def watch(layer: str, module: nn.Conv2d | ApproxLinear) -> None:
         forward, backward = f"forward: {layer}", f"backward: {layer}"
 
         def after_forward(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -297,7 +299,7 @@ def _layer_ranges(model: nn.Module, range_of: Range) -> Iterator[None]:
         hooks.append(module.weight.register_post_accumulate_grad_hook(lambda weight: end(backward)))
 
     for layer, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | ApproxLinear):
             watch(layer, module)
     try:
         # Backward in this thread, so that ranges hold its kernels, too.
@@ -315,18 +317,21 @@ def _layers(
     config: Config,
     ceilings: dict[Multiplier, float],
 ) -> list[LayerTimes]:
-    """Return the times of the convolutions."""
+    """Return the times of the approximate layers."""
     layers = []
     for layer in describe_layers(trainer.model, data[0].images.shape[1:]):
         module = trainer.model.get_submodule(layer.name)
-        if not isinstance(module, ApproxConv2d):
+        if not isinstance(module, ApproxConv2d | ApproxLinear):
             continue
         forward, backward = seconds.get(f"forward: {layer.name}", 0.0), seconds.get(f"backward: {layer.name}", 0.0)
         rate = layer.multiplications * len(data[0]) / forward if forward else None
         ceiling = ceilings.get(module.multiplier)
-        x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
-        arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
-        library = torch._C._select_conv_backend(x, module.weight, module.bias, *arguments)
+        library = "matrix product"
+        if isinstance(module, ApproxConv2d):
+            x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
+            arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
+            backend = str(torch._C._select_conv_backend(x, module.weight, module.bias, *arguments))
+            library = LIBRARIES.get(backend.rpartition(".")[2], backend)
         layers.append(
             LayerTimes(
                 name=layer.name,
@@ -336,7 +341,7 @@ def _layers(
                 backward_seconds=backward,
                 macs_per_second=rate,
                 share_of_ceiling=rate / ceiling if rate and ceiling else None,
-                backward_library=LIBRARIES.get(str(library).rpartition(".")[2], str(library)),
+                backward_library=library if layer.backward == EXACT else layer.backward,
             )
         )
     return layers
@@ -352,9 +357,9 @@ def _costliest(events: Any, on_gpu: bool) -> list[Costly]:
         if on_gpu:
             if name in on_host:  # a range is reported on the host, and on the GPU as if it were a kernel
                 continue
-        elif name.startswith("GeneratedBackwardFor_mbm_"):
+        elif name.startswith(GENERATED):
             # Where an operator has gradients, its kernels run in an event of this name.
-            seconds[f"mbm::{name.split('_')[2]}"] += own / 1e6
+            seconds[f"mbm::{name.removeprefix(GENERATED).removesuffix('_default')}"] += own / 1e6
             continue
         elif "::" not in name or name.startswith("autograd::"):
             # Ranges are not operators, and autograd's own events count the operators in layers' ranges once more.

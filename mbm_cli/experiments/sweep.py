@@ -27,7 +27,7 @@ from mbm_cli.launch import Outcome, Tell, launch
 from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
 from mbm_cli.training import Progress, Split
 
-MULTIPLIER = "model.multiplier"
+MULTIPLIER, BACKWARD = "model.multiplier", "model.backward"
 ELSEWHERE = {"seed": "use --seeds N, and --seed for the first", "name": "runs are named after their values"}
 LAST_SEED = 2**63 - 1
 NAME_LENGTH = 34  # of a run's values: a config's name has 64 characters, a seed up to 19 of them
@@ -258,8 +258,8 @@ def _combinations(config: Config, vary: Mapping[str, Sequence[str]]) -> list[Con
 
 
 def _value(config: Config, field: str) -> Any:
-    if field == MULTIPLIER:
-        return str(config.model.multiplier)
+    if field in (MULTIPLIER, BACKWARD):
+        return str(config.model.multiplier if field == MULTIPLIER else config.model.backward)
     value = config.model_dump()
     for part in field.split("."):
         value = value[part]
@@ -436,7 +436,7 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
     best = [run.best_test_accuracy for run in runs if run.best_test_accuracy is not None]
     return Summary(
         status=status,
-        multiplier=", ".join(dict.fromkeys(str(config.model.multiplier) for config in varied)),
+        multiplier=", ".join(dict.fromkeys(config.model.products for config in varied)),
         device=device.type,
         epochs=sum(run.epochs for run in runs),
         test_accuracy=None,

@@ -21,7 +21,7 @@ from mbm_cli.device import environment
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
-from mbm_cli.models import MODELS, describe_layers
+from mbm_cli.models import build, describe_layers
 from mbm_cli.runs import Run, Summary, as_json
 from mbm_cli.training import PartOfEpoch, Progress, Split, Trainer, learning_rates
 
@@ -161,7 +161,7 @@ class _Training:
         """Train the remaining epochs."""
         with lifecycle.computing(self.run, self.watch, self.summarize, lambda: f"in {self.epoch}"), self._failures():
             train, test = self.data
-            what = f"{self.config.name}: {self.config.model.name} with {self.config.model.multiplier} on "
+            what = f"{self.config.name}: {self.config.model.name} with {self.config.model.products} on "
             what += f"{_describe(self.device)}, {len(train):,} training and {len(test):,} test images"
             layers = describe_layers(self.trainer.model, train.images.shape[1:])
             self.watch.begin(what, "epoch", self.config.train.epochs, len(self.metrics), layers)
@@ -248,7 +248,7 @@ def _summary(
     accuracies = [m["test_accuracy"] for m in metrics]
     return Summary(
         status=status,
-        multiplier=str(config.model.multiplier),
+        multiplier=config.model.products,
         device=device.type,
         epochs=len(metrics),
         test_accuracy=accuracies[-1] if accuracies else None,
@@ -337,7 +337,7 @@ def _largest(config: Config, device: torch.device, batch: int, training: bool) -
 
 
 def _try_step(config: Config, device: torch.device, batch: int, training: bool) -> None:
-    model = MODELS[config.model.name](config.model.multiplier).to(device).train(training)
+    model = build(config.model.name, config.model.multiplier, config.model.backward).to(device).train(training)
     with torch.set_grad_enabled(training):
         logits = model(torch.zeros(batch, 1, 28, 28, device=device))
         loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=device))

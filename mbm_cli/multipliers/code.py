@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -25,6 +26,7 @@ from mbm_cli.errors import MbmError, RunError
 from mbm_cli.multipliers.tables import Table
 
 Product = Callable[[Tensor, Tensor], Tensor]
+Namespace = dict[str, Any]  # what running a file leaves
 
 DEFAULT_BITS = 7
 MOST_BITS = 11
@@ -87,6 +89,10 @@ static inline uint32_t {self.CALLED}(uint32_t a, uint32_t b) {{
   return product.bits;
 }}
 """
+
+    def define(self, exchanged: bool = False) -> str:
+        """Return the macro by which the kernels call the function, with its operands exchanged if asked for."""
+        return f"#define MBM_FUNCTION(a, b) ::{self.CALLED}({'b, a' if exchanged else 'a, b'})\n"
 
     @property
     def handle(self) -> str:
@@ -229,16 +235,17 @@ def tabulate_c(function: Function, bits: int, name: str) -> Table:
     return tabulate(product, bits, name)
 
 
-def read_python(file: str, function: str, bits: int | None) -> Table:
-    """Run a Python file and tabulate its function.
+def read_python(file: str, function: str, bits: int | None, run: dict[Path, Namespace]) -> Table:
+    """Run a Python file, unless it is among those that were run, and tabulate its function.
 
     Raises:
         ValueError: the file or the function is missing or raises, or its results are not a multiplier's products.
     """
     path, bits = _existing(file), DEFAULT_BITS if bits is None else bits
     try:
-        changed = path.stat().st_mtime_ns
-        product = _namespace(str(path.resolve()), changed).get(function)
+        if path.resolve() not in run:
+            run[path.resolve()] = runpy.run_path(str(path))
+        product = run[path.resolve()].get(function)
     except BaseException as error:  # whatever the file does when it is run
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -249,12 +256,6 @@ def read_python(file: str, function: str, bits: int | None) -> Table:
     with torch.device("cpu"):  # whatever the caller's default device is
         _check_scaling(product, bits, name)
         return tabulate(product, bits, name)
-
-
-@lru_cache(maxsize=64)
-def _namespace(path: str, changed: int) -> dict[str, object]:
-    """Run a Python file once for all the functions that are taken from it, and again after it has changed."""
-    return runpy.run_path(path)
 
 
 def _existing(file: str) -> Path:

@@ -8,20 +8,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbm_cli.multipliers import code, tables
-from mbm_cli.multipliers.code import Function
+from mbm_cli.multipliers.code import Function, Namespace
 from mbm_cli.multipliers.float32 import reference_product
-from mbm_cli.multipliers.names import LayerMultipliers, Multiplier
+from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.multipliers.tables import Table
 
+_exchanged = WeakTensorKeyDictionary()
 TABLE = "table"  # the handle of every product that a table defines
 
 
-def resolve(multiplier: Multiplier | str) -> Multiplier:
+def resolve(multiplier: Multiplier | str, run: dict[Path, Namespace] | None = None) -> Multiplier:
     """Return the multiplier with its content read: a table, a tabulated Python function, or a C function's source.
 
     A multiplier that has its content, or needs none, is returned as it is. A Python function is run.
+
+    Args:
+        run: Python files that were run already, by their paths; those that are run now are added.
 
     Raises:
         ValueError: not a multiplier's name, or the file is missing or wrong.
@@ -40,26 +45,45 @@ def resolve(multiplier: Multiplier | str) -> Multiplier:
         if multiplier.bits is not None:
             content = code.tabulate_c(content, multiplier.bits, str(multiplier))
     else:
-        content = code.read_python(multiplier.file, multiplier.function, multiplier.bits)
+        content = code.read_python(multiplier.file, multiplier.function, multiplier.bits, {} if run is None else run)
     return replace(multiplier, content=content)
+
+
+def _resolver() -> Callable[[Multiplier], Multiplier]:
+    """Return `resolve` for several multipliers, which runs each file once."""
+    run: dict[Path, Namespace] = {}
+    return lambda multiplier: resolve(multiplier, run)
 
 
 def resolve_layers(
     multiplier: Multiplier | LayerMultipliers | Mapping[str, Multiplier | str] | str,
-    resolve: Callable[[Multiplier], Multiplier] = resolve,
+    resolve: Callable[[Multiplier], Multiplier] | None = None,
 ) -> Multiplier | LayerMultipliers:
     """Resolve a multiplier, or each distinct multiplier of several by layer, once.
 
     Raises:
-        ValueError: as `resolve`; or a mapping has no default.
+        ValueError: as `resolve`.
     """
+    resolve = resolve or _resolver()
     if isinstance(multiplier, Mapping):
         multiplier = LayerMultipliers.of_mapping(multiplier)
     if not isinstance(multiplier, LayerMultipliers):
         return resolve(Multiplier.parse(multiplier) if isinstance(multiplier, str) else multiplier)
     read = {one: resolve(one) for one in multiplier.distinct()}
-    layers = tuple((layer, read[one]) for layer, one in multiplier.layers)
-    return LayerMultipliers(read[multiplier.default], layers)
+    return replace(multiplier, layers=tuple((layer, read[one]) for layer, one in multiplier.layers))
+
+
+def resolve_backward(
+    backward: Backward | Multiplier | Mapping[str, Multiplier | str] | str,
+    resolve: Callable[[Multiplier], Multiplier] | None = None,
+) -> Backward:
+    """Resolve the multipliers of both gradients.
+
+    Raises:
+        ValueError: as `resolve`, or not what `Backward.of` takes.
+    """
+    backward, resolve = Backward.of(backward), resolve or _resolver()
+    return Backward(*[one if one is None else resolve(one) for one in (backward.input, backward.weight)])
 
 
 def operands(multiplier: Multiplier, device: torch.device) -> tuple[str, Tensor | None]:
@@ -70,6 +94,14 @@ def operands(multiplier: Multiplier, device: torch.device) -> tuple[str, Tensor 
     if isinstance(multiplier.content, Table):
         return TABLE, tables.tensor_on(multiplier.content, device)
     return handle_of(multiplier), None
+
+
+def exchange(table: Tensor) -> Tensor:
+    """Return an operator's table with its operands exchanged, for as long as the table lives."""
+    if table not in _exchanged:
+        _exchanged[table] = torch.cat([table[:-1].t(), table[-1:]]).contiguous()
+    made: Tensor = _exchanged[table]
+    return made
 
 
 def handle_of(multiplier: Multiplier) -> str:

@@ -155,74 +155,144 @@ class Multiplier:
         return [self]
 
 
+KINDS = ("conv2d", "linear")  # of layers that have a multiplier
+
+
 @dataclass(frozen=True)
 class LayerMultipliers:
-    """Multipliers by the layers' names.
+    """Multipliers by layer: a name wins over a pattern, an earlier pattern over a later one, a pattern over a kind.
+
+    A layer that nothing names is exact.
 
     Attributes:
-        default: for the layers that nothing else names.
-        layers: names or patterns (``*``, ``?``, ``[...]``) with their multipliers; a name wins over a pattern, an
-            earlier pattern over a later one.
+        layers: names, patterns (``*``, ``?``, ``[...]``) and kinds (``conv2d``, ``linear``) with their multipliers.
+            ``default`` stands for the convolutions that nothing else names.
+        dense_patterns: whether patterns match dense layers, too.
     """
 
-    default: Multiplier
     layers: tuple[tuple[str, Multiplier], ...]
+    dense_patterns: bool = True
 
     @classmethod
-    def of_mapping(cls, mapping: Mapping[str, Multiplier | str]) -> Self:
-        """Convert a mapping from layer names and patterns to multipliers, with one for ``default``.
+    def of_mapping(cls, mapping: Mapping[str, Multiplier | str], dense_patterns: bool = True) -> Self:
+        """Convert a mapping from layers to multipliers.
 
         Raises:
-            ValueError: a value is not a multiplier, or there is no default.
+            ValueError: a value is not a multiplier, or there is none.
         """
-        if DEFAULT not in mapping:
-            raise ValueError(f"multipliers by layer need one for the other layers: {DEFAULT}: mbm")
+        if not mapping:
+            raise ValueError(f"no layer is named: write {{conv1: mbm}}, or {{{DEFAULT}: mbm}} for all convolutions")
         parsed = {
             layer: Multiplier.parse(value) if isinstance(value, str) else value for layer, value in mapping.items()
         }
         wrong = [layer for layer, value in parsed.items() if not isinstance(value, Multiplier)]
         if wrong:
             raise ValueError(f"the multiplier of {wrong[0]} is {mapping[wrong[0]]!r}, not a short form such as mbm-t8")
-        return cls(parsed.pop(DEFAULT), tuple(parsed.items()))
+        default = [(DEFAULT, parsed.pop(DEFAULT))] if DEFAULT in parsed else []
+        return cls((*parsed.items(), *default), dense_patterns)
 
-    def of(self, layer: str) -> Multiplier:
-        """Return the multiplier of the layer with this name."""
-        named = dict(self.layers)
-        if layer in named:
-            return named[layer]
-        return next((m for pattern, m in self.layers if fnmatchcase(layer, pattern)), self.default)
+    def of(self, layer: str, kind: str) -> Multiplier:
+        """Return the multiplier of the layer with this name and kind."""
+        return self.naming(layer, kind) or dict(self.layers).get(DEFAULT if kind == "conv2d" else "", EXACT)
 
-    def names(self, layer: str) -> bool:
-        """Return whether a name or a pattern, and not the default, decides the multiplier of this layer."""
-        return any(layer == pattern or fnmatchcase(layer, pattern) for pattern, _ in self.layers)
+    def naming(self, layer: str, kind: str) -> Multiplier | None:
+        """Return what a name, a pattern or a kind, and not the default, decides for a layer."""
+        mapping = dict(self.layers)
+        if layer in mapping:
+            return mapping[layer]
+        of_pattern = (m for pattern, m in self.layers if self._matches(pattern, layer, kind))
+        return next(of_pattern, None) or mapping.get(kind)
 
-    def unmatched(self, layers: list[str]) -> list[str]:
-        """Return the names and patterns that match none of these layers."""
-        return [p for p, _ in self.layers if p not in layers and not any(fnmatchcase(layer, p) for layer in layers)]
+    def _matches(self, pattern: str, layer: str, kind: str) -> bool:
+        return (kind == "conv2d" or self.dense_patterns) and pattern not in KINDS and fnmatchcase(layer, pattern)
+
+    def unmatched(self, layers: Mapping[str, str]) -> list[str]:
+        """Return the names, patterns and kinds that match none of these layers, given with their kinds."""
+        return [
+            name
+            for name, _ in self.layers
+            if name not in (DEFAULT, *layers, *layers.values())
+            and not any(self._matches(name, layer, kind) for layer, kind in layers.items())
+        ]
 
     def distinct(self) -> list[Multiplier]:
         """Return each multiplier once."""
-        return list(dict.fromkeys(self.mapping().values()))
-
-    def mapping(self) -> dict[str, Multiplier]:
-        return {**dict(self.layers), DEFAULT: self.default}
+        return list(dict.fromkeys(multiplier for _, multiplier in self.layers))
 
     @property
     def located(self) -> dict[str, str]:
         """The mapping as a config has it, with absolute paths of files."""
-        return {layer: multiplier.located for layer, multiplier in self.mapping().items()}
+        return {layer: multiplier.located for layer, multiplier in self.layers}
 
     def __str__(self) -> str:
         """Write the mapping as a config can have it: ``{conv1: exact, default: mbm}``."""
-        return "{" + ", ".join(f"{_word(layer)}: {_word(str(m))}" for layer, m in self.mapping().items()) + "}"
+        return "{" + ", ".join(f"{_word(layer)}: {_word(str(m))}" for layer, m in self.layers) + "}"
 
     @property
     def is_exact(self) -> bool:
-        return all(multiplier.is_exact for multiplier in self.mapping().values())
+        return all(multiplier.is_exact for multiplier in self.distinct())
 
 
-def multiplier_of(value: object) -> Multiplier | LayerMultipliers:
+EXACT = Multiplier("exact")
+SAME = "same"
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The multipliers of the gradients of a layer's input and of its weight; ``None`` is the layer's own multiplier."""
+
+    input: Multiplier | None = EXACT
+    weight: Multiplier | None = EXACT
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """Convert one multiplier for both gradients, ``same`` for the layer's own, or ``{input: ..., weight: ...}``.
+
+        A gradient that a mapping leaves out is exact.
+
+        Raises:
+            ValueError: something else.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping) and not value.keys() & _FIELDS.keys():
+            unknown = [name for name in value if name not in ("input", "weight")]
+            if unknown or not value:
+                problem = f"unknown gradient {unknown[0]!r}" if unknown else "no gradient is named"
+                raise ValueError(f"{problem}: a layer has two, {{input: mbm, weight: exact}}")
+            return cls(**{name: None if one == SAME else _one_of(one) for name, one in value.items()})
+        one = None if value == SAME else _one_of(value)
+        return cls(one, one)
+
+    def of_layer(self, forward: Multiplier) -> tuple[Multiplier, Multiplier]:
+        """Return the multipliers for a layer with this forward multiplier."""
+        return self.input or forward, self.weight or forward
+
+    def distinct(self) -> list[Multiplier]:
+        """Return each multiplier that is named, once."""
+        return list(dict.fromkeys(one for one in (self.input, self.weight) if one is not None))
+
+    @property
+    def is_exact(self) -> bool:
+        return all(one is not None and one.is_exact for one in (self.input, self.weight))
+
+    @property
+    def located(self) -> str | dict[str, str]:
+        """What a config has, with absolute paths of files."""
+        input, weight = (SAME if one is None else one.located for one in (self.input, self.weight))
+        return input if input == weight else {"input": input, "weight": weight}
+
+    def __str__(self) -> str:
+        """Write what a config can have: ``mbm``, ``same`` or ``{input: mbm, weight: exact}``."""
+        input, weight = (SAME if one is None else str(one) for one in (self.input, self.weight))
+        return input if input == weight else f"{{input: {_word(input)}, weight: {_word(weight)}}}"
+
+
+def multiplier_of(value: object, dense_patterns: bool = True) -> Multiplier | LayerMultipliers:
     """Convert what a config may hold: a name, a mapping such as ``{family: mbm, truncate: 8}``, or one by layer.
+
+    Args:
+        dense_patterns: as `LayerMultipliers` has it.
 
     Raises:
         ValueError: something else, with what is allowed.
@@ -230,7 +300,7 @@ def multiplier_of(value: object) -> Multiplier | LayerMultipliers:
     if isinstance(value, LayerMultipliers):
         return value
     if isinstance(value, dict) and (DEFAULT in value or not value.keys() & _FIELDS.keys()):
-        return LayerMultipliers.of_mapping({layer: _one_of(one) for layer, one in value.items()})
+        return LayerMultipliers.of_mapping({layer: _one_of(one) for layer, one in value.items()}, dense_patterns)
     return _one_of(value)
 
 

@@ -239,7 +239,7 @@ def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
 
 @pictures.register
 def epoch_profile(result: EpochProfile, made: object) -> dict[str, bytes]:
-    """Draw where an epoch's time went: a bar a phase, and two a convolution (forward, backward)."""
+    """Draw where an epoch's time went: a bar a phase, and two an approximate layer (forward, backward)."""
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     phases, layers = figure.subplots(1, 2)
     phases.barh(list(result.phases), list(result.phases.values()), color="#0072B2")
@@ -249,7 +249,7 @@ def epoch_profile(result: EpochProfile, made: object) -> dict[str, bytes]:
         values = [getattr(layer, f"{part}_seconds") for layer in result.layers]
         layers.barh(positions + offset, values, height=0.4, color=color, hatch=hatch, edgecolor="white", label=part)
     layers.set_yticks(positions, [layer.name for layer in result.layers])
-    layers.set_title(_wrapped(f"convolutions, {result.multiplier}", 36), fontsize="medium")
+    layers.set_title(_wrapped(f"layers, {result.multiplier}", 36), fontsize="medium")
     for axes in (phases, layers):
         axes.set_xlabel("seconds")
         axes.invert_yaxis()

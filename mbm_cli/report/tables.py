@@ -33,22 +33,24 @@ def layer_table(layers: Sequence[Layer]) -> Table:
     def shape(sizes: tuple[int, ...]) -> str:
         return "x".join(map(str, sizes))
 
-    rows = [
+    shows_gradients = any(layer.backward != "exact" for layer in layers)
+    rows: list[tuple[str, ...]] = [
         (
             layer.name,
             layer.kind,
             layer.multiplier,
+            *([layer.backward] if shows_gradients else []),
             f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
             f"{layer.parameters:,}",
             f"{layer.multiplications:,}",
         )
         for layer in layers
     ]
-    rows.append(
-        ("", "all", "", "", f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}")
-    )
-    columns = ("layer", "kind", "multiplier", "shape", "parameters", "mults/image")
-    return table(None, columns, rows, left=4)
+    gradients = ("backward",) if shows_gradients else ()
+    sums = f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}"
+    rows.append(("", "all", "", *[""] * len(gradients), "", *sums))
+    columns = ("layer", "kind", "multiplier", *gradients, "shape", "parameters", "mults/image")
+    return table(None, columns, rows, left=4 + len(gradients))
 
 
 # Results: what a command prints at its end
@@ -252,7 +254,7 @@ def _(of: EpochProfile) -> Group:
         *lines,
         table("phases", ("phase", "s", "of the epoch", *(["kernels alone s"] if kernels else [])), phases),
         table(
-            "convolutions" + (" (their kernels)" if on_gpu else ""),
+            "layers" + (" (their kernels)" if on_gpu else ""),
             ("layer", "mults/image", "forward s", unit, "of ceiling", "backward s", "backward by"),
             layers,
         ),
@@ -288,8 +290,16 @@ def _(of: ConvProfile) -> Group:
         for row in of.convolutions
     ]
     ways = ("torch_nn_grad", "two_calls", "one_call")
-    backward = [[time(row.backward_seconds[way]) for way in ways] for row in of.convolutions]
-    columns = ("layer", "convolution", "batch")
+    backward = [[time(row.backward_seconds[way]) for way in ways] for row in of.convolutions if row.backward_seconds]
+    convolutions = [shape for shape, row in zip(shapes, of.convolutions, strict=True) if row.backward_seconds]
+    gradients = []
+    for row in of.convolutions:
+        values = []
+        for name, seconds in row.gradient_seconds.items():
+            exact, share = row.exact_gradient_seconds[name], row.share_of_ceiling * row.forward_seconds / seconds
+            values += [time(seconds), time(exact), f"{seconds / exact:.2f}", f"{100 * share:.0f} %"]
+        gradients.append(values)
+    columns = ("layer", "shape", "batch")
     return Group(
         table(
             f"forward: {of.multiplier} on {where}; ceiling on registers: {ceiling}",
@@ -298,9 +308,15 @@ def _(of: ConvProfile) -> Group:
             left=2,
         ),
         table(
+            f"gradients of input and weight: {of.multiplier}",
+            (*columns, f"input {unit}", "exact", "ratio", "ceiling", f"weight {unit}", "exact", "ratio", "ceiling"),
+            [(*shape, *values) for shape, values in zip(shapes, gradients, strict=True)],
+            left=2,
+        ),
+        table(
             "backward, exact, three ways to both gradients; training makes one call",
             (*columns, f"torch.nn.grad {unit}", f"two calls {unit}", f"one call {unit}"),
-            [(*shape, *values) for shape, values in zip(shapes, backward, strict=True)],
+            [(*shape, *values) for shape, values in zip(convolutions, backward, strict=True)],
             left=2,
         ),
     )
