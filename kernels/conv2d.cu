@@ -18,7 +18,7 @@
 //     decoded into shared memory.
 //   Limit: instructions, half of which fetch and decode. With one pixel per thread, reading the weights limits it, too.
 //
-// The gradients are the same convolution on other strides (backends/contraction.py): that of the input takes the
+// The gradients are the same convolution on other strides (backends/geometry.py): that of the input takes the
 // gradient as its input and the weight with its channels exchanged; that of the weight takes channels as images, images
 // as channels, and the gradient as its kernel. A dense layer is a 1x1 convolution of 1x1 images.
 //
@@ -30,24 +30,67 @@ namespace mbm {
 constexpr int SLICE = 8;          // steps of a sum between two barriers of a tiled kernel
 constexpr int OUTSIDE = 1 << 29;  // a row outside any image, even after adding an image row or -2 * OUTSIDE
 
-// The kernels' argument: a convolution whose operands lie in memory in any order. With other strides it is a gradient or
-// a dense layer. backends/cuda.py mirrors the layout. Strides are in elements; kernels and outputs of a channel are
-// contiguous. Channels are counted per group.
+// With LAYOUT_IS_FREE, operands lie in memory in any order and blocks can divide the steps of a sum among themselves.
+// Without it, only forward convolutions are computed, in whole sums: strides then follow from the sizes. That takes 2 to
+// 6 % of a tile's time less. Each is a program of its own (backends/cuda.py).
+constexpr bool FREE = LAYOUT_IS_FREE;
+
+// The kernels' argument. backends/cuda.py mirrors its layout. Strides are in elements; a kernel and an output's plane are
+// contiguous. Channels are counted per group. Where a layout is free, paddings and dilations may be negative.
 struct Conv2d {
   const float *input, *weight, *bias;
   float* output;
   const TableEntry* table;
-  long long image_stride, input_group_stride, channel_stride;          // of the input
-  long long weight_group_stride, weight_row_stride;                    // of the weight; a row is an output channel
-  long long out_image_stride, out_group_stride, out_channel_stride;    // of the output
-  long long part_stride;  // gridDim.y blocks divide the steps of a sum; each writes its part of the sum into an output
-  int part_slices;        // slices of SLICE steps in a part
-  int weight_channel_gap;  // from the last element of a channel of the weight to the first of the next, less one
-  int row_stride, column_stride;  // of the input
+  long long image_stride;  // of the input
+  int channel_stride, row_stride, column_stride;
   int channels, out_channels, groups;
-  int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];  // padding and dilation may be negative
+  int size[2], kernel[2], out_size[2], stride[2], padding[2], dilation[2];
   int slice[3];     // SLICE steps, expressed as channels, kernel rows and kernel columns
   unsigned pixels;  // batch * out_size[0] * out_size[1]
+  // Of a free layout only:
+  long long input_group_stride, input_channel_stride;
+  long long weight_group_stride, weight_row_stride;  // a row is an output channel
+  long long out_image_stride, out_group_stride, out_channel_stride;
+  long long part_stride;   // gridDim.y blocks divide the steps of a sum; each writes its part into an output of its own
+  int part_slices;         // slices of SLICE steps in a part
+  int weight_channel_gap;  // elements between two channels of the weight
+
+  MBM_MEMBER int sum_length() const { return channels * kernel[0] * kernel[1]; }
+  MBM_MEMBER int plane() const { return out_size[0] * out_size[1]; }
+  MBM_MEMBER int slices() const { return (sum_length() + SLICE - 1) / SLICE; }
+
+  // Offsets in elements.
+  MBM_MEMBER long long input_of(int group) const {
+    return FREE ? group * input_group_stride : (long long)group * channels * channel_stride;
+  }
+  MBM_MEMBER long long input_of(int channel, int down, int right) const {
+    if constexpr (FREE)
+      return channel * input_channel_stride + (long long)down * row_stride + (long long)right * column_stride;
+    return channel * channel_stride + down * row_stride + right * column_stride;
+  }
+  MBM_MEMBER long long weight_row() const { return FREE ? weight_row_stride : sum_length(); }
+  MBM_MEMBER long long weight_of(int group, int row) const {
+    if constexpr (FREE) return group * weight_group_stride + row * weight_row_stride;
+    return (long long)(group * out_channels + row) * sum_length();
+  }
+  MBM_MEMBER long long weight_gaps(int channels) const { return FREE ? (long long)channels * weight_channel_gap : 0; }
+  MBM_MEMBER long long output_of(int group, unsigned image) const {
+    if constexpr (FREE) return image * out_image_stride + group * out_group_stride + blockIdx.y * part_stride;
+    return ((long long)image * groups + group) * out_channels * plane();
+  }
+  MBM_MEMBER long long output_image() const { return FREE ? out_image_stride : (long long)groups * out_channels * plane(); }
+  MBM_MEMBER long long output_of(int channel) const {
+    return FREE ? channel * out_channel_stride : (long long)channel * plane();
+  }
+  // The first part of a sum contains the bias.
+  MBM_MEMBER float bias_of(int group, int channel) const {
+    return bias && (!FREE || blockIdx.y == 0) ? bias[group * out_channels + channel] : 0.0f;
+  }
+};
+
+// The steps of a sum that a block computes: from `first` to before `last`.
+struct Range {
+  int first, last;
 };
 
 // ---- Positions -----------------------------------------------------------------------------------------------------
@@ -60,27 +103,16 @@ struct Position {
 
   Position() = default;
   MBM_MEMBER Position(const Conv2d& c, int group, unsigned pixel) {
-    unsigned plane = c.out_size[0] * c.out_size[1];
-    unsigned image = pixel / plane, rest = pixel % plane;
+    unsigned image = pixel / c.plane(), rest = pixel % c.plane();
     unsigned width = c.out_size[1];
     row = int(rest / width) * c.stride[0] - c.padding[0];
     column = int(rest % width) * c.stride[1] - c.padding[1];
-    origin = c.input + image * c.image_stride + group * c.input_group_stride + (long long)row * c.row_stride +
+    origin = c.input + image * c.image_stride + c.input_of(group) + (long long)row * c.row_stride +
              (long long)column * c.column_stride;
-    output = image * c.out_image_stride + group * c.out_group_stride + rest;
+    output = c.output_of(group, image) + rest;
     if (pixel >= c.pixels) row = -2 * OUTSIDE;  // past the last pixel
   }
 };
-
-MBM_FN int sum_length(const Conv2d& c) { return c.channels * c.kernel[0] * c.kernel[1]; }
-
-// Return the bias, which the first part of a sum contains.
-MBM_FN float bias_of(const Conv2d& c, int group, int channel) {
-  return c.bias && blockIdx.y == 0 ? c.bias[group * c.out_channels + channel] : 0.0f;
-}
-
-// Return where this block's part of the sums belongs, in an output's first channel.
-MBM_FN float* output_of(const Conv2d& c, long long offset) { return c.output + blockIdx.y * c.part_stride + offset; }
 
 // Return the float at `base` plus `offset` bytes if x < limit_x and y < limit_y, else zero. This is PTX because the
 // compiler would not emit predicated loads for a series of these; it would evaluate all their predicates first.
@@ -140,25 +172,18 @@ struct Walk {
       channel++;
     }
   }
-  // Return the offset of the step's weight in its row.
-  MBM_MEMBER long long weight(const Conv2d& c, int step) const {
-    return step + (long long)channel * c.weight_channel_gap;
-  }
+  // Return the offset of a step's weight in its row.
+  MBM_MEMBER long long weight(const Conv2d& c, int step) const { return step + c.weight_gaps(channel); }
   MBM_MEMBER Step step(const Conv2d& c) const {
     int down = row * c.dilation[0], right = column * c.dilation[1];
-    long long offset = channel * c.channel_stride + (long long)down * c.row_stride + (long long)right * c.column_stride;
+    long long offset = c.input_of(channel, down, right);
     return {offset * (int)sizeof(float), channel < c.channels ? down : OUTSIDE, right};
   }
 };
 
-// The steps of a sum that a block computes: from `first` to before `last`.
-struct Range {
-  int first, last;
-};
-
 // Compute a part of an output's sum without the fast form, for operands with any exponents.
 MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, int channel, Range steps) {
-  const float* weight = c.weight + group * c.weight_group_stride + channel * c.weight_row_stride;
+  const float* weight = c.weight + c.weight_of(group, channel);
   float sum = 0;
   Walk walk(c, steps.first);
 #pragma unroll 1
@@ -171,7 +196,7 @@ MBM_FN float sum_by_definition(const Conv2d& c, const Position& at, int group, i
 
 MBM_FN void write_by_definition(const Conv2d& c, const Position& at, int group, int channel, Range steps) {
   float sum = sum_by_definition(c, at, group, channel, steps);
-  *output_of(c, at.output + channel * c.out_channel_stride) = add(sum, bias_of(c, group, channel));
+  c.output[at.output + c.output_of(channel)] = add(sum, c.bias_of(group, channel));
 }
 
 // ---- Tiles ---------------------------------------------------------------------------------------------------------
@@ -194,29 +219,29 @@ template <class T> MBM_FN void load4(T* to, const T* from) {
 // The addresses of the outputs of 4 consecutive pixels. The first pixel's index is a multiple of 4.
 struct Outputs4 {
   long long offset[4];  // of the pixels' outputs in the group's first channel
-  int count, plane;
+  int count;
   bool in_line;
 
   MBM_MEMBER Outputs4(const Conv2d& c, int group, unsigned pixel) {
-    plane = c.out_size[0] * c.out_size[1];
+    int plane = c.plane();
     count = pixel < c.pixels ? min(4u, c.pixels - pixel) : 0;
     in_line = plane % 4 == 0;
     unsigned image = pixel / plane;
     int rest = pixel % plane;
-    long long first = image * c.out_image_stride + group * c.out_group_stride;
+    long long first = c.output_of(group, image);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       offset[i] = first + rest;
       if (++rest == plane) {
         rest = 0;
-        first += c.out_image_stride;
+        first += c.output_image();
       }
     }
   }
   MBM_MEMBER void write(const Conv2d& c, int group, int channel, const float* sums) const {
     if (channel >= c.out_channels) return;
-    float* output = output_of(c, channel * c.out_channel_stride);
-    float bias = bias_of(c, group, channel);
+    float* output = c.output + c.output_of(channel);
+    float bias = c.bias_of(group, channel);
     if (in_line) {
       if (count > 0)
         *reinterpret_cast<float4*>(output + offset[0]) = {add(sums[0], bias), add(sums[1], bias), add(sums[2], bias),
@@ -244,8 +269,7 @@ template <int BM, int BN> struct Fetch {
   MBM_MEMBER Fetch(const Conv2d& c, int group, int first_row, unsigned first_pixel, int first, int thread)
       : c(c), at(c, group, first_pixel + thread), row(thread / SLICE), k(thread % SLICE),
         rows_left(max(c.out_channels - first_row - row, 0)), walk(c, first + k),
-        weight(c.weight + group * c.weight_group_stride + (first_row + row) * c.weight_row_stride +
-               walk.weight(c, first + k)) {}
+        weight(c.weight + c.weight_of(group, first_row + row) + walk.weight(c, first + k)) {}
 
   // Publish the steps of the next slice to the team.
   MBM_MEMBER void announce(Step (&steps)[SLICE]) const {
@@ -255,13 +279,13 @@ template <int BM, int BN> struct Fetch {
   MBM_MEMBER void fetch(const Step (&steps)[SLICE]) {
 #pragma unroll
     for (int i = 0; i < SLICE; i++) pixel_next[i] = load16(steps[i]).load(c, at);
-    long long row_bytes = ROWS * sizeof(float) * c.weight_row_stride;
+    long long row_bytes = (long long)ROWS * sizeof(float) * c.weight_row();
 #pragma unroll
     for (int i = 0; i < WEIGHTS; i++)
       weight_next[i] = load_if_below(weight, i * row_bytes, i * ROWS, rows_left, walk.channel, c.channels);
-    int channel = walk.channel;
+    weight += SLICE - c.weight_gaps(walk.channel);
     walk.advance(c, c.slice[0], c.slice[1], c.slice[2]);
-    weight += SLICE + (long long)(walk.channel - channel) * c.weight_channel_gap;
+    weight += c.weight_gaps(walk.channel);
   }
 
   MBM_MEMBER void store(Planes<BM, BN> (&slice)[SLICE], int thread, Exponents& pixels, Exponents& weights) const {
@@ -333,7 +357,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
   unsigned first_pixel = column_tile / unsigned(c.groups) * BN;
 
   int team = threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
-  int begin = blockIdx.y * c.part_slices, end = min(begin + c.part_slices, (sum_length(c) + SLICE - 1) / SLICE);
+  int begin = FREE ? blockIdx.y * c.part_slices : 0, end = FREE ? min(begin + c.part_slices, c.slices()) : c.slices();
   int first = begin + team * (end - begin) / TEAMS, last = begin + (team + 1) * (end - begin) / TEAMS;
   Fetch<BM, BN> next(c, group, first_row, first_pixel, first * SLICE, thread);
 
@@ -370,7 +394,7 @@ template <int BM, int BN, int TM, int TN> MBM_FN void conv2d_tiled(const Conv2d&
       unsigned pixel = first_pixel + i % BN;
       if (channel < c.out_channels && pixel < c.pixels)
         write_by_definition(c, Position(c, group, pixel), group, channel,
-                            {begin * SLICE, min(end * SLICE, sum_length(c))});
+                            {begin * SLICE, min(end * SLICE, c.sum_length())});
     }
     return;
   }
@@ -419,8 +443,7 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   Position at[PIXELS];
 #pragma unroll
   for (int p = 0; p < PIXELS; p++) at[p] = Position(c, group, pixel + p * THREADS);
-  int length = sum_length(c);
-  const float* weight = c.weight + group * c.weight_group_stride;
+  int length = c.sum_length();
 
   float sums[PIXELS][CHANNELS] = {};
   Exponents pixels[PIXELS], weights[1];
@@ -430,8 +453,8 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
     for (int k = threadIdx.x; k < count; k += THREADS) steps[k] = Walk(c, first + k).step(c);
     for (int i = threadIdx.x; i < count * CHANNELS; i += THREADS) {
       int k = i / CHANNELS, m = i % CHANNELS;
-      long long offset = m * c.weight_row_stride + Walk(c, first + k).weight(c, first + k);
-      float b = m < c.out_channels ? weight[offset] : 0.0f;
+      long long offset = c.weight_of(group, m) + (FREE ? Walk(c, first + k).weight(c, first + k) : first + k);
+      float b = m < c.out_channels ? c.weight[offset] : 0.0f;
       weights[0].add(b);
       decoded[k][m] = decode_weight(b);
     }
@@ -460,11 +483,11 @@ template <int CHANNELS, int PIXELS> MBM_FN void conv2d_direct(const Conv2d& c) {
   for (int p = 0; p < PIXELS; p++) {
     if (pixel + p * THREADS >= c.pixels) break;
     if (in_range(pixels[p], weights[0])) {
-      float* output = output_of(c, at[p].output);
+      float* output = c.output + at[p].output;
 #pragma unroll
       for (int m = 0; m < CHANNELS; m++)
         if (m < c.out_channels)
-          output[m * c.out_channel_stride] = add(sums[p][m], bias_of(c, group, m));
+          output[c.output_of(m)] = add(sums[p][m], c.bias_of(group, m));
     } else {
 #pragma unroll 1
       for (int m = 0; m < c.out_channels; m++) write_by_definition(c, at[p], group, m, {0, length});

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operands import in_pairs, in_range, normal, wild
-from sums import assert_within_bound, same_bits
+from sums import assert_within_bound, same_bits, same_sums
 from tables import IN_C, random_table
 from torch import Tensor, nn
 
@@ -131,19 +131,19 @@ def test_single_products_are_bit_for_bit_in_every_pass(device, multiplier, kind)
     arguments = {"multiplier": multiplier, "backward": "same"}
     column, row = a[:, None], b[:, None]
     # Of dense layers: (N, 1) by (O, 1), then with one output, then with one image.
-    assert same_bits(linear(column, row, **arguments).cpu(), expected)
+    assert same_sums(linear(column, row, **arguments).cpu(), expected)
     zeros = torch.zeros(1, count, device=device)
     (of_input,) = gradients(lambda x: linear(x, b[None], **arguments), [zeros.t().expand(count, count)], column)
     (of_weight,) = gradients(lambda w: linear(b[None], w, **arguments), [zeros.t().expand(count, count)], a[None])
-    assert same_bits(of_input.cpu(), expected)
-    assert same_bits(of_weight.cpu(), expected)
+    assert same_sums(of_input.cpu(), expected)
+    assert same_sums(of_weight.cpu(), expected)
     # Of convolutions with 1x1 kernels and 1x1 images.
     image, kernel = a.reshape(count, 1, 1, 1), b.reshape(1, count, 1, 1)
     zeros = torch.zeros(count, count, 1, 1, device=device)
     (of_input,) = gradients(lambda x: conv2d(x, kernel, **arguments), [zeros], image)
     (of_weight,) = gradients(lambda w: conv2d(kernel, w, **arguments), [zeros], image.reshape(1, count, 1, 1))
-    assert same_bits(of_input.cpu()[..., 0, 0], expected)
-    assert same_bits(of_weight.cpu()[..., 0, 0], expected)
+    assert same_sums(of_input.cpu()[..., 0, 0], expected)
+    assert same_sums(of_weight.cpu()[..., 0, 0], expected)
 
 
 @pytest.mark.parametrize("backward", ["exact", "mbm-t8", {"input": "mbm-t8"}, {"weight": "mbm-t8"}, "same"])
