@@ -1,5 +1,7 @@
 """`mbm profile conv`, on small shapes."""
 
+import itertools
+
 import pytest
 from commands import CPU, mbm
 
@@ -12,7 +14,8 @@ COMMAND = ["profile", "conv", *CPU, "--set", "data.batch_size=8"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shapes = (ConvShape("", 4, 8, 16, 3, 1, 14), ConvShape("above the limit", 10_000, 64, 64, 3, 1, 56))
+    above = ConvShape("above the limit", 10_000, 64, 64, 3, 1, 56)
+    shapes = (ConvShape("", 4, 8, 16, 3, 1, 14), ConvShape.dense("", 4, 20, 10), above)
     monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", shapes)
 
 
@@ -28,10 +31,15 @@ def test_convolutions_of_the_model_come_first(tmp_path):
         ("lenet conv1", 8, 8 * 117_600),
         ("lenet conv2", 8, 8 * 240_000),
         ("", 4, 4 * 16 * 14 * 14 * 8 * 9),
+        ("", 4, 4 * 20 * 10),
     ]
+    assert rows[-1]["shape"] == "20->10 dense"
     assert rows[1]["shape"] == "6->16 5x5 14x14"
     for row in rows:
-        assert row["backward_seconds"].keys() == {"torch_nn_grad", "two_calls", "one_call"}
-        assert min(row["forward_seconds"], row["exact_forward_seconds"], *row["backward_seconds"].values()) > 0
+        ways = set() if "dense" in row["shape"] else {"torch_nn_grad", "two_calls", "one_call"}
+        assert row["backward_seconds"].keys() == ways
+        assert row["gradient_seconds"].keys() == row["exact_gradient_seconds"].keys() == {"input", "weight"}
+        parts = [row[f"{part}_seconds"].values() for part in ("backward", "gradient", "exact_gradient")]
+        assert min(row["forward_seconds"], row["exact_forward_seconds"], *itertools.chain(*parts)) > 0
         assert row["macs_per_second"] == pytest.approx(row["multiplications"] / row["forward_seconds"])
         assert row["share_of_ceiling"] == pytest.approx(row["macs_per_second"] / ceiling)

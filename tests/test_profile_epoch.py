@@ -64,6 +64,16 @@ def test_costliest_are_operators_in_order(result):
     assert seconds[names.index("mbm::conv2d")] > 0.5 * forward
 
 
+def test_every_layer_and_gradient_is_profiled(tmp_path):
+    flags = ["--config", "lenet-everything", "--set", "data.train_limit=64", "--set", "data.test_limit=64"]
+    result = mbm("profile", "epoch", *CPU, *flags, "--output", tmp_path, "--json").json
+    assert [layer["name"] for layer in result["layers"]] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+    assert {layer["backward_library"] for layer in result["layers"]} == {"mbm-t16-r7"}
+    assert all(layer["backward_seconds"] > 0 for layer in result["layers"])
+    names = {row["name"] for row in result["costliest"]}
+    assert {"mbm::conv2d", "mbm::conv2d_input_grad", "mbm::conv2d_weight_grad", "mbm::linear"} <= names
+
+
 def test_network_may_have_one_convolution(monkeypatch, tmp_path):
     def small():
         return nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten(), nn.Linear(2, 10))

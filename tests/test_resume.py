@@ -157,6 +157,21 @@ def test_run_of_another_process_is_refused(monkeypatch):
         assert "is being computed by another process" in refusal("--epochs", 2)
 
 
+def test_a_table_of_the_gradients_may_not_change():
+    """With its content restored, the run ends with the weights of an undisturbed one."""
+    assert mbm("multipliers", "export", "mbm-t16-r7", "own.bin", "--bits", 4).code == 0
+    flags = ["--multiplier", "{conv1: mbm, linear: mbm-t8}", "--backward", "{weight: lut:own.bin}"]
+    assert mbm(*KINDS["train"], *flags, stopped=after(6)).code == 130
+    table = Path("own.bin").read_bytes()
+    Path("own.bin").write_bytes(table[:-1] + bytes([table[-1] ^ 1]))
+    assert re.search(r"weight: .*own\.bin.* differs from", refusal())
+    Path("own.bin").write_bytes(table)
+    assert mbm("resume", made().name, "--quiet") == SILENT
+    assert mbm(*KINDS["train"], *flags, "--quiet", "--output", "undisturbed") == SILENT
+    resumed, undisturbed = (made(folder).checkpoint()["model"] for folder in ("runs", "undisturbed"))
+    assert all(torch.equal(value, undisturbed[key]) for key, value in resumed.items())
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_changed_table_is_refused(name, monkeypatch):
     """With its content restored, the run resumes from any folder."""

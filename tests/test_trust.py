@@ -23,6 +23,7 @@ INTERRUPTED = {
 }
 COMMANDS = {
     **INTERRUPTED,
+    "gradients": ["train", *SMALL, "--epochs", "1", "--backward", NAME],
     "sweep with jobs": [*SWEEP, *EPOCH, "--jobs", "2"],
     "profile epoch": ["profile", "epoch", *SMALL, "--multiplier", LAYERS],
     "characterize": ["characterize", NAME, "mbm", NAME, "--samples", "1000"],

@@ -111,10 +111,11 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
         except ValueError as error:
             raise RequestError(f"{field}: {error}") from None
         resolved.append(config.with_model(multiplier=multiplier, backward=backward))
-    if all(config.model.multiplier.is_exact and not config.model.backward.is_exact for config in resolved):
+    with_gradients = [config.model for config in resolved if not config.model.backward.is_exact]
+    if with_gradients and all(model.multiplier.is_exact for model in with_gradients):
         raise RequestError(
-            f"model.backward: {resolved[0].model.backward} acts on no layer, because the multiplier is exact: name a "
-            "multiplier, --multiplier mbm, or leave it out"
+            f"model.backward: {with_gradients[0].backward} acts on no layer, because the multiplier is exact: name "
+            "another, --multiplier mbm, or leave it out"
         )
     return resolved
 
