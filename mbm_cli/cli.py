@@ -37,6 +37,7 @@ from mbm_cli.flags import (
     setting_for,
     with_bits,
 )
+from mbm_cli.openmp import set_waiting
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
 
 # \b: the lines after it stay as they are.
@@ -325,10 +326,7 @@ def _version(version: Version = False) -> None:
 def main() -> None:
     """Run a command; turn an error into a line on standard error and an exit code."""
     arguments = sys.argv[1:]
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Before libgomp is loaded: its threads would spin at barriers for long, which is slow where cores are shared.
-        # Without any spinning, a quiet machine is a quarter slower.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    set_waiting()
     # While libraries are being imported, they would catch an exception.
     signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
     make_writable("stdout")

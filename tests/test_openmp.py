@@ -1,0 +1,34 @@
+"""How OpenMP's threads wait, by what else runs on the machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mbm_cli.openmp import set_waiting
+
+CORES = os.cpu_count() or 1
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("load", "spins"),
+    [("0.0 0.0 0.0 1/300 7", "10000"), (f"9.0 9.0 9.0 {1 + CORES}/300 7", "0"), ("nothing", "10000")],
+)
+def test_threads_spin_on_a_quiet_machine_only(monkeypatch, load, spins):
+    monkeypatch.setattr(Path, "read_text", lambda path: load)
+    set_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] == spins
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")])
+def test_the_users_choice_stands(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    set_waiting()
+    assert os.environ[name] == value
+    assert os.environ.get("GOMP_SPINCOUNT") == {"GOMP_SPINCOUNT": "77"}.get(name)
