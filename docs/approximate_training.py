@@ -30,7 +30,10 @@ PASSES = {
 }
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 EXPERIMENTS = [
-    *(("lenet", multiplier, 5) for multiplier in ("mbm", "mbm-t16-r7", "mitchell-t16-r7", "drum-k4", "mbm-t20-r3")),
+    *(
+        ("lenet", multiplier, 5)
+        for multiplier in ("mbm", "mbm-t16-r7", "mitchell-t16-r7", "drum-k4", "mbm-t20-r3", "mbm-t22-r1", "drum-k2")
+    ),
     *((network, multiplier, 3) for network in ("mlp", "cnn3") for multiplier in ("mbm-t16-r7", "mbm-t20-r3")),
 ]
 

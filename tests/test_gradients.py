@@ -80,12 +80,9 @@ def random_convolution(generator: torch.Generator) -> tuple:
     return shapes, (stride, padding, dilation, groups)
 
 
-@DEVICES
-@pytest.mark.parametrize("seed", range(30))
-def test_gradients_of_convolutions_are_sums_of_the_products(device, seed):
-    """Check random shapes, in two memory formats, and that a repeat has the same bits."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes, arguments = random_convolution(generator)
+def check_random_convolution(seed: int, device: str) -> None:
+    """Check both gradients of a random convolution, in two memory formats, and that a repeat has the same bits."""
+    shapes, arguments = random_convolution(torch.Generator().manual_seed(seed))
     multiplier = MULTIPLIERS[seed % len(MULTIPLIERS)]
     x, w = (tensor.to(device) for tensor in normal(*shapes))
     named = dict(zip(("stride", "padding", "dilation", "groups"), arguments, strict=True))
@@ -99,16 +96,19 @@ def test_gradients_of_convolutions_are_sums_of_the_products(device, seed):
 
 
 @DEVICES
-@pytest.mark.parametrize("multiplier", [*MULTIPLIERS, resolve(IN_C)], ids=str)
-@pytest.mark.parametrize("shape", [(64, 30, 20), (1, 1, 1), (33, 100, 9), (5, 3, 70), (130, 257, 40)])
-def test_dense_layers_and_their_gradients_are_sums_of_the_products(device, multiplier, shape):
-    """Check a bias, and that what a function in C computes is what its table does."""
+@pytest.mark.parametrize("seed", range(30))
+def test_gradients_of_convolutions_are_sums_of_the_products(device, seed):
+    check_random_convolution(seed, device)
+
+
+def check_dense(shape: tuple[int, int, int], multiplier: Multiplier, device: str) -> None:
+    """Check a dense layer with a bias and its gradients, and that a repeat has the same bits."""
     batch, inputs, outputs = shape
     x, w, bias, grad = (t.to(device) for t in normal((batch, inputs), (outputs, inputs), (outputs,), (batch, outputs)))
     function = partial(linear, multiplier=multiplier, backward="same")
     found, again = (gradients(function, [x, w, bias], grad) for _ in range(2))
     assert all(same_bits(*pair) for pair in zip(found, again, strict=True))
-    model = Multiplier("mbm") if multiplier.family == "c" else multiplier
+    model = Multiplier("mbm") if multiplier.family == "c" else multiplier  # what the function in C computes
 
     def products(a: Tensor, b: Tensor) -> Tensor:
         return reference_product(a.cpu()[:, None].contiguous(), b.cpu()[None].contiguous(), model)
@@ -118,6 +118,13 @@ def test_dense_layers_and_their_gradients_are_sums_of_the_products(device, multi
     assert_sums(found[0], products(grad, w.t()), 2, outputs)
     assert_sums(found[1], products(grad.t(), x.t()), 2, batch)
     assert torch.equal(found[2], grad.sum(0))
+
+
+@DEVICES
+@pytest.mark.parametrize("multiplier", [*MULTIPLIERS, resolve(IN_C)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 30, 20), (1, 1, 1), (33, 100, 9), (5, 3, 70), (130, 257, 40)])
+def test_dense_layers_and_their_gradients_are_sums_of_the_products(device, multiplier, shape):
+    check_dense(shape, multiplier, device)
 
 
 @DEVICES

@@ -4,8 +4,9 @@ Products, bit for bit against the reference model evaluated on the GPU, elementw
 both kinds of kernels: all pairs of 16-bit (1, 8, 7) operands, and random bit patterns for every family and many
 truncations. Then random convolutions against float64 sums of bit-exact products, and against the CPU backend.
 
+``python tests/gpu/exhaustive.py gradients`` checks nothing but gradients of random convolutions, and dense layers.
 ``compute-sanitizer --tool memcheck python tests/gpu/exhaustive.py sanitize`` (racecheck, initcheck) runs nothing on the
-GPU but these convolutions.
+GPU but convolutions, dense layers and their gradients.
 """
 
 import random
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))
+import test_gradients
 from operands import from_bits
 from sums import assert_within_bound, float64_sums, same_bits, same_sums
 from tables import random_table
 
-from mbm_cli import Multiplier, conv2d, multiply
+from mbm_cli import Multiplier, conv2d, linear, multiply
 from mbm_cli.multipliers.float32 import FAMILIES, reference_product
 
 TABLES = [random_table(bits) for bits in (1, 5, 7, 8, 11)]
@@ -130,6 +132,25 @@ def check_random_convolution(choose: random.Random) -> None:
     assert_within_bound(conv2d(*operands, *arguments).cuda(), total, 2 * bound, where)
 
 
+def check_random_gradients(shapes: int) -> None:
+    for seed in range(shapes):
+        test_gradients.check_random_convolution(seed, "cuda")
+        shape = random.Random(seed).choices(range(1, 300), k=3)
+        test_gradients.check_dense((shape[0], shape[1], shape[2]), OF_CONVOLUTIONS[seed % len(OF_CONVOLUTIONS)], "cuda")
+
+
+def compute_anything(choose: random.Random) -> None:
+    """Compute a random convolution and a random dense layer with their gradients, and check nothing."""
+    _, (x, *rest), (*sizes, multiplier) = random_convolution(choose)
+    conv2d(
+        x.requires_grad_(), *(None if one is None else one.requires_grad_() for one in rest), *sizes, multiplier, "same"
+    ).sum().backward()
+    shape = choose.choices(range(1, 200), k=3)
+    dense = torch.randn(shape[0], shape[1], device="cuda", requires_grad=True)
+    weight = torch.randn(shape[2], shape[1], device="cuda", requires_grad=True)
+    linear(dense, weight, None, multiplier, "same").sum().backward()
+
+
 def compile_kernels(multiplier: Multiplier) -> None:
     one = torch.ones(1, device="cuda")
     multiply(one, one, multiplier)
@@ -156,13 +177,16 @@ def main(shapes: int = 300, pairs: int = PAIRS) -> None:
     for _ in range(shapes):
         check_random_convolution(choose)
     report(f"{shapes} random convolutions")
+    check_random_gradients(shapes)
+    report(f"gradients of {shapes} random convolutions, {shapes} random dense layers")
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["sanitize"]:
         chosen = random.Random(0)
         for _ in range(300):
-            _, on_gpu, arguments = random_convolution(chosen)
-            conv2d(*on_gpu, *arguments).cpu()
+            compute_anything(chosen)
+    elif sys.argv[1:] == ["gradients"]:
+        check_random_gradients(300)
     else:
         main(*map(int, sys.argv[1:]))
