@@ -7,6 +7,7 @@ at once (--jobs), so that their times say nothing.
 
 import argparse
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from mbm_cli.data import DATASETS
 from mbm_cli.models import build
+from mbm_cli.multipliers.names import Backward
 
 FIGURE = Path(__file__).parent / "figures" / "training.png"
 PASSES = {
@@ -28,6 +30,7 @@ PASSES = {
     "forward, gradient of weight": "{weight: same}",
     "everything": "same",
 }
+NEARLY_EXACT = "exact-t1"  # gradients have multipliers of their own only behind an approximate forward pass
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 EXPERIMENTS = [
     *(
@@ -86,46 +89,79 @@ def draw(results: dict[tuple[str, str], dict[str, Any]]) -> bytes:
     axes.set_yticks(range(len(results)), [f"{network}, {multiplier}" for network, multiplier in results])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("test accuracy against exact training (points), mean and 95 % interval")
+    axes.set_xscale("symlog", linthresh=0.5)
+    ticks = (-5, -2, -1, -0.5, -0.25, 0, 0.25, 0.5)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("test accuracy against exact training, points (mean, 95 % interval)")
     figure.legend(loc="outside upper center", ncols=2)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()
 
 
-def gradient_errors(runs: Path, device: str) -> str:
-    """Compare gradients of LeNet's weights with the exact ones: at the first weights, and at trained ones.
+def exact_weights(runs: Path, device: str) -> dict[str, torch.Tensor]:
+    """Train LeNet exactly, unless it is there already; return its weights."""
+    folder = runs / "lenet-exact"
+    if not list(folder.glob("*/curves.png")):
+        command = [sys.executable, "-m", "mbm_cli", "train", "--config", "lenet-exact", "--device", device]
+        subprocess.run([*command, "--output", str(folder), "--quiet"], check=True)
+    (path,) = folder.glob("*/checkpoint.pt")
+    weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True, map_location="cpu")["model"]
+    return weights
 
-    The scale is the factor by which an approximate gradient is longer along the exact one, <g, e> / <e, e>; the angle
-    is between the two. Both are of the gradient of all weights, of the loss of 1,000 training images.
+
+class Gradients:
+    """Gradients of LeNet's weights, of the loss of some training images, compared with the exact ones.
+
+    The scale is the factor by which a gradient g is longer along the exact one e, <g, e> / <e, e>; the angle is between
+    the two.
     """
-    train, _ = DATASETS["mnist"].load(torch.device(device), None, 1000, 1)
-    checkpoint = sorted(runs.glob("lenet-mbm/*/lenet-exact-seed0*/checkpoint.pt")) or sorted(
-        runs.glob("lenet-mbm/*/*exact*seed0*/checkpoint.pt")
-    )
-    trained = torch.load(checkpoint[0], weights_only=True, map_location=device)["model"]
 
-    def gradient(weights: dict[str, torch.Tensor], multiplier: str, backward: str | dict[str, str]) -> torch.Tensor:
-        model = build(
-            "lenet", "exact" if multiplier == "exact" else {"conv2d": multiplier, "linear": multiplier}, backward
-        )
-        model.to(device).load_state_dict(weights)
-        F.cross_entropy(model(train.images), train.labels).backward()
-        return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if name.endswith("weight")])
+    def __init__(self, weights: dict[str, torch.Tensor], images: int = 1000) -> None:
+        self.weights = weights
+        self.images, _ = DATASETS["mnist"].load(torch.device("cpu"), None, images, 1)
+        self.exact = self.of("exact", "exact")
 
+    def of(self, multiplier: str, backward: str | dict[str, str]) -> dict[str, torch.Tensor]:
+        layers = {"conv2d": multiplier, "linear": multiplier}
+        model = build("lenet", "exact" if multiplier == "exact" else layers, Backward.of(backward))
+        model.load_state_dict(self.weights)
+        F.cross_entropy(model(self.images.images), self.images.labels).backward()
+        named = model.named_parameters()
+        return {name.split(".")[0]: p.grad.double().flatten() for name, p in named if name.endswith("weight")}
+
+    def compared(self, found: dict[str, torch.Tensor], layers: list[str]) -> str:
+        g, e = (torch.cat([one[layer] for layer in layers]) for one in (found, self.exact))
+        scale, cosine = torch.dot(g, e) / e.square().sum(), torch.dot(g, e) / (g.norm() * e.norm())
+        return f"{scale:.2f}, {torch.rad2deg(torch.acos(cosine.clamp(-1, 1))):.0f}°"
+
+
+def gradient_tables(weights: dict[str, torch.Tensor]) -> str:
+    """Return scales and angles in Markdown: of all weights, for each choice of passes; then of one gradient alone, for
+    averages over more and more images, and layer by layer.
+    """
     torch.manual_seed(0)
     first = build("lenet", "exact").state_dict()
     lines = ["| weights | multiplier | " + " | ".join(PASSES) + " |", "| --- " * (2 + len(PASSES)) + "|"]
-    for name, weights in (("first", first), ("trained", trained)):
-        exact = gradient(weights, "exact", "exact").double()
+    trained = Gradients(weights)
+    for name, one in (("first", Gradients(first)), ("trained", trained)):
         for multiplier in dict.fromkeys(multiplier for _, multiplier, _ in EXPERIMENTS):
-            cells = []
-            for backward in ("exact", {"input": multiplier}, {"weight": multiplier}, multiplier):
-                found = gradient(weights, multiplier, backward).double()
-                cosine = torch.dot(found, exact) / (found.norm() * exact.norm())
-                scale = torch.dot(found, exact) / exact.square().sum()
-                cells.append(f"{scale:.3f}, {torch.rad2deg(torch.acos(cosine.clamp(-1, 1))):.1f} deg")
+            choices = ("exact", {"input": multiplier}, {"weight": multiplier}, multiplier)
+            cells = [one.compared(one.of(multiplier, choice), list(one.exact)) for choice in choices]
             lines.append(f"| {name} | `{multiplier}` | " + " | ".join(cells) + " |")
+    layers, coarse = list(trained.exact), ("mbm-t22-r1", "drum-k2")
+    lines += ["", "| weights, images, gradient | " + " | ".join(coarse) + " |", "| --- " * (1 + len(coarse)) + "|"]
+    for name, images, gradient in itertools.product(("first", "trained"), (64, 1000, 10_000), ("input", "weight")):
+        one = Gradients(first if name == "first" else weights, images)
+        cells = [one.compared(one.of(NEARLY_EXACT, {gradient: multiplier}), layers) for multiplier in coarse]
+        lines.append(f"| {name}, {images:,}, {gradient} | " + " | ".join(cells) + " |")
+    lines += ["", "| approximate alone | multiplier | " + " | ".join(layers) + " |", "| --- " * (2 + len(layers)) + "|"]
+    for gradient in ("input", "weight"):
+        for multiplier in coarse:
+            found = trained.of(NEARLY_EXACT, {gradient: multiplier})
+            cells = [trained.compared(found, [layer]) for layer in layers]
+            lines.append(f"| gradient of {gradient} | `{multiplier}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -138,7 +174,7 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         made = list(pool.map(lambda one: compare(given.runs, *one, given.device), EXPERIMENTS))
     results = {(network, multiplier): one for (network, multiplier, _), one in zip(EXPERIMENTS, made, strict=True)}
-    print(table(results), gradient_errors(given.runs, given.device), sep="\n\n")
+    print(table(results), gradient_tables(exact_weights(given.runs, given.device)), sep="\n\n")
     FIGURE.write_bytes(draw(results))
 
 
