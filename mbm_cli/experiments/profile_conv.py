@@ -301,7 +301,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         return _eager_seconds(call)
     call()
-    calls = max(1, min(GRAPHED_CALLS, int(LEAST_SECONDS / _eager_seconds(call, 0.02))))
+    calls = max(1, min(GRAPHED_CALLS, int(LEAST_SECONDS / _eager_seconds(call, repeats=False))))
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -310,12 +310,12 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return _eager_seconds(graph.replay) / calls
 
 
-def _eager_seconds(call: Callable[[], object], least_seconds: float = LEAST_SECONDS) -> float:
-    """Return the median time of a call with its launches; the timer waits for the GPU."""
+def _eager_seconds(call: Callable[[], object], repeats: bool = True) -> float:
+    """Return the median time of a call with its launches, or one such time; the timer waits for the GPU."""
     # The module looks for a compiler, and warns of nvcc without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=least_seconds).median
+    return timer.blocked_autorange(min_run_time=LEAST_SECONDS).median if repeats else timer.timeit(1).median
