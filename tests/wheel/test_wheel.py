@@ -77,7 +77,7 @@ def test_source_distribution_is_complete(dist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile"}
     for folder in ("mbm_cli", "kernels", "configs", "tests", "examples"):
-        paths = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu", ".cpp", ".h", ".yaml"))
+        paths = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml"))
         wanted |= {str(path.relative_to(ROOT)) for path in paths}
     assert wanted - names == set()
     assert {name for name in names if name.startswith(("build/", ".venv/", "runs/2"))} == set()
@@ -87,7 +87,7 @@ def test_wheel_holds_package_kernels_and_configs_only(contents):
     about = f"mbm_cli-{VERSION}.dist-info"
     wanted = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mbm_cli").rglob("*.py*") if path.suffix != ".pyc"}
-    wanted |= {f"mbm_cli/kernels/{name}" for name in ("multiplier.h", "conv2d.cu", "conv2d.h", "conv2d_simd.cpp")}
+    wanted |= {f"mbm_cli/kernels/{name}" for name in (*cuda._SOURCES, *cpu._SOURCES)}
     wanted |= {f"mbm_cli/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     wanted |= {f"mbm_cli/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", "mbm_cli/py.typed"}
     assert {"mbm_cli/_cpu.pyi", "mbm_cli/experiments/train.py", "mbm_cli/configs/lenet-mbm.yaml"} <= wanted
