@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from mbm_cli.backends import cpu, cuda
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
@@ -77,7 +79,9 @@ def test_source_distribution_is_complete(dist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile"}
     for folder in ("mbm_cli", "kernels", "configs", "tests", "examples"):
-        paths = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml"))
+        paths = (
+            path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml")
+        )
         wanted |= {str(path.relative_to(ROOT)) for path in paths}
     assert wanted - names == set()
     assert {name for name in names if name.startswith(("build/", ".venv/", "runs/2"))} == set()
