@@ -463,7 +463,7 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
         The config to start from (of the run, unless another is given), and the path of the weights.
 
     Raises:
-        RequestError: there is no such run or file, or the run's multiplier would execute a file.
+        RequestError: there is no such run or file, or the run's multipliers would execute a file.
     """
     if os.path.isfile(name):
         return config or "lenet-mbm", os.path.abspath(name)
@@ -471,8 +471,10 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
     run.refuse_several()
     if not (run.folder / "checkpoint.pt").exists():
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm resume {run.folder}")
-    if config is None and not has_multiplier:
-        run.trusted(False)
+    if config is None:
+        gradients = run.config().model.backward.distinct()
+        if not has_multiplier or any(one.family in CODE for one in gradients):
+            run.trusted(False)
     return config or str(run.folder / "config.yaml"), os.path.abspath(run.folder / "checkpoint.pt")
 
 

@@ -96,3 +96,12 @@ def test_a_schedule_that_is_extended_is_noted(trained):
     assert "note: the learning rate fell to zero over 1 epoch and starts again at 0.0005" in answer.err
     mbm("train", *EPOCH, "--set", "optimizer.schedule=none", "--output", "constant")
     assert "note" not in mbm("resume", made("constant").folder, "--epochs", "2").err
+
+
+def test_code_that_the_gradients_name_is_not_executed(trained, tmp_path):
+    Path("product.py").write_text("raise SystemExit('executed')\n")
+    config = trained / "config.yaml"
+    config.write_text(config.read_text().replace("backward: exact", f"backward: python:{tmp_path}/product.py:f"))
+    answer = mbm("train", "--init", trained.name, "--multiplier", "mbm", *EPOCH)
+    assert answer.code == 2
+    assert "names code" in answer.err

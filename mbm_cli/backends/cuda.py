@@ -279,7 +279,7 @@ def run(
         RuntimeError, CudaError: as `plan` and `kernels`.
     """
     device = input.device.index
-    if geometry.is_dense and geometry.products >= _TRANSPOSE_FROM:
+    if input.dim() == 2 and geometry.products >= _TRANSPOSE_FROM:
         # The threads of a warp fetch for one step: neighbours in memory, then.
         input = input.t().contiguous().t()
         geometry = geometry._replace(input_strides=(1, 0, input.stride(1), 0, 0))
