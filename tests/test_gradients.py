@@ -191,6 +191,17 @@ def test_dense_layers_take_any_leading_dimensions(shape):
 
 
 @DEVICES
+def test_convolutions_of_single_elements_are_dense_layers(device):
+    """Check shapes so large that a GPU transposes the input of a dense layer."""
+    x, w, grad = (t.to(device) for t in normal((4096, 256), (512, 256), (4096, 512)))
+    as_images = [t[..., None, None] for t in (x, w)]
+    assert torch.allclose(conv2d(*as_images, backward="same").flatten(1), linear(x, w), rtol=1e-4, atol=1e-4)
+    ours = gradients(partial(conv2d, backward="same"), as_images, grad[..., None, None])
+    for mine, theirs in zip(ours, gradients(partial(linear, backward="same"), [x, w], grad), strict=True):
+        assert torch.allclose(mine.flatten(1), theirs, rtol=1e-4, atol=1e-3)
+
+
+@DEVICES
 def test_an_empty_batch_has_zero_gradients(device):
     w = torch.ones(4, 3, 3, 3, device=device, requires_grad=True)
     x = torch.ones(0, 3, 9, 9, device=device, requires_grad=True)
