@@ -139,7 +139,7 @@ def eval_(
     _compute(o, partial(experiment, found, names_of(names, o.bits), o.output, o.device, o.threads), draw=plot)
 
 
-@command(profile_app, "conv", EXPERIMENT, "mbm profile conv --multiplier mbm-t16-r7")
+@command(profile_app, "conv", f"config multiplier set_ {MEASUREMENT}", "mbm profile conv --multiplier mbm-t16-r7")
 def profile_conv(o: Options) -> None:
     """Time single convolutions beside exact ones."""
     from mbm_cli.experiments.profile_conv import profile_conv as experiment

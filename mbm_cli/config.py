@@ -135,7 +135,7 @@ class ModelConfig(_Section):
     @model_serializer(mode="wrap")
     def _without_new_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
-        if not getattr(self.multiplier, "dense_patterns", True):
+        if not getattr(self.multiplier, "dense_patterns", True) and self.backward.is_exact:
             del fields["backward"]
         return fields
 
@@ -229,7 +229,11 @@ class Config(_Section):
 
     def with_model(self, **fields: Any) -> "Config":
         """Return the config with other values in ``model``; they are not checked."""
-        return self.model_copy(update={"model": self.model.model_copy(update=fields)})
+        model = self.model.model_copy(update=fields)
+        if isinstance(model.multiplier, LayerMultipliers) and not model.backward.is_exact:
+            # As when a config with this `backward` is read.
+            model = model.model_copy(update={"multiplier": replace(model.multiplier, dense_patterns=True)})
+        return self.model_copy(update={"model": model})
 
     def with_train(self, **fields: Any) -> "Config":
         """Return the config with other values in ``train``; they are not checked."""

@@ -1,5 +1,6 @@
 """The functions of the Python side: ``multiply``, ``conv2d`` and ``linear``, which check their arguments."""
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,7 +132,7 @@ def linear_of_operands(input: Tensor, weight: Tensor, bias: Tensor | None, *prod
         _check_operands(weight, bias, "weight", "bias")
     if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"an input {list(input.shape)} does not fit a weight {list(weight.shape)}")
-    output = autograd.linear(input.reshape(-1, weight.shape[1]), weight, bias, *products)
+    output = autograd.linear(input.reshape(math.prod(input.shape[:-1]), weight.shape[1]), weight, bias, *products)
     return output.reshape(*input.shape[:-1], len(weight))
 
 

@@ -22,6 +22,13 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=G
 EACH_MULTIPLIER = pytest.mark.parametrize("multiplier", MULTIPLIERS, ids=str)
 
 
+CALLS = {
+    "conv2d": (conv2d, ((2, 3, 9, 9), (4, 3, 3, 3), (4,))),
+    "linear": (linear, ((3, 5), (4, 5), (4,))),
+}
+EACH_CALL = pytest.mark.parametrize(("function", "shapes"), CALLS.values(), ids=CALLS)
+
+
 def gradients(function, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     return torch.autograd.grad(function(*leaves), leaves, grad)
@@ -180,6 +187,11 @@ def test_exact_gradients_of_dense_layers_are_pytorchs(wanted):
         assert torch.allclose(mine.grad, yours.grad, rtol=1e-6, atol=1e-6) if is_wanted else mine.grad is None
 
 
+def test_dense_layers_without_inputs_give_the_bias():
+    x, w, bias = torch.ones(2, 3, 0), torch.ones(4, 0), torch.arange(4.0)
+    assert torch.equal(linear(x, w, bias), bias.expand(2, 3, 4))
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3)])
 def test_dense_layers_take_any_leading_dimensions(shape):
     x, w, bias = normal((*shape, 5), (4, 5), (4,))
@@ -210,18 +222,26 @@ def test_an_empty_batch_has_zero_gradients(device):
     assert not w.grad.any()
 
 
+@EACH_CALL
+def test_exact_products_stay_in_float32_under_autocast(function, shapes):
+    """Check that gradients with a multiplier get what they read."""
+    tensors = normal(*shapes)
+    call = partial(function, multiplier="exact", backward="mbm")
+    expected = gradients(call, tensors, torch.ones_like(call(*tensors)))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call(*(t.requires_grad_() for t in tensors))
+    assert output.dtype == torch.float32
+    found = torch.autograd.grad(output.sum(), tensors)
+    assert all(same_bits(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError, match="takes float32"):
+        torch.ops.mbm.linear(torch.ones(2, 3).bfloat16(), torch.ones(4, 3), None, "mbm")
+
+
 def test_unused_elements_of_the_input_have_zero_gradients():
     x, w = torch.ones(1, 1, 8, 8, requires_grad=True), torch.ones(1, 1, 2, 1)
     conv2d(x, w, stride=3, backward="same").sum().backward()
     assert (x.grad != 0).sum() == 18
     assert not x.grad[..., 2::3, :].any()
-
-
-CALLS = {
-    "conv2d": (conv2d, ((2, 3, 9, 9), (4, 3, 3, 3), (4,))),
-    "linear": (linear, ((3, 5), (4, 5), (4,))),
-}
-EACH_CALL = pytest.mark.parametrize(("function", "shapes"), CALLS.values(), ids=CALLS)
 
 
 @EACH_CALL

@@ -188,3 +188,10 @@ def test_changed_table_is_refused(name, monkeypatch):
     monkeypatch.chdir("elsewhere")
     assert mbm("resume", folder, "--quiet") == SILENT
     assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
+
+
+def test_a_run_whose_gradients_were_edited_is_refused():
+    assert mbm(*KINDS["train"], "--multiplier", "mbm", stopped=after(6)).code == 130
+    run = made()
+    run.write("config.yaml", run.config_text().replace("backward: exact", "backward: same"))
+    assert "differs from the multiplier" in refusal()

@@ -144,3 +144,14 @@ def test_long_names_of_values_stay_apart():
     names = {member.config().name for member in list_runs(made().folder)}
     assert len(names) == 2
     assert max(map(len, names)) <= 64
+
+
+def test_exact_members_have_exact_gradients():
+    """Check that a multiplier of the gradients acts on the members that have a layer for it."""
+    vary = ["--vary", "model.multiplier=exact,mbm", "--backward", "mbm"]
+    assert mbm("sweep", *vary, *EPOCH, "--quiet") == SILENT
+    runs = list_runs(made().folder)
+    assert {(str(run.config().model.multiplier), str(run.config().model.backward)) for run in runs} == {
+        ("exact", "exact"),
+        ("mbm", "mbm"),
+    }

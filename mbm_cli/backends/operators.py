@@ -1,6 +1,7 @@
 """The operators of a backend, all from one function that computes the convolution of a `Geometry`."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ class Operators:
         for operator in (self.conv2d, self.conv2d_input_grad, self.conv2d_weight_grad, self.linear):
             torch.library.impl(f"mbm::{operator.__name__}", device, operator)
 
+    def _compute(self, geometry: Geometry, input: Tensor, weight: Tensor, *rest: Any) -> None:
+        if not input.dtype == weight.dtype == torch.float32:
+            raise RuntimeError(f"the multiplier takes float32, not {input.dtype} and {weight.dtype}")
+        self._run(geometry, input, weight, *rest)
+
     def conv2d(
         self,
         input: Tensor,
@@ -39,13 +45,14 @@ class Operators:
         *_: object,  # the multipliers of the gradients
     ) -> Tensor:
         if of_handle(multiplier).is_exact:
-            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            with _no_autocast(input):
+                return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         output = input.new_empty(conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups))
         if output.numel() > 0:
             weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
             sizes = _pair(output.shape[2:]), _pair(stride), _pair(padding), _pair(dilation)
             shapes = tuple(input.shape), input.stride(), tuple(weight.shape)
-            self._run(geometry.forward(*shapes, *sizes, groups), input, weight, bias, output, multiplier, table)
+            self._compute(geometry.forward(*shapes, *sizes, groups), input, weight, bias, output, multiplier, table)
         return output
 
     def conv2d_input_grad(
@@ -70,7 +77,7 @@ class Operators:
 
         def stride_1(weight: Tensor, into: Tensor, padding: Pair, dilation: Pair) -> None:
             shapes = tuple(grad.shape), grad.stride(), tuple(weight.shape), _pair(into.shape[2:])
-            self._run(
+            self._compute(
                 geometry.input_grad(*shapes, padding, dilation, groups), grad, weight, None, into, multiplier, table
             )
 
@@ -111,7 +118,7 @@ class Operators:
         output, grad = grad.new_empty(weight_size), grad.contiguous()
         shapes = tuple(input.shape), input.stride(), tuple(grad.shape), _pair(weight_size[2:])
         sizes = _pair(stride), _pair(padding), _pair(dilation)
-        self._run(geometry.weight_grad(*shapes, *sizes, groups), input, grad, None, output, multiplier, table)
+        self._compute(geometry.weight_grad(*shapes, *sizes, groups), input, grad, None, output, multiplier, table)
         return output
 
     def linear(
@@ -124,14 +131,21 @@ class Operators:
         *_: object,
     ) -> Tensor:
         if of_handle(multiplier).is_exact:
-            return F.linear(input, weight, bias)
+            with _no_autocast(input):
+                return F.linear(input, weight, bias)
         shape = linear_output_shape(input, weight, bias)
         if 0 in (*shape, input.shape[1]):
             return input.new_zeros(shape) if bias is None else bias.expand(shape).clone()
         output, bias = input.new_empty(shape), None if bias is None else bias.contiguous()
         dense = geometry.linear(tuple(input.shape), input.stride(), len(weight), weight.stride())
-        self._run(dense, input, weight, bias, output, multiplier, table)
+        self._compute(dense, input, weight, bias, output, multiplier, table)
         return output
+
+
+def _no_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Keep exact products in float32: what follows reads them as that."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
 
 
 def exact_gradients(

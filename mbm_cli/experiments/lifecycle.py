@@ -17,7 +17,7 @@ from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.models import Layer, build
 from mbm_cli.multipliers import content
 from mbm_cli.multipliers.code import Namespace, check_magnitude
-from mbm_cli.multipliers.names import Multiplier
+from mbm_cli.multipliers.names import Backward, Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.runs import Run
 from mbm_cli.training import Progress, Split, Trainer
@@ -107,15 +107,17 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
             field = "model.multiplier"
             multiplier = content.resolve_layers(config.model.multiplier, read_once)
             with torch.device("meta"):
-                build(config.model.name, multiplier, backward)
+                model = build(config.model.name, multiplier, backward)
         except ValueError as error:
             raise RequestError(f"{field}: {error}") from None
-        resolved.append(config.with_model(multiplier=multiplier, backward=backward))
-    with_gradients = [config.model for config in resolved if not config.model.backward.is_exact]
-    if with_gradients and all(model.multiplier.is_exact for model in with_gradients):
+        gradients = [one for module in model.modules() for one in getattr(module, "backward", ())]
+        acts = any(not one.is_exact for one in gradients)
+        resolved.append(config.with_model(multiplier=multiplier, backward=backward if acts else Backward()))
+    asked = [config.model.backward for config in configs if not config.model.backward.is_exact]
+    if asked and all(config.model.backward.is_exact for config in resolved):
         raise RequestError(
-            f"model.backward: {with_gradients[0].backward} acts on no layer, because the multiplier is exact: name "
-            "another, --multiplier mbm, or leave it out"
+            f"model.backward: {asked[0]} acts on no layer, because their multipliers are exact: name another, "
+            "--multiplier mbm, or --backward exact"
         )
     return resolved
 
@@ -181,7 +183,10 @@ def refuse_other_device(config: Config, run: Run) -> None:
 
 def content_keys(config: Config) -> list[str]:
     """Return the content keys that identify the products of the config's multipliers, which must be resolved."""
-    return [multiplier.key for multiplier in config.model.distinct()]
+    backward = config.model.backward
+    gradients = [] if backward.is_exact else [("input", backward.input), ("weight", backward.weight)]
+    keys = [multiplier.key for multiplier in config.model.multiplier.distinct()]
+    return keys + [f"{name}={'same' if one is None else one.key}" for name, one in gradients]
 
 
 def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None:

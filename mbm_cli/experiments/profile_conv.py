@@ -22,7 +22,7 @@ from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers.content import operands
-from mbm_cli.multipliers.names import EXACT, LayerMultipliers, Multiplier
+from mbm_cli.multipliers.names import EXACT, Multiplier
 from mbm_cli.nn import ApproxConv2d, ApproxLinear
 from mbm_cli.runs import Run
 
@@ -145,10 +145,10 @@ def profile_conv(
     multiplier = config.model.multiplier
     if multiplier.is_exact:
         raise RequestError("the multiplier is exact, so there is nothing to compare: name another, --multiplier mbm")
-    if isinstance(multiplier, LayerMultipliers):
+    if len(multiplier.distinct()) > 1:
         raise RequestError("profile conv times one multiplier: name it, --multiplier mbm")
     config, device = lifecycle.begin(config)
-    multiplier = config.model.multiplier
+    (multiplier,) = config.model.multiplier.distinct()
     shapes = dict.fromkeys((*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES))
     run = Run.create(output, f"{config.name}-profile-conv")
     with run.kept_if_complete():
