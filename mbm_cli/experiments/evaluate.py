@@ -62,7 +62,7 @@ def evaluate(
 ) -> Evaluated:
     """Evaluate a run's last checkpoint on the test set of its config, once with each multiplier.
 
-    Dense layers stay exact, as in training. Nothing is written before everything is evaluated.
+    Nothing is written before everything is evaluated.
 
     Args:
         multipliers: names, or mappings from layers to names as text, in the order of the result; the one that it was

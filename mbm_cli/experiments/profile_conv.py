@@ -129,8 +129,8 @@ def profile_conv(
 ) -> Finished[ConvProfile]:
     """Time the convolutions of the config's model, then the reference shapes that suit the device.
 
-    Every figure comes from this one call: medians over repeats after a warm-up. On a GPU the forward passes are
-    replayed in a CUDA graph; backward passes run as a training without graphs calls them.
+    Every figure comes from this one call: medians over repeats after a warm-up. On a GPU each pass is
+    replayed in a CUDA graph; the three ways to exact gradients run as a training without graphs calls them.
 
     Args:
         config: its model, multiplier, batch size, device, threads and seed are used.
