@@ -18,7 +18,7 @@
 // This is several times slower, and rare.
 //
 // With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's source text precedes this one (backends/cuda.py). In the
-// fast form the compiler is told that operands are normal, so it can drop the function's code for other operands. Those
+// fast form the compiler may assume that operands are normal, so it can drop the function's code for other operands. Those
 // are decoded as 1, and a mask clears their products.
 #pragma once
 
