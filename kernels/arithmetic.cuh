@@ -1,4 +1,4 @@
-// The arithmetic of the CUDA kernels: how operands are decoded, a product added to a sum, and when this fast form holds.
+// The arithmetic of the CUDA kernels: how operands are decoded, a product added to a sum, and when this form holds.
 //
 // For mbm, a product and its addition to the sum cost 4 instructions (2 for mitchell):
 //   w = fraction of a + bits of b       integer addition: Mitchell's product of a's significand and b
@@ -18,7 +18,7 @@
 // This is several times slower, and rare.
 //
 // With MBM_FUNCTION defined, FAMILY is FUNCTION and the user's source text precedes this one (backends/cuda.py). In the
-// fast form the compiler may assume that operands are normal, so it can drop the function's code for other operands. Those
+// fast form the compiler may assume normal operands, so it can drop the function's code for other operands. Those
 // are decoded as 1, and a mask clears their products.
 #pragma once
 
