@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from operands import in_pairs, normal
 from sums import assert_sums_of_products, same_bits
@@ -219,6 +219,7 @@ def geometries(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(geometries())
+@example(((3, 1, 1, 1), (1, 1, 1, 1), False, (2, "valid", (1, 2), 1)))  # images of one element, and a stride
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_arguments_mean_what_they_mean_to_pytorch(geometry):
     """Compare convolutions of small whole numbers, exact in any order, so that only the geometry matters."""

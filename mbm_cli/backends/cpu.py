@@ -135,7 +135,7 @@ def _dense(g: Geometry, pointers: tuple[int, ...], kernels: "_cpu.Multiplier") -
         if count:
             size = count // width, width
             of_input = channel, image * width, image
-            wide = g._replace(batch=1, size=size, out_size=size, input_strides=(0, 0, *of_input))
+            wide = g._replace(batch=1, size=size, out_size=size, stride=(1, 1), input_strides=(0, 0, *of_input))
             wide = wide._replace(output_strides=(0, 0, out_channel))
             input, weight, bias, output = pointers
             moved = input + _BYTES * first * image, weight, bias, output + _BYTES * first * out_image
