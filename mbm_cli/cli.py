@@ -76,7 +76,7 @@ compare_app = _group("compare", "Compare multipliers, beside the seeds' noise.",
 data_app = _group("data", "Fetch and verify the data set.", "mbm data fetch")
 runs_app = _group("runs", "List runs, show one.", "mbm runs list")
 configs_app = _group("configs", "List, copy and check configs.", "mbm configs list")
-multipliers_app = _group("multipliers", "List multipliers, export one as a table.", "mbm multipliers list")
+multipliers_app = _group("multipliers", "List multipliers, show one, export one as a table.", "mbm multipliers list")
 profile_app = _group("profile", "Show where the time goes.", "mbm profile epoch")
 
 
@@ -266,21 +266,62 @@ def multipliers_list(o: Options) -> None:
         print_table(("name", "what it is", "for example"), NAMES)
 
 
+@command(multipliers_app, "show", "json", "mbm multipliers show drum-int8-k4")
+def multipliers_show(
+    o: Options, name: Annotated[str, Argument(help="A multiplier, for example int8:mul8s_1KVL.c.")]
+) -> None:
+    """Show a multiplier; of integers its errors, its rank, and the costs in its file."""
+    from mbm_cli.experiments.characterize import describe
+    from mbm_cli.multipliers.names import NAMES
+    from mbm_cli.report.tables import print_circuit
+    from mbm_cli.report.text import print_table
+
+    multiplier = _resolved(name)
+    if multiplier.is_integer:
+        circuit = describe(multiplier)
+        _print_json(asdict(circuit)) if o.json else print_circuit(circuit)
+        return
+    what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
+    if o.json:
+        _print_json({"name": str(multiplier), "what": what})
+    else:
+        print_table(("name", "what it is"), [(str(multiplier), what)])
+        echo(f"mbm characterize {name} measures its errors")
+
+
 @command(multipliers_app, "export", "", "mbm multipliers export mbm-t16-r7 mbm.bin --bits 7")
 def multipliers_export(
     o: Options,
-    name: Annotated[str, Argument(help="A multiplier, for example mbm-t16-r7.")],
-    file: Annotated[Path, Argument(help="A .bin (7 bits at most) or .npy file (11), for example mbm.bin.")],
-    bits: Annotated[int, Option(min=1, max=11, help="Fraction bits of operands and products, for example 5.")] = 7,
+    name: Annotated[str, Argument(help="A multiplier, for example mbm-t16-r7 or drum-int8-k4.")],
+    file: Annotated[Path, Argument(help="A .bin (7 bits at most) or .npy file (11; integers), for example mbm.bin.")],
+    bits: Annotated[
+        int | None, Option(min=1, max=11, help="Fraction bits of operands and products, for example 5; default: 7.")
+    ] = None,
 ) -> None:
-    """Write a multiplier as a table, which lut:FILE reads."""
-    from mbm_cli.multipliers import content, tables
+    """Write a multiplier as a table, which lut:FILE reads, or int8:FILE for integers."""
+    from mbm_cli.multipliers import content, integer_files, tables
 
+    multiplier = _resolved(name)
+    if multiplier.is_integer and bits is not None:
+        raise RequestError(f"--bits is for fractions, but {name} multiplies {multiplier.operands}")
     try:
-        tables.write(content.export(content.resolve(name), bits), file)
+        if multiplier.is_integer:
+            reads = integer_files.write(multiplier.content, file)
+        else:
+            tables.write(content.export(multiplier, 7 if bits is None else bits), file)
+            reads = f"lut:{file}"
     except ValueError as error:
         raise RequestError(str(error)) from None
-    echo(f"{file}: use it as --multiplier lut:{file}")
+    echo(f"{file}: use it as --multiplier {reads}")
+
+
+def _resolved(name: str) -> Any:
+    from mbm_cli.multipliers.content import resolve
+
+    try:
+        return resolve(name)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 @command(configs_app, "list", "", "mbm configs list")

@@ -73,7 +73,7 @@ NAMES = {
     "autocompletion": _multipliers,
 }
 DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
-MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of unsigned integers mbm-int8, mbm-int16-t3."
+MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of integers drum-int8-k4, int8:FILE.c."
 DEVICE = {
     "help": "Where to compute: auto, cpu, cuda or cuda:N, for example cuda:1.",
     "autocompletion": lambda incomplete: [n for n in ("auto", "cpu", "cuda") if n.startswith(incomplete)],

@@ -23,7 +23,6 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from mbm_cli import config as configs
 from mbm_cli.config import Config
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
-from mbm_cli.multipliers.names import CODE
 
 # Of commands that train nothing, and what they are called in lists.
 RESULTS = {"profile.json": "profile", "characterize.json": "errors", "eval.json": "evaluation"}
@@ -360,7 +359,7 @@ class Run:
             planned = self.read(list[Combination], "plan.json", self.read_json("plan.json").get("combinations") or [])
             named += [configs.validate(one.config, str(self.folder / "plan.json")) for one in planned]
         for multiplier in (m for config in named for m in config.model.distinct()):
-            if multiplier.family in CODE:
+            if multiplier.runs_code:
                 raise RequestError(f"{self.folder} names code, {multiplier}: read it, then run it with --trust")
         return self
 
@@ -473,7 +472,7 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm resume {run.folder}")
     if config is None:
         gradients = run.config().model.backward.distinct()
-        if not has_multiplier or any(one.family in CODE for one in gradients):
+        if not has_multiplier or any(one.runs_code for one in gradients):
             run.trusted(False)
     return config or str(run.folder / "config.yaml"), os.path.abspath(run.folder / "checkpoint.pt")
 

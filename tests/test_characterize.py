@@ -13,7 +13,7 @@ from mbm_cli.errors import RequestError
 from mbm_cli.experiments import characterize as experiment
 from mbm_cli.experiments.characterize import characterize
 from mbm_cli.multipliers.float32 import FAMILIES
-from mbm_cli.multipliers.integer import IntegerMultiplier
+from mbm_cli.multipliers.integer import Operands, tabulate
 
 FIELDS = ["name", "bias", "mean", "peak", "std", "worst", "pairs", "exhaustive"]
 FEW = [*CPU, "--samples", "20000"]
@@ -37,19 +37,19 @@ def figures(*names: str, **arguments) -> list[experiment.Errors]:
 def test_published_figures_are_found():
     """Table I of the paper, whose 16-bit rows are samples, and the floating-point forms."""
     published = {
-        "mbm-int8": (0.05, 2.69, 7.81),
-        "mitchell-int8": (-3.76, 3.76, 11.11),
-        "mbm-int16": (-0.09, 2.58, 7.81),
-        "mbm-int16-t8": (-0.08, 2.60, 9.36),
+        "mbm-uint8": (0.05, 2.69, 7.81),
+        "mitchell-uint8": (-3.76, 3.76, 11.11),
+        "mbm-uint16": (-0.09, 2.58, 7.81),
+        "mbm-uint16-t8": (-0.08, 2.60, 9.36),
         "mbm": (-0.10, 2.58, 7.81),
         "mitchell": (-3.85, 3.85, 11.11),
         "mbm-t20": (-3.85, 6.91, 24.95),
     }
-    peak_within = {"mbm-int16": 0.03, "mbm-int16-t8": 0.03, "mbm-t20": 0.1}
+    peak_within = {"mbm-uint16": 0.03, "mbm-uint16-t8": 0.03, "mbm-t20": 0.1}
     found = figures(*published, samples=1 << 22)
     assert [one.name for one in found] == list(published)
     for one, (bias, mean, peak) in zip(found, published.values(), strict=True):
-        is_whole = one.name.endswith("int8")
+        is_whole = one.name.endswith("uint8")
         within = 0.005 if is_whole else 0.01  # the last printed digit, or sampled
         assert (one.bias, one.mean) == pytest.approx((bias, mean), abs=within)
         assert one.peak == pytest.approx(peak, abs=peak_within.get(one.name, within))
@@ -58,14 +58,40 @@ def test_published_figures_are_found():
 
 def test_all_pairs_of_8_bits_count():
     """The worst is the first of several."""
-    (found,) = figures("mitchell-int8", samples=5)
+    (found,) = figures("mitchell-uint8", samples=5)
     a, b = np.divmod(np.arange(65_536), 256)
-    products = IntegerMultiplier("mitchell", 8).multiply(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    products = tabulate("mitchell", Operands(8, False)).entries.ravel()
     errors = 100 * (products - a * b) / np.maximum(a * b, 1)
     expected = (errors.mean(), np.abs(errors).mean(), np.abs(errors).max(), errors.std())
     assert (found.bias, found.mean, found.peak, found.std) == pytest.approx(expected)
     assert found.peak == pytest.approx(100 / 9)
     assert found.worst == [3, 3]
+
+
+def test_signed_integers_have_figures():
+    """Magnitudes are multiplied, so that all but -128 have the figures of the same unsigned numbers."""
+    drum, mbm_, narrow = figures("drum-int8-k4", "mbm-int8", "exact-int4")
+    numbers = np.arange(-128, 128)
+    exact = np.outer(numbers, numbers)
+    products = np.roll(tabulate("drum", Operands(8, True), leading_bits=4).entries, (128, 128), (0, 1))
+    errors = 100 * (products - exact) / np.where(exact == 0, 1, exact)
+    expected = (errors.mean(), np.abs(errors).mean(), np.abs(errors).max(), errors.std())
+    assert (drum.bias, drum.mean, drum.peak, drum.std) == pytest.approx(expected)
+    assert (drum.pairs, drum.exhaustive, mbm_.peak) == (65_536, True, pytest.approx(7.8125))
+    assert (narrow.mean, narrow.pairs, narrow.exhaustive) == (0, 256, True)
+
+
+def test_errors_of_zeros_have_no_relative_error():
+    """Those pairs are left out, and count among the pairs that were tried."""
+    table = np.outer(np.arange(16), np.arange(16))
+    table[0, 1:] = 5
+    table[1, 2] = 3
+    np.save("mine.npy", table)
+    (found,) = figures("uint4:mine.npy")
+    assert (found.peak, found.worst, found.pairs) == (50, [1, 2], 256)
+    assert found.mean == found.bias == pytest.approx(50 / (256 - 15))
+    result = mbm("characterize", "uint4:mine.npy", *CPU, "--json", draw=True).json
+    assert result["multipliers"][0]["mean"] == found.mean
 
 
 def test_worst_pair_has_the_peak_error():
@@ -90,7 +116,7 @@ def test_seed_decides_the_pairs(monkeypatch):
 def test_zeros_count_without_an_error():
     drawn = torch.randint(0, 65_536, (2, experiment.CHUNK), generator=torch.Generator().manual_seed(0))
     assert (drawn == 0).any()
-    assert figures("mbm-int16", samples=1 << 20)[0].mean == pytest.approx(2.58, abs=0.03)
+    assert figures("mbm-uint16", samples=1 << 20)[0].mean == pytest.approx(2.58, abs=0.03)
 
 
 def test_tables_and_functions_have_figures():
@@ -111,7 +137,7 @@ def test_tables_and_functions_have_figures():
 
 
 def test_sweep_covers_all_truncations_of_named_families():
-    command = ["characterize", "mbm-t3", "drum-k6", "mbm", "mbm-int8", *CPU, "--samples", 2000, "--sweep-truncate"]
+    command = ["characterize", "mbm-t3", "drum-k6", "mbm", "mbm-uint8", *CPU, "--samples", 2000, "--sweep-truncate"]
     result = mbm(*command, "--json", draw=True).json
     rows = result["sweep"]
     expected = [(family, t) for family in ("mbm", "drum") for t in FAMILIES[family].truncations]
@@ -129,7 +155,7 @@ def test_sweep_covers_all_truncations_of_named_families():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_has_the_figures_of_the_cpu():
     """The pairs and products are the same; sums differ in their last bits."""
-    names = ["mbm", "mitchell-t5", "exact", "mbm-int8", "mbm-int16-t3", "mitchell-int16"]
+    names = ["mbm", "mitchell-t5", "exact", "mbm-uint8", "mbm-uint16-t3", "mitchell-uint16"]
     on_gpu, on_cpu = (
         characterize(names, Path("runs"), samples=1 << 20, device=device).result.multipliers
         for device in ("cuda", "cpu")
@@ -144,7 +170,7 @@ def test_gpu_has_the_figures_of_the_cpu():
 
 
 def test_results_keep_the_order_asked_for():
-    command = ["characterize", "mitchell", "mbm-int8", "mbm", *FEW, "--seed", 7, "--json"]
+    command = ["characterize", "mitchell", "mbm-uint8", "mbm", *FEW, "--seed", 7, "--json"]
     result = mbm(*command, draw=True).json
     (folder,) = Path("runs").iterdir()
     assert folder.name.split("-")[1] == "characterize"
@@ -152,19 +178,19 @@ def test_results_keep_the_order_asked_for():
     assert (folder / "characterize.png").read_bytes().startswith(PNG)
     assert json.loads((folder / "environment.json").read_text())["threads"] == 1
     assert (result["seed"], result["device"]) == (7, "cpu")
-    assert [one["name"] for one in result["multipliers"]] == ["mitchell", "mbm-int8", "mbm"]
+    assert [one["name"] for one in result["multipliers"]] == ["mitchell", "mbm-uint8", "mbm"]
     assert [list(one) for one in result["multipliers"]] == [FIELDS] * 3
 
 
 def test_table_says_which_pairs_were_tried():
-    out = mbm("characterize", "mbm", "mbm-int8", *FEW).out
+    out = mbm("characterize", "mbm", "mbm-uint8", *FEW).out
     rows = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line.startswith(" mbm")}
-    assert rows["mbm-int8"] == "mbm-int8 0.05 2.69 7.81 3.31 1 x 64 all 65,536"
+    assert rows["mbm-uint8"] == "mbm-uint8 0.05 2.69 7.81 3.31 1 x 64 all 65,536"
     assert rows["mbm"].endswith(" 20,000")
     assert "drawn at random with seed 0" in out
     (folder,) = Path("runs").iterdir()
     assert out.endswith(f"run: {folder}\n")
-    assert "drawn" not in mbm("characterize", "mbm-int8", *FEW).out
+    assert "drawn" not in mbm("characterize", "mbm-uint8", *FEW).out
 
 
 def test_product_that_is_not_finite_is_named(monkeypatch):

@@ -45,6 +45,7 @@ PROMISED = {  # in design.md, section 5
     "runs list": "--output --json",
     "runs show": "--output --json",
     "multipliers list": "--json",
+    "multipliers show": "--json",
     "configs check": "--set",
 }
 

@@ -58,7 +58,7 @@ def test_examples_shown_to_users_are_names(name):
         ],
         *[(text, "is not a multiplier: write") for text in ("mbm-t8-", "mbm-r7-t16", "mbm_t8", "elut:a.bin")],
         ("booth", "families are exact, mitchell, mbm, drum"),
-        ("mbm-int8", "multiplies integers, which mbm characterize measures"),
+        ("mbm-int4", "mbm multiplies operands of 8 bits"),
         *[(text, "2 to 23 leading bits") for text in ("drum", "drum-k1", "drum-k24")],
         ("drum-t6", "drum takes -k"),
         ("mbm-k6", "mbm takes -t"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +15,26 @@ from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.multipliers.content import resolve
 from mbm_cli.multipliers.float32 import BIAS, FAMILIES, FRACTION_BITS
-from mbm_cli.multipliers.integer import IntegerMultiplier, decompose
-from mbm_cli.multipliers.names import Multiplier
+from mbm_cli.multipliers.integer import WIDTHS, IntegerTable, Operands, decompose, product
+from mbm_cli.multipliers.names import IntegerMultiplier, Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.runs import Run
 
 DEFAULT_SAMPLES = 1 << 24
 CHUNK = 1 << 18  # pairs at a time, which fit a processor's caches
 PICTURED = 1 << 20  # so many of the first pairs are kept for a picture
-EXHAUSTIVE_BITS = 8  # all pairs of integers of so many bits are measured
-
-AnyMultiplier = Multiplier | IntegerMultiplier
+# A quadrant is worth a warning if its relative error is so many times that of any other, or if one of its products with
+# the wrong sign is so large, as a fraction of the largest exact product: good circuits have small ones.
+MANY_TIMES = 4
+FAR = 1 / 16
 
 
 @dataclass(frozen=True)
 class Errors:
     """A multiplier's relative errors in percent of the exact product.
+
+    Where both products are zero the error is zero. Where the exact one alone is zero, as a table can have it, there is
+    no relative error: such pairs are left out of the figures.
 
     Attributes:
         bias, mean, peak, std: mean, mean absolute, largest absolute, standard deviation.
@@ -77,6 +81,41 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Circuit:
+    """What an integer multiplier is, and its errors over all pairs of operands.
+
+    Attributes:
+        operands: their format, for example ``int8``.
+        file: its file as written; ``None`` for a built-in multiplier.
+        rank, terms: of its table, and the outer products that it is the sum of; ``None`` if none were found.
+        mae, wce: mean and largest magnitude of an error.
+        ep: pairs with an error, in percent.
+        mre: mean relative error in percent, over pairs whose exact product is not zero.
+        bias: mean error.
+        asymmetric_pairs: pairs a < b of bit patterns for which a x b and b x a differ.
+        zero_activation, zero_weight: whether zero times anything, and anything times zero, is zero.
+        costs: power, area and delay as the file has them.
+        warnings: what speaks against its use.
+    """
+
+    name: str
+    operands: str
+    file: str | None
+    rank: int
+    terms: int | None
+    mae: float
+    wce: int
+    ep: float
+    mre: float
+    bias: float
+    asymmetric_pairs: int
+    zero_activation: bool
+    zero_weight: bool
+    costs: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Characterized(Finished[Characterization]):
     """The folder, its result, and pairs of each multiplier."""
 
@@ -96,12 +135,12 @@ def characterize(
 ) -> Characterized:
     """Measure the relative errors of multipliers.
 
-    Products are those of ``mbm_cli.multiply``, or of ``IntegerMultiplier``; errors are computed in float64.
-    Floating-point operands are drawn uniformly from [1, 2), 16-bit integers from 0 to 65,535; all 65,536 pairs of 8-bit
-    integers are measured. Operands depend on the seed, not on the device.
+    Products are those of ``mbm_cli.multiply``, or of an integer multiplier's table; errors are computed in float64.
+    Floating-point operands are drawn uniformly from [1, 2), 16-bit integers from 0 to 65,535; all pairs of integers of
+    up to 8 bits are measured. Operands depend on the seed, not on the device.
 
     Args:
-        names: what ``Multiplier.parse`` or ``IntegerMultiplier.parse`` takes.
+        names: what ``Multiplier.parse`` takes.
         output: where the run folder with ``characterize.json`` is created.
         samples: pairs drawn for each multiplier.
         seed: decides them.
@@ -120,7 +159,7 @@ def characterize(
         torch.set_num_threads(threads)
     parsed = {name: _parse(name, place) for name in dict.fromkeys(names)}
     multipliers = [parsed[name] for name in names]
-    families = [m.family for m in multipliers if isinstance(m, Multiplier) and m.family in FAMILIES]
+    families = [m.family for m in multipliers if not m.is_integer and m.family in FAMILIES]
     if sweep_truncate and not families:
         raise RequestError(f"--sweep-truncate is for {', '.join(FAMILIES)}: name one of them")
     run = Run.create(output, "characterize")
@@ -145,13 +184,13 @@ def characterize(
     return Characterized(run, result, [pairs for _, pairs in measured])
 
 
-def _parse(name: str, device: torch.device) -> AnyMultiplier:
-    """Resolve a name: of an integer multiplier (``mbm-int8``), or of a floating-point one."""
-    integers = ":" not in name and "-int" in name
+def _parse(name: str, device: torch.device) -> Multiplier:
+    """Resolve a name; 16-bit integers have no table to read."""
     try:
-        if integers:
-            return IntegerMultiplier.parse(name)
-        multiplier = resolve(name)
+        multiplier = Multiplier.parse(name)
+        if multiplier.operands is not None and multiplier.operands.bits not in WIDTHS:
+            return multiplier
+        multiplier = resolve(multiplier)
         lifecycle.check_function(multiplier, device)
         return multiplier
     except ValueError as error:
@@ -160,24 +199,25 @@ def _parse(name: str, device: torch.device) -> AnyMultiplier:
 
 def _measure(
     name: str,
-    multiplier: AnyMultiplier,
+    multiplier: Multiplier,
     samples: int,
     seed: int,
     device: torch.device,
     watch: Watch,
     stopped: Stopped,
 ) -> tuple[Errors, Pairs]:
-    if isinstance(multiplier, IntegerMultiplier) and multiplier.bits <= EXHAUSTIVE_BITS:
-        exhaustive, pairs, chunks = True, 1 << (2 * multiplier.bits), _all_pairs(multiplier.bits)
+    exhaustive = isinstance(multiplier.content, IntegerTable)
+    if isinstance(multiplier.content, IntegerTable):
+        pairs, chunks = multiplier.content.entries.size, _all_pairs(multiplier.content.operands)
     else:
-        exhaustive, pairs, chunks = False, samples, _random_pairs(multiplier, samples, seed)
+        pairs, chunks = samples, _random_pairs(multiplier, samples, seed)
     done, bias, mean, square, peak = 0, 0.0, 0.0, 0.0, -1.0
     worst, pictured = [], []
-    for a, b in chunks:
+    for drawn in chunks:
         if stopped():
             raise Interrupted("interrupted")
         watch.status(f"{multiplier}: {100 * done // pairs} % of {pairs:,} pairs")
-        errors = 100 * _relative_errors(multiplier, a.to(device), b.to(device))
+        a, b, errors = _relative_errors(multiplier, *drawn, device)
         sizes = errors.abs()
         bias, mean, square = bias + errors.sum().item(), mean + sizes.sum().item(), square + (errors**2).sum().item()
         largest = sizes.max().item()
@@ -191,24 +231,25 @@ def _measure(
         if done < PICTURED:
             pictured.append((_fractions(multiplier, a), _fractions(multiplier, b), errors.cpu()))
         done += len(a)
-    bias, mean = bias / pairs, mean / pairs
-    std = math.sqrt(max(0.0, square / pairs - bias**2))
-    drawn = (torch.cat(parts).numpy() for parts in zip(*pictured, strict=True))
-    return Errors(name, bias, mean, peak, std, worst, pairs, exhaustive), Pairs(name, *drawn)
+    bias, mean = bias / done, mean / done
+    std = math.sqrt(max(0.0, square / done - bias**2))
+    kept = (torch.cat(parts).numpy() for parts in zip(*pictured, strict=True))
+    return Errors(name, bias, mean, peak, std, worst, pairs, exhaustive), Pairs(name, *kept)
 
 
-def _all_pairs(bits: int) -> Iterator[tuple[Tensor, Tensor]]:
-    numbers = torch.arange(1 << bits)
-    yield numbers.repeat_interleave(1 << bits), numbers.repeat(1 << bits)
+def _all_pairs(operands: Operands) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all pairs, int64, in the order of their bit patterns: negative operands come last."""
+    numbers = torch.from_numpy(operands.numbers())
+    yield numbers.repeat_interleave(len(numbers)), numbers.repeat(len(numbers))
 
 
-def _random_pairs(multiplier: AnyMultiplier, samples: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _random_pairs(multiplier: Multiplier, samples: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw int64 integers, or float32 numbers in [1, 2), on the CPU, so that they are the same for every device."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, samples, CHUNK):
         size = (2, min(CHUNK, samples - start))
-        if isinstance(multiplier, IntegerMultiplier):
-            a, b = torch.randint(0, 1 << multiplier.bits, size, generator=generator)
+        if multiplier.operands is not None:
+            a, b = torch.randint(0, multiplier.operands.most + 1, size, generator=generator)
         else:
             # Bit patterns: torch.rand has other steps than the float32 numbers in [1, 2).
             fractions = torch.randint(0, 1 << FRACTION_BITS, size, generator=generator, dtype=torch.int32)
@@ -216,18 +257,108 @@ def _random_pairs(multiplier: AnyMultiplier, samples: int, seed: int) -> Iterato
         yield a, b
 
 
-def _relative_errors(multiplier: AnyMultiplier, a: Tensor, b: Tensor) -> Tensor:
-    """Return float64 errors; where the exact product is zero, so is the multiplier's, and the error counts as zero."""
-    if isinstance(multiplier, IntegerMultiplier):
-        exact, product = (a * b).double(), multiplier.multiply(a, b).double()
+def _relative_errors(
+    multiplier: Multiplier, a: Tensor, b: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return operands, and errors in percent, float64, on the device; zero where both products are zero.
+
+    Where the exact product alone is zero there is no relative error, and the pair is left out.
+    """
+    x, y = a.to(device), b.to(device)
+    if multiplier.operands is None:
+        exact, found = x.double() * y.double(), multiply(x, y, multiplier).double()
     else:
-        exact, product = a.double() * b.double(), multiply(a, b, multiplier).double()
-    return torch.where(exact == 0, 0.0, (product - exact) / exact)
+        exact, found = (x * y).double(), _integer_products(multiplier, x, y).double()
+    errors = 100 * torch.where(exact == 0, 0.0, (found - exact) / exact)
+    known = (exact != 0) | (found == 0)
+    if known.all():
+        return a, b, errors
+    return a[known.cpu()], b[known.cpu()], errors[known]
 
 
-def _fractions(multiplier: AnyMultiplier, operands: Tensor) -> Tensor:
-    """Return the operands' fractions in [0, 1), float64; NaN for zero, which has none."""
-    if not isinstance(multiplier, IntegerMultiplier):
+def _integer_products(multiplier: Multiplier, a: Tensor, b: Tensor) -> Tensor:
+    """Look products up, or compute those of 16-bit integers, on the CPU."""
+    if isinstance(multiplier.content, IntegerTable):
+        entries = torch.from_numpy(multiplier.content.entries).to(a.device)
+        return entries[a & (len(entries) - 1), b & (len(entries) - 1)]
+    assert multiplier.operands is not None
+    products = product(
+        multiplier.family, multiplier.operands, a.cpu().numpy(), b.cpu().numpy(), truncate=multiplier.truncate
+    )
+    return torch.from_numpy(products).to(a.device)
+
+
+def _fractions(multiplier: Multiplier, operands: Tensor) -> Tensor:
+    """Return the fractions of the operands' magnitudes in [0, 1), float64; NaN for zero, which has none."""
+    if multiplier.operands is None:
         return operands.double() - 1
-    _, fractions = decompose(operands, multiplier.bits)
-    return torch.where(operands == 0, torch.nan, fractions.double() / (1 << (multiplier.bits - 1)))
+    bits = multiplier.operands.bits
+    _, fractions = decompose(operands.abs().numpy(), bits)
+    return torch.where(operands == 0, torch.nan, torch.from_numpy(fractions).double() / (1 << (bits - 1)))
+
+
+# One integer multiplier
+
+
+def describe(multiplier: IntegerMultiplier) -> Circuit:
+    """Measure the table of a resolved integer multiplier.
+
+    The error figures are those of EvoApproxLib: over all pairs, in units of the product or in percent.
+    """
+    from mbm_cli.multipliers.factor import factorize, rank
+
+    table: IntegerTable = multiplier.content
+    entries, numbers = table.entries.astype(np.int64), table.operands.numbers()
+    exact = np.outer(numbers, numbers)
+    errors = entries - exact
+    terms = factorize(entries)
+    return Circuit(
+        name=str(multiplier),
+        operands=str(table.operands),
+        file=multiplier.file or None,
+        rank=rank(entries),
+        terms=None if terms is None else terms.count,
+        mae=float(np.abs(errors).mean()),
+        wce=int(np.abs(errors).max()),
+        ep=100 * float((errors != 0).mean()),
+        mre=_mean_relative(errors, exact, exact != 0),
+        bias=float(errors.mean()),
+        asymmetric_pairs=int(np.triu(entries != entries.T).sum()),
+        zero_activation=not entries[0].any(),
+        zero_weight=not entries[:, 0].any(),
+        costs=table.costs,
+        warnings=_warnings(entries, exact, numbers) if table.operands.signed else [],
+    )
+
+
+def _mean_relative(errors: np.ndarray, exact: np.ndarray, where: np.ndarray) -> float:
+    return 100 * float(np.abs(errors[where] / exact[where]).mean())
+
+
+def _warnings(entries: np.ndarray, exact: np.ndarray, numbers: np.ndarray) -> list[str]:
+    """Name the quadrants whose products have the wrong sign, or errors that the other quadrants do not have."""
+    errors, signs = entries - exact, {"positive": numbers > 0, "negative": numbers < 0}
+    quadrants = {
+        (f"both operands {a}" if a == b else f"activation {a}, weight {b}"): np.outer(signs[a], signs[b])
+        for a in signs
+        for b in signs
+    }
+    wrong = entries * exact < 0
+    far = wrong & (np.abs(entries) > FAR * np.abs(exact).max())
+    relative = {name: _mean_relative(errors, exact, where) for name, where in quadrants.items()}
+    warnings = []
+    for name, where in quadrants.items():
+        of_others = max(value for other, value in relative.items() if other != name)
+        if (far & where).any():
+            a, b = np.unravel_index(np.abs(np.where(far & where, errors, 0)).argmax(), far.shape)
+            here = int((wrong & where).sum())
+            warnings.append(
+                f"{name}: {here:,} products have the wrong sign, for example {numbers[a]} x {numbers[b]} = "
+                f"{entries[a, b]}; {int(wrong.sum()) - here or 'none'} elsewhere"
+            )
+        elif relative[name] > MANY_TIMES * of_others:
+            warnings.append(
+                f"{name}: the mean relative error is {relative[name]:.3g} %, but at most {of_others:.3g} % for other "
+                "signs"
+            )
+    return warnings

@@ -1,4 +1,7 @@
-"""Functions that users write: in Python, tabulated, and in C, compiled. The only module that runs users' code."""
+"""Functions that users write: in Python, tabulated, and in C, compiled. The only module that runs users' code.
+
+Functions of floats run in this process, those of integers in another one, which can crash or hang.
+"""
 
 import ctypes
 import hashlib
@@ -8,13 +11,17 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -23,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mbm_cli.errors import MbmError, RunError
+from mbm_cli.multipliers.integer import Operands
 from mbm_cli.multipliers.tables import Table
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -31,13 +39,17 @@ Namespace = dict[str, Any]  # what running a file leaves
 DEFAULT_BITS = 7
 MOST_BITS = 11
 PAIRS = 4096  # operands of a check
-_C_SIZE_LIMIT = 1 << 20
-_COMPILE_SECONDS = 300
+SECONDS = 30.0  # to compile and to tabulate a function of integers
+C_SIZE_LIMIT = 1 << 20
+_COMPILE_SECONDS = 300.0
 # As in CMakeLists.txt, which explains them. Without contraction, a function rounds as it is written.
 _COMPILER_OPTIONS = (
     "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -ffp-contract=off -fPIC -shared -fvisibility=hidden"
 )
+# Of functions of integers, which are called a few times each: what they return depends on no machine and no optimiser.
+_INTEGER_OPTIONS = "-O1 -fwrapv -ffp-contract=off -w"
 _BITS_TYPES = ("uint32_t", "unsigned", "unsigned int")
+_QUALIFIERS = ("static", "inline", "__inline", "__inline__", "const", "extern", "volatile", "register")
 _SIGNATURES = "write uint32_t f(uint32_t a, uint32_t b), on bit patterns of float32, or float f(float a, float b)"
 
 
@@ -66,8 +78,8 @@ class Function:
         if match is None:
             raise ValueError(f"there is no definition of a function {self.name}: {_SIGNATURES}")
         result, parameters = (
-            _type(match[1]),
-            [_type(one.rsplit(None, 1)[0]) for one in match[2].split(",") if one.strip()],
+            plain_type(match[1]),
+            [plain_type(one.rsplit(None, 1)[0]) for one in match[2].split(",") if one.strip()],
         )
         if [result, *parameters] == ["float"] * 3:
             return True
@@ -105,10 +117,9 @@ static inline uint32_t {self.CALLED}(uint32_t a, uint32_t b) {{
         return cls(name, text)
 
 
-def _type(text: str) -> str:
+def plain_type(text: str) -> str:
     """Return a C type without qualifiers."""
-    words = [word for word in text.replace("*", " * ").split() if word not in ("static", "inline", "const", "extern")]
-    return " ".join(words)
+    return " ".join(word for word in text.replace("*", " * ").split() if word not in _QUALIFIERS)
 
 
 def read_c(file: str, function: str) -> Function:
@@ -117,13 +128,13 @@ def read_c(file: str, function: str) -> Function:
     Raises:
         ValueError: the file is missing, or does not define the function.
     """
-    path = _existing(file)
+    path = existing(file)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if len(text) > _C_SIZE_LIMIT:
-        raise ValueError(f"{path} is larger than {_C_SIZE_LIMIT >> 20} MiB, too large for a multiplier")
+    if len(text) > C_SIZE_LIMIT:
+        raise ValueError(f"{path} is larger than {C_SIZE_LIMIT >> 20} MiB, too large for a multiplier")
     if re.search(r'^\s*#\s*include\s*"', text, re.MULTILINE):
         # Compiled functions are cached by the content of this file.
         raise ValueError(f'{path} includes another file: replace #include "..." by that file\'s content')
@@ -166,29 +177,54 @@ def compile_library(function: Function, main: str, headers: Mapping[str, str], m
         ) from error
 
 
-def _compile(command: list[str], name: str) -> None:
+def _compile(command: list[str], name: str, seconds: float = _COMPILE_SECONDS) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        code, output = _run(command, seconds, stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{name} does not compile within {_COMPILE_SECONDS} s") from None
-    if done.returncode:
-        raise ValueError(f"{name} does not compile: {first_compiler_error(done.stderr)}")
+        raise ValueError(f"{name} does not compile within {seconds:.0f} s") from None
+    if code:
+        raise ValueError(f"{name} does not compile: {first_compiler_error(output)}")
+
+
+def _run(command: list[str], seconds: float, stderr: int = subprocess.DEVNULL) -> tuple[int, str]:
+    """Run a command; return its exit code and, from a pipe, its errors. What it started ends with it at the limit.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer.
+    """
+    null = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=null, stdout=null, stderr=stderr, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=max(seconds, 0))
+        except BaseException:  # an interrupt, too: a session of its own gets none from the terminal
+            with suppress(ProcessLookupError, PermissionError):  # it may have ended just now
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, errors or ""
 
 
 def first_compiler_error(output: str) -> str:
-    """Return the first error of a C++ compiler's or NVRTC's output, with the line of the user's file."""
+    """Return the first error of a C or C++ compiler's or NVRTC's output, with the line of the user's file."""
+    if missing := re.search(r"undefined reference to .*", output):
+        return missing[0]
     lines = [line for line in output.splitlines() if "error" in line] or [output.strip() or "no reason given"]
     users = re.search(r"function\.h[:(](\d+)[^e]*(?:fatal )?error:? *(.*)", lines[0])
     return f"line {users[1]}: {users[2]}" if users else lines[0]
 
 
-def _compiler() -> list[str]:
-    """Find the system's C++ compiler: CXX, else the one that built Python, else the usual names."""
-    named = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+def _compiler(language: str = "C++") -> list[str]:
+    """Find the system's compiler: that in CXX or CC, else the one that built Python, else the usual names."""
+    variable, names = {"C++": ("CXX", ("c++", "g++", "clang++")), "C": ("CC", ("cc", "gcc", "clang"))}[language]
+    named = [os.environ.get(variable), sysconfig.get_config_var(variable), *names]
     for command in (shlex.split(name) for name in named if name):
         if shutil.which(command[0]):
             return command
-    raise ValueError("a c: multiplier needs a C++ compiler on the CPU: install one (g++ or clang++), or name it in CXX")
+    raise ValueError(
+        f"a multiplier in C needs a {language} compiler on the CPU: install one ({' or '.join(names[1:])}), or name it "
+        f"in {variable}"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -241,7 +277,7 @@ def read_python(file: str, function: str, bits: int | None, run: dict[Path, Name
     Raises:
         ValueError: the file or the function is missing or raises, or its results are not a multiplier's products.
     """
-    path, bits = _existing(file), DEFAULT_BITS if bits is None else bits
+    path, bits = existing(file), DEFAULT_BITS if bits is None else bits
     try:
         if path.resolve() not in run:
             run[path.resolve()] = runpy.run_path(str(path))
@@ -258,7 +294,12 @@ def read_python(file: str, function: str, bits: int | None, run: dict[Path, Name
         return tabulate(product, bits, name)
 
 
-def _existing(file: str) -> Path:
+def existing(file: str) -> Path:
+    """Return a file's path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     path = Path(os.path.expanduser(file))  # Path.expanduser and Path.is_file raise for names that no file can have
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
@@ -352,3 +393,125 @@ def _refuse(wrong: Tensor, a: Tensor, b: Tensor, products: Tensor, name: str, wh
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+# Functions of integers
+
+
+def integers_of_c(text: str, includes: Path, call: str, operands: Operands, name: str) -> np.ndarray:
+    """Compile a function of integers, as C, and call it for all pairs of operands, in another process.
+
+    Args:
+        text: the file that defines it.
+        includes: the folder of what it includes in quotes.
+        call: the call, an expression of the bit patterns ``mbm_a`` and ``mbm_b``, which are of type int.
+        name: of the function, for errors.
+
+    Returns:
+        int64 (2^n, 2^n), by the operands' bit patterns; unsigned 64-bit results wrap.
+
+    Raises:
+        ValueError: there is no compiler, it rejects the file, or the function crashes, exits or takes too long.
+    """
+    size, end = 1 << operands.bits, monotonic() + SECONDS
+    main = f"""#include <stdint.h>
+#include <stdio.h>
+#define main mbm_users_main
+#include "function.h"
+#undef main
+int main(int mbm_count, char** mbm_arguments) {{
+  FILE* mbm_file = mbm_count > 1 ? fopen(mbm_arguments[1], "wb") : NULL;
+  if (!mbm_file) return 1;
+  for (int mbm_a = 0; mbm_a < {size}; mbm_a++)
+    for (int mbm_b = 0; mbm_b < {size}; mbm_b++) {{
+      int64_t mbm_product = (int64_t){call};
+      if (fwrite(&mbm_product, sizeof mbm_product, 1, mbm_file) != 1) return 1;
+    }}
+  return fclose(mbm_file);
+}}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in {"function.h": text, "main.c": main}.items():
+            Path(folder, file).write_text(content, encoding="utf-8")
+        program, products = f"{folder}/main", Path(folder, "products")
+        command = [*_compiler("C"), *_INTEGER_OPTIONS.split(), "-iquote", os.path.abspath(includes)]
+        _compile([*command, "-o", program, f"{folder}/main.c", "-lm"], name, SECONDS)
+        code = _run_users([program, str(products)], end, name)
+        if code or not products.exists() or products.stat().st_size != 8 * size**2:
+            raise ValueError(f"{name} ends its process (exit code {code}) before all products are computed")
+        return np.fromfile(products, np.int64).reshape(size, size)
+
+
+# What `integers_of_python` runs: it reads the operands, and writes the products, and what went wrong if anything.
+_CALL = """
+import runpy, sys
+import numpy as np
+
+file, function, folder = sys.argv[1:]
+
+def problem():
+    try:
+        product = runpy.run_path(file).get(function)
+    except BaseException as error:
+        return " cannot be run: " + first_line(error)
+    if not callable(product):
+        return " has no function " + function
+    a, b = np.load(folder + "/operands.npy")
+    shape = a.shape
+    try:
+        products = np.asarray(product(a, b))
+    except BaseException as error:
+        return ":" + function + " raises " + first_line(error)
+    if products.dtype.kind not in "iu" or products.shape != shape:
+        return f":{function} returns {products.dtype} {products.shape} for two int64 {shape}, not their products"
+    np.save(folder + "/products.npy", products)
+    return ""
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+found = problem()
+with open(folder + "/problem", "w", encoding="utf-8") as out:
+    out.write(found)
+"""
+
+
+def integers_of_python(path: Path, function: str, operands: Operands) -> np.ndarray:
+    """Run a Python file and call its function once, for arrays of all pairs of operands, in another process.
+
+    Returns:
+        Integers of the function's type, (2^n, 2^n), by the operands' bit patterns.
+
+    Raises:
+        ValueError: the file or the function is missing, raises, crashes or takes too long, or returns something else.
+    """
+    numbers, end = operands.numbers(), monotonic() + SECONDS
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = np.stack([np.repeat(numbers, len(numbers)), np.tile(numbers, len(numbers))])
+        np.save(f"{folder}/operands.npy", pairs)
+        # -P: not with modules of the current folder, which could hide Python's.
+        code = _run_users([sys.executable, "-P", "-c", _CALL, str(path), function, folder], end, f"{path}:{function}")
+        problem = Path(folder, "problem")
+        if not problem.exists():
+            raise ValueError(f"{path}:{function} ends its process (exit code {code}) before all products are computed")
+        if what := problem.read_text(encoding="utf-8"):
+            raise ValueError(f"{path}{what}")
+        products: np.ndarray = np.load(f"{folder}/products.npy", allow_pickle=False)
+        return products.reshape(len(numbers), -1)
+
+
+def _run_users(command: list[str], end: float, name: str) -> int:
+    """Run users' code; return its exit code.
+
+    Raises:
+        ValueError: it takes too long, or crashes.
+    """
+    try:
+        code, _ = _run(command, end - monotonic())
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{name} does not compute all its products within {SECONDS:.0f} s") from None
+    except OSError as error:
+        raise ValueError(f"{name} cannot be run in {tempfile.gettempdir()}: {error.strerror}") from None
+    if code < 0:
+        raise ValueError(f"{name} crashes: {signal.strsignal(-code)}")
+    return code

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mbm_cli.multipliers import code, tables
+from mbm_cli.multipliers import code, integer, integer_files, tables
 from mbm_cli.multipliers.code import Function, Namespace
 from mbm_cli.multipliers.float32 import reference_product
-from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
+from mbm_cli.multipliers.integer import IntegerTable
+from mbm_cli.multipliers.names import Backward, IntegerMultiplier, LayerMultipliers, Multiplier
 from mbm_cli.multipliers.tables import Table
 
 _exchanged = WeakTensorKeyDictionary()
@@ -35,7 +36,11 @@ def resolve(multiplier: Multiplier | str, run: dict[Path, Namespace] | None = No
         multiplier = Multiplier.parse(multiplier)
     if not isinstance(multiplier, Multiplier):
         raise ValueError(f"a multiplier is a Multiplier or its name, not {multiplier!r}")
-    if not multiplier.is_file or multiplier.content is not None:
+    if multiplier.content is not None:
+        return multiplier
+    if isinstance(multiplier, IntegerMultiplier):
+        return replace(multiplier, content=_integers(multiplier, {} if run is None else run))
+    if not multiplier.is_file:
         return multiplier
     content: Table | Function
     if multiplier.family == "lut":
@@ -47,6 +52,16 @@ def resolve(multiplier: Multiplier | str, run: dict[Path, Namespace] | None = No
     else:
         content = code.read_python(multiplier.file, multiplier.function, multiplier.bits, {} if run is None else run)
     return replace(multiplier, content=content)
+
+
+def _integers(multiplier: IntegerMultiplier, run: dict[Path, Namespace]) -> IntegerTable:
+    """Make or read the table of an integer multiplier."""
+    operands = multiplier.operands
+    if multiplier.is_file:
+        return integer_files.read(multiplier, run)
+    if operands.bits not in integer.WIDTHS:
+        raise ValueError(f"{multiplier} is for mbm characterize; networks take operands of up to 8 bits")
+    return integer.tabulate(multiplier.family, operands, multiplier.truncate, multiplier.leading_bits)
 
 
 def _resolver() -> Callable[[Multiplier], Multiplier]:
@@ -94,6 +109,11 @@ def operands(multiplier: Multiplier, device: torch.device) -> tuple[str, Tensor 
     if isinstance(multiplier.content, Table):
         return TABLE, tables.tensor_on(multiplier.content, device)
     return handle_of(multiplier), None
+
+
+def integer_table(multiplier: Multiplier, device: torch.device) -> Tensor:
+    """Return the table of a resolved integer multiplier on the device, as the integer operators take it."""
+    return tables.tensor_on(multiplier.content, device)
 
 
 def exchange(table: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from mbm_cli.errors import clip, did_you_mean
 from mbm_cli.multipliers.float32 import FAMILIES, FRACTION_BITS
+from mbm_cli.multipliers.integer import CHARACTERIZED, MOST_TRUNCATED, WIDTHS, Operands
 
 FILES = {  # families whose product a file defines, and how they are named
     "lut": "lut:FILE",
@@ -18,10 +19,17 @@ FILES = {  # families whose product a file defines, and how they are named
     "c": "c:FILE.h:function",
 }
 CODE = ("python", "c")  # families that run what is in the file
+INTEGER_FAMILIES = {"exact": "", "drum": "k", "mbm": "t", "mitchell": "t"}  # with the letters of their parameters
+INTEGER_FILES = (".c", ".h", ".py", ".npy", ".txt", ".bin")
+ORDERS = ("codes", "sorted", "transposed")  # of a file's table, where its content does not tell
 DEFAULT = "default"
 
 _SHORT_FORM = re.compile(r"(?P<family>[a-z]+)(?:-(?P<parameter>[tk])(?P<n>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?")
-_INTEGER_FORM = re.compile(r"\w+-int\d+(-t\d+)?")
+_INTEGER_FORM = re.compile(
+    r"(?P<family>[a-z]+)-(?P<unsigned>u?)int(?P<bits>[0-9]{1,3})(?:-(?P<parameter>[a-z])(?P<n>[0-9]{1,3}))?"
+)
+_INTEGER_FILE = re.compile(r"(?P<unsigned>u?)int(?P<bits>[0-9]{1,3}):(?P<reference>.*)", re.DOTALL)
+_ORDER = re.compile(rf"(?P<reference>.*)@(?P<order>{'|'.join(ORDERS)})", re.DOTALL)
 _BITS = re.compile(r"(?P<reference>.*)@(?P<bits>[0-9]{1,3})", re.DOTALL)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_./~-](?:[A-Za-z0-9_./~*?@-]|:(?! ))*")
@@ -37,6 +45,7 @@ class Multiplier:
         result_bits: fraction bits kept in the product, 1..23; ``None`` keeps all 23.
         file, function, bits: of a file, as written: its path, the function in it, the fraction bits of its table.
         content: what the file holds, once `mbm_cli.resolve` has read it: a ``Table``, or a ``Function`` in C.
+        operands: the format of an integer multiplier's operands; ``None`` for float32.
 
     Raises:
         ValueError: a family or a number outside of these.
@@ -49,6 +58,7 @@ class Multiplier:
     function: str = ""
     bits: int | None = None
     content: Any = field(default=None, repr=False)
+    operands: Operands | None = None
 
     def __post_init__(self) -> None:
         if self.is_file:
@@ -82,9 +92,9 @@ class Multiplier:
         family, colon, reference = text.partition(":")
         if colon and family in FILES:
             return cls._parse_file(family, reference)
+        if integers := IntegerMultiplier.of_text(text):
+            return integers  # type: ignore[return-value]
         match = _SHORT_FORM.fullmatch(text)
-        if match is None and _INTEGER_FORM.fullmatch(text):
-            raise ValueError(f"{text!r} multiplies integers, which mbm characterize measures; convolutions take floats")
         bare = re.fullmatch(r"([a-z]+)-([0-9]{1,3})", text)
         if bare is not None and bare[1] in FAMILIES:
             likely = f"{bare[1]}-{FAMILIES[bare[1]].parameter}{bare[2]}"
@@ -117,6 +127,16 @@ class Multiplier:
     def is_file(self) -> bool:
         """Whether a file defines the product."""
         return self.family in FILES
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its file is run or compiled."""
+        return self.family in CODE
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether operands are integers, so that a layer quantises them."""
+        return self.operands is not None
 
     @property
     def is_exact(self) -> bool:
@@ -153,6 +173,115 @@ class Multiplier:
     def distinct(self) -> "list[Multiplier]":
         """Return this multiplier alone, in the form of `LayerMultipliers.distinct`."""
         return [self]
+
+
+INT8 = Operands(8, signed=True)
+
+
+@dataclass(frozen=True)
+class IntegerMultiplier(Multiplier):
+    """An integer multiplier: a built-in family for a format of operands, or a file with its table or its function.
+
+    Attributes:
+        family: ``exact``, ``drum``, ``mbm`` or ``mitchell``; the format's name for a file.
+        truncate: low fraction bits dropped from each operand of ``mbm`` and ``mitchell``.
+        operands: the format of both operands.
+        leading_bits: of ``drum``, those that each operand keeps.
+        order: what a file's table is said to be: ``codes``, ``sorted``, ``transposed``.
+        content: its ``IntegerTable``, once `mbm_cli.resolve` has made or read it.
+
+    Raises:
+        ValueError: a family, a format or a number outside of these.
+    """
+
+    operands: Operands = INT8
+    leading_bits: int = 0
+    order: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        bits = self.operands.bits
+        if bits not in WIDTHS and (bits != CHARACTERIZED or self.operands.signed or self.is_file):
+            raise ValueError(f"{self}: operands have {WIDTHS[0]} to {WIDTHS[-1]} bits, not {bits}")
+        if self.is_file:
+            return
+        if self.family not in INTEGER_FAMILIES:
+            raise ValueError(f"{self}: the families of integer multipliers are {', '.join(INTEGER_FAMILIES)}")
+        logarithmic = self.family in ("mbm", "mitchell")
+        if bits != 8 and not (logarithmic and bits == CHARACTERIZED) and (logarithmic or bits == CHARACTERIZED):
+            widths = "8 bits (unsigned 16 for mbm characterize)" if logarithmic else f"up to {WIDTHS[-1]} bits"
+            raise ValueError(f"{self}: {self.family} multiplies operands of {widths}, not {bits}")
+        if self.family == "drum" and not 2 <= self.leading_bits < bits:
+            raise ValueError(
+                f"{self}: drum keeps 2 to {bits - 1} leading bits of {self.operands}"
+                + (f", for example drum-{self.operands}-k{min(4, bits - 1)}" if bits > 2 else ", so there is none")
+            )
+        most = min(MOST_TRUNCATED, bits - 2)
+        if logarithmic and not 0 <= self.truncate <= most:
+            raise ValueError(f"{self}: 0 to {most} fraction bits can go from {self.operands}, not {self.truncate}")
+
+    @classmethod
+    def of_text(cls, text: str) -> "IntegerMultiplier | None":
+        """Parse ``family-intN[-tT]``, ``drum-intN-kK`` or ``intN:FILE[:function][@order]``; ``None`` for other texts.
+
+        Raises:
+            ValueError: one of these, but wrong.
+        """
+        if match := _INTEGER_FILE.fullmatch(text):
+            return cls._of_file(Operands(int(match["bits"]), not match["unsigned"]), match["reference"])
+        match = _INTEGER_FORM.fullmatch(text)
+        if match is None:
+            return None
+        family, parameter, number = match["family"], match["parameter"], int(match["n"] or 0)
+        operands = Operands(int(match["bits"]), not match["unsigned"])
+        if parameter and family in INTEGER_FAMILIES and parameter != INTEGER_FAMILIES[family]:
+            takes = f"takes -{INTEGER_FAMILIES[family]}" if INTEGER_FAMILIES[family] else "has no parameter"
+            raise ValueError(f"{text!r} is not a multiplier: {family} {takes}, not -{parameter}")
+        truncate, leading = (0, number) if parameter == "k" else (number, 0)
+        return cls(family, truncate, operands=operands, leading_bits=leading)
+
+    @classmethod
+    def _of_file(cls, operands: Operands, reference: str) -> "IntegerMultiplier":
+        order: list[str] = []
+        while match := _ORDER.fullmatch(reference):
+            reference = match["reference"]
+            order.insert(0, match["order"])
+        head, colon, function = reference.rpartition(":")
+        if not colon or not _IDENTIFIER.fullmatch(function):
+            head, function = reference, ""
+        suffix = os.path.splitext(head)[1].lower()
+        if suffix not in INTEGER_FILES:
+            raise ValueError(
+                f"{operands}:{reference}: write {operands}:FILE with a file {', '.join(INTEGER_FILES)}, "
+                f"for example {operands}:mul8s_1KVL.c"
+            )
+        if (suffix == ".py") > bool(function) or (function and suffix not in (".py", ".c", ".h")):
+            what = "its function, FILE.py:function" if suffix == ".py" else "the file alone: it holds no function"
+            raise ValueError(f"{operands}:{reference}: write {what}")
+        return cls(str(operands), file=head, function=function, operands=operands, order=tuple(order))
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.file)
+
+    @property
+    def runs_code(self) -> bool:
+        return os.path.splitext(self.file)[1].lower() in (".c", ".h", ".py")
+
+    @property
+    def is_exact(self) -> bool:
+        """False: the product may be exact, but its operands are quantised."""
+        return False
+
+    def __str__(self) -> str:
+        if self.is_file:
+            return self._name(self.file)
+        letter = INTEGER_FAMILIES.get(self.family)
+        parameter = f"-k{self.leading_bits}" if letter == "k" else f"-t{self.truncate}" if self.truncate else ""
+        return f"{self.family}-{self.operands}{parameter}"
+
+    def _name(self, file: str) -> str:
+        function = f":{self.function}" if self.function else ""
+        return f"{self.operands}:{file}{function}{''.join(f'@{one}' for one in self.order)}"
 
 
 KINDS = ("conv2d", "linear")  # of layers that have a multiplier
@@ -260,13 +389,16 @@ class Backward:
             if unknown or not value:
                 problem = f"unknown gradient {unknown[0]!r}" if unknown else "no gradient is named"
                 raise ValueError(f"{problem}: a layer has two, {{input: mbm, weight: exact}}")
-            return cls(**{name: None if one == SAME else _one_of(one) for name, one in value.items()})
-        one = None if value == SAME else _one_of(value)
+            return cls(**{name: None if one == SAME else _gradient(one) for name, one in value.items()})
+        one = None if value == SAME else _gradient(value)
         return cls(one, one)
 
     def of_layer(self, forward: Multiplier) -> tuple[Multiplier, Multiplier]:
         """Return the multipliers for a layer with this forward multiplier."""
-        return self.input or forward, self.weight or forward
+        gradients = self.input or forward, self.weight or forward
+        if any(one.is_integer for one in gradients):
+            raise ValueError(_NO_INTEGERS.format("same" if forward in gradients else self))
+        return gradients
 
     def distinct(self) -> list[Multiplier]:
         """Return each multiplier that is named, once."""
@@ -286,6 +418,16 @@ class Backward:
         """Write what a config can have: ``mbm``, ``same`` or ``{input: mbm, weight: exact}``."""
         input, weight = (SAME if one is None else str(one) for one in (self.input, self.weight))
         return input if input == weight else f"{{input: {_word(input)}, weight: {_word(weight)}}}"
+
+
+_NO_INTEGERS = "{}: gradients take a float multiplier, for example mbm, because they are not quantised"
+
+
+def _gradient(value: object) -> Multiplier:
+    one = _one_of(value)
+    if one.is_integer:
+        raise ValueError(_NO_INTEGERS.format(one))
+    return one
 
 
 def multiplier_of(value: object, dense_patterns: bool = True) -> Multiplier | LayerMultipliers:
@@ -368,6 +510,12 @@ NAMES = (
     Name("lut:FILE", "a table: .bin (up to 7 fraction bits) or .npy (up to 11)", "lut:mbm.bin"),
     Name(
         "python:FILE.py:function[@M]", "a function in Python, tabulated for M fraction bits", "python:my.py:product@7"
+    ),
+    Name("exact-intN, exact-uintN", "exact products of quantised operands of N bits, 2 to 8", "exact-int8"),
+    Name("drum-intN-kK", "DRUM on integers; also -uintN", "drum-int8-k4"),
+    Name("mbm-int8[-tT], mitchell-int8[-tT]", "their integer forms; also -uint8", "mbm-int8"),
+    Name(
+        "int8:FILE", "an 8-bit circuit: .c, .h, .npy, .txt, .bin or .py:function; also uint8:, int4:, ...", "int8:mul.c"
     ),
     Name("c:FILE.h:function[@M]", "a function in C, compiled; with @M tabulated, 100 times as fast", "c:my.h:product"),
 )

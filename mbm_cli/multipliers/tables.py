@@ -3,10 +3,12 @@
 import hashlib
 import io
 import os
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,7 +67,13 @@ class Table:
         return torch.from_numpy(np.ascontiguousarray(rows).view(np.int16))
 
 
-def tensor_on(table: Table, device: torch.device) -> Tensor:
+class HasTensor(Hashable, Protocol):
+    """A table that operators take as a tensor."""
+
+    def tensor(self) -> Tensor: ...
+
+
+def tensor_on(table: HasTensor, device: torch.device) -> Tensor:
     """Return ``table.tensor()`` on a device; the last ones are kept, because functions are called again and again."""
     if is_in_torch_dispatch_mode():  # whose tensors, fake ones for example, are of no use outside it
         return table.tensor().to(device)
@@ -73,7 +81,7 @@ def tensor_on(table: Table, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _kept_tensor(table: Table, device: torch.device) -> Tensor:
+def _kept_tensor(table: HasTensor, device: torch.device) -> Tensor:
     return table.tensor().to(device)
 
 

@@ -219,10 +219,13 @@ def seed_by_seed(result: Comparison) -> bytes:
 @pictures.register
 @small
 def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
-    """Draw the share of the ceiling that each convolution reaches: a bar a shape."""
+    """Draw the share of the ceiling that each convolution reaches: a bar a shape; nothing where there is no ceiling."""
+    ceiling = result.ceiling_macs_per_second
+    if ceiling is None:
+        return {}
     figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(result.convolutions)), layout="constrained")
     axes = figure.subplots()
-    shares = [100 * shape.share_of_ceiling for shape in result.convolutions]
+    shares = [100 * shape.macs_per_second / ceiling for shape in result.convolutions]
     labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in result.convolutions]
     axes.barh(range(len(shares)), shares, height=0.6, color="#0072B2", tick_label=labels)
     axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)
@@ -232,7 +235,7 @@ def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
     axes.invert_yaxis()
     cpu = f"the CPU ({result.device_name}, threads: {result.threads})"
     where = f"on {cpu if result.device == 'cpu' else result.device_name}"
-    title = f"forward, {result.multiplier}\n{where}; ceiling: {result.ceiling_macs_per_second / 1e9:.3g} GMAC/s"
+    title = f"forward, {result.multiplier}\n{where}; ceiling: {ceiling / 1e9:.3g} GMAC/s"
     figure.suptitle("\n".join(_wrapped(line, 58) for line in title.splitlines()))
     return {"profile.png": _png(figure)}
 

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
-from mbm_cli.experiments.characterize import Characterization, Errors
+from mbm_cli.experiments.characterize import Characterization, Circuit, Errors
 from mbm_cli.experiments.compare import Column, Comparison, Interval
 from mbm_cli.experiments.doctor import Check
 from mbm_cli.experiments.estimate import Estimate
@@ -271,13 +271,16 @@ def _(of: ConvProfile) -> Group:
     on_gpu = of.device == "cuda"
     scale, unit = (1e6, "us") if on_gpu else (1e3, "ms")
     rate_scale, rate_unit = (1e12, "TMAC/s") if on_gpu else (1e9, "GMAC/s")
-    ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
     where = of.device_name if on_gpu else f"the CPU ({of.device_name}, threads: {of.threads})"
 
     def time(seconds: float) -> str:
         return f"{scale * seconds:,.{1 if on_gpu else 2}f}"
 
+    columns = ("layer", "shape", "batch")
     shapes = [(row.name, row.shape, str(row.batch)) for row in of.convolutions]
+    if of.ceiling_macs_per_second is None:
+        return Group(_integer_profile(of, where, shapes, time, unit, rate_scale, rate_unit))
+    ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
     forward = [
         (
             f"{row.multiplications / 1e6:,.1f}",
@@ -285,7 +288,7 @@ def _(of: ConvProfile) -> Group:
             time(row.exact_forward_seconds),
             f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
             f"{row.macs_per_second / rate_scale:.2f}",
-            f"{100 * row.share_of_ceiling:.0f} %",
+            _number(row.share_of_ceiling, "{:.0f} %", 100),
         )
         for row in of.convolutions
     ]
@@ -296,10 +299,9 @@ def _(of: ConvProfile) -> Group:
     for row in of.convolutions:
         values = []
         for name, seconds in row.gradient_seconds.items():
-            exact, share = row.exact_gradient_seconds[name], row.share_of_ceiling * row.forward_seconds / seconds
+            exact, share = row.exact_gradient_seconds[name], (row.share_of_ceiling or 0) * row.forward_seconds / seconds
             values += [time(seconds), time(exact), f"{100 * share:.0f} %"]
         gradients.append(values)
-    columns = ("layer", "shape", "batch")
     return Group(
         table(
             f"forward: {of.multiplier} on {where}; ceiling on registers: {ceiling}",
@@ -322,6 +324,32 @@ def _(of: ConvProfile) -> Group:
     )
 
 
+def _integer_profile(
+    of: ConvProfile,
+    where: str,
+    shapes: list[tuple[str, str, str]],
+    time: Callable[[float], str],
+    unit: str,
+    rate_scale: float,
+    rate_unit: str,
+) -> Table:
+    rows = [
+        (
+            *shape,
+            f"{row.multiplications / 1e6:,.1f}",
+            time(row.forward_seconds),
+            time(row.quantized_seconds or 0.0),
+            time(row.exact_forward_seconds),
+            f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
+            f"{row.macs_per_second / rate_scale:.2f}",
+            row.path or "",
+        )
+        for shape, row in zip(shapes, of.convolutions, strict=True)
+    ]
+    names = "M mults", f"sums {unit}", "from floats", f"exact {unit}", "sums/exact", rate_unit, "by"
+    return table(f"forward: {of.multiplier} on {where}", ("layer", "shape", "batch", *names), rows, left=2)
+
+
 @table_of.register
 def _(of: Characterization) -> Group:
     def row(m: Errors) -> tuple[str, ...]:
@@ -340,6 +368,29 @@ def _(of: Characterization) -> Group:
 
 def _percentage(value: float) -> str:
     return f"{value:.2f}" if value == 0 or abs(value) >= 0.005 else f"{value:.0e}"
+
+
+def print_circuit(of: Circuit) -> None:
+    """Print what an integer multiplier is, and its errors."""
+    rows = [
+        ("operands", of.operands),
+        *([("file", of.file)] if of.file else []),
+        ("mean absolute error", f"{of.mae:.6g}"),
+        ("worst-case error", f"{of.wce:,}"),
+        ("error probability", f"{of.ep:.2f} %"),
+        ("mean relative error", f"{_percentage(of.mre)} %"),
+        ("bias", f"{of.bias:.6g}"),
+        ("rank", str(of.rank)),
+        ("terms", "none found: products are looked up" if of.terms is None else str(of.terms)),
+        ("symmetric", f"no, {_count(of.asymmetric_pairs, 'pair')} differ" if of.asymmetric_pairs else "yes"),
+        ("0 x weight", "0" if of.zero_activation else "not always 0"),
+        ("activation x 0", "0" if of.zero_weight else "not always 0"),
+        *of.costs.items(),
+    ]
+    screen = console()
+    screen.print(table(None, (of.name, "over all pairs of operands"), rows, left=2))
+    for warning in of.warnings:
+        screen.print(f"warning: {warning}")
 
 
 def print_check(screen: Console, check: Check) -> None:
