@@ -27,6 +27,8 @@ namespace avx2 { extern const Kernels kernels; }
 #endif
 namespace portable { extern const Kernels kernels; }
 
+void bind_integers(nb::module_& module);  // integer.cpp
+
 // Return the kernels that this CPU can run, the widest instruction set first.
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
@@ -160,4 +162,5 @@ NB_MODULE(_cpu, module) {
   module.def("instruction_sets", &instruction_sets,
              "The instruction sets that this CPU runs, the one chosen by default first.");
   module.def("use_instruction_set", &use_instruction_set);
+  bind_integers(module);
 }

@@ -28,3 +28,25 @@ def multiply(a: int, b: int, out: int, count: int, native: Multiplier, threads: 
 def ceiling(native: Multiplier, rounds: int, threads: int, /) -> int: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str, /) -> None: ...
+def integer_conv2d(
+    input: int,
+    weight: int,
+    output: int,
+    table: int,
+    factors: tuple[int, int, int, int],
+    terms: int,
+    counts: tuple[int, int, int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    out_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    input_strides: tuple[int, ...],
+    output_strides: tuple[int, ...],
+    padding_code: int,
+    threads: int,
+) -> None: ...
+def integer_instruction_sets() -> list[str]: ...
+def use_integer_instruction_set(name: str) -> None: ...
+def integer_costs() -> list[float]: ...

@@ -21,20 +21,21 @@ from mbm_cli.backends.shapes import conv2d_output_shape, linear_output_shape
 from mbm_cli.multipliers.content import of_handle
 
 _PRODUCT = "str multiplier, Tensor? table=None"
-_GRADIENTS = "str of_input='exact', Tensor? input_table=None, str of_weight='exact', Tensor? weight_table=None"
-_CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+GRADIENTS = "str of_input='exact', Tensor? input_table=None, str of_weight='exact', Tensor? weight_table=None"
+CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 for _name, _arguments in {
     "multiply": f"Tensor a, Tensor b, {_PRODUCT}",
-    "conv2d": f"Tensor input, Tensor weight, Tensor? bias, {_CONVOLUTION}, {_PRODUCT}, {_GRADIENTS}",
-    "conv2d_input_grad": f"Tensor grad, Tensor weight, SymInt[] input_size, {_CONVOLUTION}, {_PRODUCT}",
-    "conv2d_weight_grad": f"Tensor grad, Tensor input, SymInt[] weight_size, {_CONVOLUTION}, {_PRODUCT}",
-    "linear": f"Tensor input, Tensor weight, Tensor? bias, {_PRODUCT}, {_GRADIENTS}",
+    "conv2d": f"Tensor input, Tensor weight, Tensor? bias, {CONVOLUTION}, {_PRODUCT}, {GRADIENTS}",
+    "conv2d_input_grad": f"Tensor grad, Tensor weight, SymInt[] input_size, {CONVOLUTION}, {_PRODUCT}",
+    "conv2d_weight_grad": f"Tensor grad, Tensor input, SymInt[] weight_size, {CONVOLUTION}, {_PRODUCT}",
+    "linear": f"Tensor input, Tensor weight, Tensor? bias, {_PRODUCT}, {GRADIENTS}",
 }.items():
     torch.library.define(f"mbm::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they register kernels for the schemas above)
 
 Gradients = tuple[Tensor | None, ...]
+Product = tuple[str, Tensor | None]  # a handle, and its table
 _EXACT = "exact", None, "exact", None  # the gradients of a gradient
 
 
@@ -72,7 +73,7 @@ def _linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None, *_: object
 # Gradients. Each pair saves what a backward pass needs of an operator's inputs, and computes their gradients.
 
 
-def _padded(ctx: Any, *gradients: Tensor | None) -> Gradients:
+def padded(ctx: Any, *gradients: Tensor | None) -> Gradients:
     """Return the gradients of all inputs; those after the tensors have none."""
     return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
@@ -85,7 +86,7 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> Gradients:
     a, b = ctx.saved_tensors
     grad_a = (grad * b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
     grad_b = (grad * a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-    return _padded(ctx, grad_a, grad_b)
+    return padded(ctx, grad_a, grad_b)
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,9 +99,28 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> Gradients:
     input, weight, input_table, weight_table = ctx.saved_tensors
-    of_input, of_weight = ctx.multipliers
+    of_input, of_weight = (ctx.multipliers[0], input_table), (ctx.multipliers[1], weight_table)
     wanted = list(ctx.needs_input_grad[:3])
-    approximate = [wanted[0] and not _is_exact(of_input), wanted[1] and not _is_exact(of_weight)]
+    operands = grad, input, weight, ctx.bias_shape, ctx.arguments
+    return padded(ctx, *conv2d_gradients(wanted, *operands, of_input, of_weight))
+
+
+def conv2d_gradients(
+    wanted: list[bool],
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_shape: list[int] | None,
+    arguments: Any,
+    of_input: Product,
+    of_weight: Product,
+) -> list[Tensor | None]:
+    """Compute the wanted gradients of a convolution, of input, weight and bias, with the products of two multipliers.
+
+    Args:
+        arguments: stride, padding, dilation, groups.
+    """
+    approximate = [wanted[0] and not _is_exact(of_input[0]), wanted[1] and not _is_exact(of_weight[0])]
     exact = [wanted[i] and not approximate[i] for i in range(2)]
     # cuDNN sums the gradient of a bias over three dimensions at once, in one block for each of a few channels. Summing
     # over one dimension, then two, takes a quarter of the time for LeNet.
@@ -108,14 +128,14 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> Gradients:
     gradients: list[Tensor | None] = [None] * 3
     if any(exact) or (wanted[2] and not bias_apart):
         of_exact = [*exact, wanted[2] and not bias_apart]
-        gradients = list(exact_gradients(of_exact, grad, input, weight, ctx.bias_shape, *ctx.arguments))
+        gradients = list(exact_gradients(of_exact, grad, input, weight, bias_shape, *arguments))
     if approximate[0]:
-        gradients[0] = conv2d_input_grad(grad, weight, list(input.shape), *ctx.arguments, of_input, input_table)
+        gradients[0] = conv2d_input_grad(grad, weight, list(input.shape), *arguments, *of_input)
     if approximate[1]:
-        gradients[1] = conv2d_weight_grad(grad, input, list(weight.shape), *ctx.arguments, of_weight, weight_table)
+        gradients[1] = conv2d_weight_grad(grad, input, list(weight.shape), *arguments, *of_weight)
     if bias_apart:
         gradients[2] = grad.sum(0).sum((1, 2))
-    return _padded(ctx, *gradients)
+    return gradients
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,14 +149,14 @@ def _input_grad_backward(ctx: Any, of_input: Tensor) -> Gradients:
     grad, weight = ctx.saved_tensors
     wants_grad, wants_weight, *_ = ctx.needs_input_grad
     of_grad = F.conv2d(of_input, weight, None, *ctx.arguments) if wants_grad else None
-    return _padded(ctx, of_grad, _exact_weight_grad(ctx, grad, of_input, weight.shape) if wants_weight else None)
+    return padded(ctx, of_grad, _exact_weight_grad(ctx, grad, of_input, weight.shape) if wants_weight else None)
 
 
 def _weight_grad_backward(ctx: Any, of_weight: Tensor) -> Gradients:
     grad, input = ctx.saved_tensors
     wants_grad, wants_input, *_ = ctx.needs_input_grad
     of_grad = F.conv2d(input, of_weight, None, *ctx.arguments) if wants_grad else None
-    return _padded(ctx, of_grad, _exact_input_grad(ctx, grad, of_weight, input.shape) if wants_input else None)
+    return padded(ctx, of_grad, _exact_input_grad(ctx, grad, of_weight, input.shape) if wants_input else None)
 
 
 def _exact_input_grad(ctx: Any, grad: Tensor, weight: Tensor, size: Any = None) -> Tensor:
@@ -160,18 +180,24 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     input, weight, input_table, weight_table = ctx.saved_tensors
-    of_input, of_weight = ctx.multipliers
-    wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    grad_input = grad_weight = None
-    if wants_input:
-        exact = _is_exact(of_input)
-        grad_input = grad.mm(weight) if exact else linear(grad, weight.t(), None, of_input, input_table, *_EXACT)
-    if wants_weight:
-        exact = _is_exact(of_weight)
-        grad_weight = (
-            grad.t().mm(input) if exact else linear(grad.t(), input.t(), None, of_weight, weight_table, *_EXACT)
-        )
-    return _padded(ctx, grad_input, grad_weight, grad.sum(0) if wants_bias else None)
+    of_input, of_weight = (ctx.multipliers[0], input_table), (ctx.multipliers[1], weight_table)
+    return padded(ctx, *linear_gradients(list(ctx.needs_input_grad[:3]), grad, input, weight, of_input, of_weight))
+
+
+def linear_gradients(
+    wanted: list[bool], grad: Tensor, input: Tensor, weight: Tensor, of_input: Product, of_weight: Product
+) -> list[Tensor | None]:
+    """Compute the wanted gradients of a dense layer, of input, weight and bias, as `conv2d_gradients` does."""
+    gradients: list[Tensor | None] = [None] * 3
+    if wanted[0]:
+        exact = _is_exact(of_input[0])
+        gradients[0] = grad.mm(weight) if exact else linear(grad, weight.t(), None, *of_input, *_EXACT)
+    if wanted[1]:
+        exact = _is_exact(of_weight[0])
+        gradients[1] = grad.t().mm(input) if exact else linear(grad.t(), input.t(), None, *of_weight, *_EXACT)
+    if wanted[2]:
+        gradients[2] = grad.sum(0)
+    return gradients
 
 
 def _is_exact(handle: str) -> bool:

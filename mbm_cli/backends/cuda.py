@@ -181,6 +181,18 @@ def import_cupy() -> Any:
     return cupy
 
 
+def refuse_capture(name: str) -> None:
+    """Refuse to load kernels during a capture, before anything that it does not allow.
+
+    After a failed capture PyTorch could not draw random numbers.
+
+    Raises:
+        CudaError: the current stream is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise CudaError(f"{name}: not loaded yet, so run it once before capturing it in a CUDA graph")
+
+
 @lru_cache(maxsize=256)
 def kernels(handle: str, table_bits: int, variant: Variant, device: int) -> dict[str, Any]:
     """Return a multiplier's kernels by name, ready to launch on the device with this index.
@@ -194,9 +206,7 @@ def kernels(handle: str, table_bits: int, variant: Variant, device: int) -> dict
     function = of_handle(handle).content
     name = function.name if isinstance(function, Function) else f"{handle}{table_bits or ''}"
     name += " for gradients and dense layers" if variant.free else ""
-    # Before anything that a capture does not allow: after a failed one, PyTorch cannot draw random numbers.
-    if torch.cuda.is_current_stream_capturing():
-        raise CudaError(f"the kernels of {name} are not loaded: run it once before capturing it in a CUDA graph")
+    refuse_capture(f"the kernels of {name}")
     cupy = import_cupy()
     message = f"compiling the CUDA kernels of {name} (once: CuPy keeps them on disk)"
     notice = Timer(0.5, print, (message,), {"file": sys.stderr, "flush": True})
@@ -223,7 +233,7 @@ def kernels(handle: str, table_bits: int, variant: Variant, device: int) -> dict
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: int) -> int:
+def multiprocessors_of(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -234,6 +244,11 @@ def _stream(device: int, handle: int) -> Any:
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
     return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
+
+
+def current_stream(device: int) -> Any:
+    """Return PyTorch's current stream of a device as CuPy's."""
+    return _stream(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _launch(
@@ -247,7 +262,7 @@ def _launch(
 ) -> None:
     """Launch a kernel on PyTorch's current stream of the device."""
     function = kernels(handle, _table_bits(table), variant, device)[kernel]
-    with torch.cuda.device(device), _stream(device, torch.cuda.current_stream(device).cuda_stream):
+    with torch.cuda.device(device), current_stream(device):
         function(grid, (_THREADS,), arguments)
 
 
@@ -258,8 +273,8 @@ def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None)
     count, device = a.numel(), a.device.index
     if count > 0:
         # Enough blocks to fill the card; a thread steps through the elements by the number of threads.
-        blocks = min(-(-count // _THREADS), 16 * _multiprocessors(device))
-        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), _address(table), count)
+        blocks = min(-(-count // _THREADS), 16 * multiprocessors_of(device))
+        arguments = (a.data_ptr(), b.data_ptr(), output.data_ptr(), address(table), count)
         _launch(multiplier, table, "multiply", device, (blocks,), arguments)
     return output
 
@@ -283,20 +298,20 @@ def run(
         # The threads of a warp fetch for one step: neighbours in memory, then.
         input = input.t().contiguous().t()
         geometry = geometry._replace(input_strides=(1, 0, input.stride(1), 0, 0))
-    launch = plan(geometry, _multiprocessors(device))
+    launch = plan(geometry, multiprocessors_of(device))
     parts = output if launch.parts == 1 else output.new_empty(launch.parts, *output.shape)
     variant = Variant(geometry.divisible, geometry.exchanged and multiplier.startswith("c:"))
     if geometry.exchanged and table is not None:
         table = exchange(table)
     conv = launch.conv.copy()
-    pointers = input.data_ptr(), weight.data_ptr(), _address(bias), parts.data_ptr(), _address(table)
+    pointers = input.data_ptr(), weight.data_ptr(), address(bias), parts.data_ptr(), address(table)
     conv.view(np.uint64)[: len(pointers)] = pointers
     _launch(multiplier, table, launch.kernel, device, (launch.blocks, launch.parts), (conv,), variant)
     if launch.parts > 1:
         torch.sum(parts, 0, out=output)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -395,10 +410,10 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
     """
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        blocks, rounds, sums_of_thread = 3 * _multiprocessors(index), 20_000, 64
+        blocks, rounds, sums_of_thread = 3 * multiprocessors_of(index), 20_000, 64
         numbers = torch.rand(2 * _SLICE, _THREADS, device="cuda") + 0.5
         output = torch.empty(blocks, _THREADS, device="cuda")
-        pointers = numbers.data_ptr(), output.data_ptr(), _address(table)
+        pointers = numbers.data_ptr(), output.data_ptr(), address(table)
         arguments = (*pointers, np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
         times = []
         for _ in range(6):

@@ -1,0 +1,118 @@
+// Quantisation on a GPU: codes, dequantised values, straight-through gradients, ranges and scales. Memory limits each
+// kernel, or for small layers its launch, so that what can be fused into one is. Divisions and roundings are to nearest
+// (ties to even), as on every device.
+//
+// A scale and a zero point belong to `row_length` elements: to one output channel of a weight, or to a whole tensor.
+
+struct Format {
+  float least, most;  // codes
+  int is_signed;
+};
+
+__device__ __forceinline__ float rounded(float x, float scale, float zero) {
+  return __fadd_rn(rintf(__fdiv_rn(x, scale)), zero);
+}
+
+__device__ __forceinline__ float clamped(float code, Format f) {
+  return code < f.least ? f.least : code > f.most ? f.most : code;  // NaN stays NaN
+}
+
+#define ELEMENTS(i, count) \
+  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < count; i += (long long)gridDim.x * blockDim.x
+
+// What is not finite has no code: then the `poisoned` numbers, by which results are multiplied, become NaN.
+extern "C" __global__ void quantize(const float* x, const float* scale, const float* zero, unsigned char* codes,
+                                    long long count, long long row_length, Format f, float* poison, int poisoned) {
+  for (ELEMENTS(i, count)) {
+    long long row = i / row_length;
+    if (!isfinite(x[i]))
+      for (int k = 0; k < poisoned; k++) poison[k] = __int_as_float(0x7FC00000);
+    codes[i] = static_cast<unsigned char>(static_cast<int>(clamped(rounded(x[i], scale[row], zero[row]), f)));
+  }
+}
+
+extern "C" __global__ void fake_quantize(const float* x, const float* scale, const float* zero, float* out,
+                                         long long count, long long row_length, Format f) {
+  for (ELEMENTS(i, count)) {
+    long long row = i / row_length;
+    out[i] = __fmul_rn(__fsub_rn(clamped(rounded(x[i], scale[row], zero[row]), f), zero[row]), scale[row]);
+  }
+}
+
+extern "C" __global__ void quantize_grad(const float* grad, const float* x, const float* scale, const float* zero,
+                                         float* out, long long count, long long row_length, Format f) {
+  for (ELEMENTS(i, count)) {
+    long long row = i / row_length;
+    float code = rounded(x[i], scale[row], zero[row]);
+    out[i] = code >= f.least && code <= f.most ? grad[i] : 0.0f;
+  }
+}
+
+// ---- Ranges and scales ---------------------------------------------------------------------------------------------
+
+struct Range {
+  float low, high;
+};
+
+__device__ __forceinline__ Range join(Range a, Range b) {
+  if (a.low != a.low || b.low != b.low) return {a.low + b.low, a.low + b.low};  // NaN: not finite
+  return {fminf(a.low, b.low), fmaxf(a.high, b.high)};
+}
+
+// The range of a block's elements, in its first thread. Blocks have 256 threads.
+__device__ Range of_block(Range mine) {
+  __shared__ Range of_warps[8];
+  for (int offset = 16; offset > 0; offset /= 2)
+    mine = join(mine, {__shfl_down_sync(~0u, mine.low, offset), __shfl_down_sync(~0u, mine.high, offset)});
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  for (int i = 1; i < 8; i++) mine = threadIdx.x == 0 ? join(mine, of_warps[i]) : mine;
+  return mine;
+}
+
+// As scale_of in quantize.py.
+__device__ void write_scale(Range r, float* scale, float* zero, Format f) {
+  if (f.is_signed) {
+    float s = __fdiv_rn(fmaxf(fabsf(r.low), fabsf(r.high)), f.most);
+    if (r.low != r.low) s = r.low;
+    *scale = s == 0.0f ? 1.0f : s;
+    *zero = 0.0f;
+  } else {
+    float low = r.low > 0.0f ? 0.0f : r.low, high = r.high < 0.0f ? 0.0f : r.high;
+    float s = __fdiv_rn(__fsub_rn(high, low), f.most);
+    *scale = s = s == 0.0f ? 1.0f : s;
+    *zero = clamped(rintf(__fdiv_rn(-low, s)), f);
+  }
+}
+
+// The range of each block's elements of a tensor.
+extern "C" __global__ void range_parts(const float* x, Range* parts, long long count) {
+  Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
+  for (ELEMENTS(i, count)) mine = join(mine, {x[i], x[i]});
+  mine = of_block(mine);
+  if (threadIdx.x == 0) parts[blockIdx.x] = mine;
+}
+
+// One block: move a running range towards that of the parts, and write its scale and zero point.
+extern "C" __global__ void update_range(const Range* parts, int count, Range* running, float momentum, float* scale,
+                                        Format f) {
+  Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
+  for (int i = threadIdx.x; i < count; i += blockDim.x) mine = join(mine, parts[i]);
+  mine = of_block(mine);
+  if (threadIdx.x == 0) {
+    Range r = *running;
+    r.low = __fadd_rn(r.low, __fmul_rn(momentum, __fsub_rn(mine.low, r.low)));
+    r.high = __fadd_rn(r.high, __fmul_rn(momentum, __fsub_rn(mine.high, r.high)));
+    *running = r;
+    write_scale(r, scale, scale + 1, f);
+  }
+}
+
+// A block a row: the scale and the zero point of its current range.
+extern "C" __global__ void row_scales(const float* x, float* scales, long long row_length, Format f) {
+  Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
+  const float* row = x + blockIdx.x * row_length;
+  for (long long i = threadIdx.x; i < row_length; i += blockDim.x) mine = join(mine, {row[i], row[i]});
+  mine = of_block(mine);
+  if (threadIdx.x == 0) write_scale(mine, scales + blockIdx.x, scales + gridDim.x + blockIdx.x, f);
+}
