@@ -11,22 +11,29 @@ if TYPE_CHECKING:
     from mbm_cli.nn import ApproxLinear as ApproxLinear
     from mbm_cli.nn import convert as convert
     from mbm_cli.ops import conv2d as conv2d
+    from mbm_cli.ops import integer_conv2d as integer_conv2d
+    from mbm_cli.ops import integer_linear as integer_linear
     from mbm_cli.ops import linear as linear
     from mbm_cli.ops import multiply as multiply
+    from mbm_cli.quantize import Quantization as Quantization
+    from mbm_cli.quantize import calibrate as calibrate
 
 __version__ = version("mbm-cli")
-__all__ = ["ApproxConv2d", "ApproxLinear", "Multiplier", "conv2d", "convert", "linear", "multiply", "resolve"]
-
 _HOMES = {
     "ApproxConv2d": "nn",
     "ApproxLinear": "nn",
     "Multiplier": "multipliers.names",
+    "Quantization": "quantize",
+    "calibrate": "quantize",
     "conv2d": "ops",
     "convert": "nn",
+    "integer_conv2d": "ops",
+    "integer_linear": "ops",
     "linear": "ops",
     "multiply": "ops",
     "resolve": "multipliers.content",
 }
+__all__ = [*_HOMES]  # noqa: PLE0604
 
 
 def __dir__() -> list[str]:

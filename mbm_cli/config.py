@@ -150,6 +150,21 @@ class ModelConfig(_Section):
         return list(dict.fromkeys([*self.multiplier.distinct(), *gradients]))
 
 
+class QuantizeConfig(_Section):
+    """How the scales of layers with an integer multiplier are found; other layers have none.
+
+    Attributes:
+        activations: ``max``, ``percentile`` (99.9) or ``mse``, whose ranges training averages; or ``lsq``, learned.
+        weights: ``max`` or ``mse`` of the current weights, for each output channel; or ``lsq``, learned.
+        calibration_images: so many of the first training images, for the scales of activations before training, and in
+            the evaluation of a float run.
+    """
+
+    activations: Literal["max", "percentile", "mse", "lsq"] = "max"
+    weights: Literal["max", "mse", "lsq"] = "max"
+    calibration_images: Count = 1024
+
+
 class OptimizerConfig(_Section):
     """The optimizer and its learning rate over time.
 
@@ -217,6 +232,7 @@ class Config(_Section):
     device: Device = "auto"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
 

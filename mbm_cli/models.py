@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
+from mbm_cli.quantize import Quantization, observing
 
 
 def lenet() -> nn.Module:
@@ -76,9 +77,14 @@ def mlp() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"lenet": lenet, "cnn3": cnn3, "mlp": mlp}
 
 
-def build(name: str, multiplier: Multiplier | LayerMultipliers | str, backward: Backward | str = "exact") -> nn.Module:
+def build(
+    name: str,
+    multiplier: Multiplier | LayerMultipliers | str,
+    backward: Backward | str = "exact",
+    quantization: Quantization | None = None,
+) -> nn.Module:
     """Build a network of `MODELS` with these multipliers. Raises as `convert`."""
-    return convert(MODELS[name](), multiplier, backward)
+    return convert(MODELS[name](), multiplier, backward, quantization)
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,16 @@ def describe_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Laye
 
         return hook
 
-    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children()) and list(m.parameters())]
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if list(module.parameters()) and (hasattr(module, "multiplier") or not list(module.children()))
+    ]
     hooks = [module.register_forward_hook(record(name)) for name, module in leaves]
     training = model.training
     parameter = next(model.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), observing(model):  # in floats: scales may be unknown
             model.eval()(torch.zeros(1, *input_shape, device=parameter.device))
     finally:
         model.train(training)

@@ -9,13 +9,23 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
 from mbm_cli.multipliers.content import handle_of, resolve, resolve_backward, resolve_layers
+from mbm_cli.multipliers.integer import IntegerTable
 from mbm_cli.multipliers.names import EXACT, KINDS, Backward, LayerMultipliers, Multiplier
 from mbm_cli.multipliers.tables import Table
-from mbm_cli.ops import BackwardLike, conv2d_of_operands, linear_of_operands
+from mbm_cli.ops import (
+    BackwardLike,
+    conv2d_of_operands,
+    linear_of_operands,
+    quantized_conv2d_of_operands,
+    quantized_linear_of_operands,
+)
+from mbm_cli.quantize import Quantization, Quantizer
 
 # Symbolic tracing keeps the calls: their checks need real tensors.
 torch.fx.wrap("conv2d_of_operands")
 torch.fx.wrap("linear_of_operands")
+torch.fx.wrap("quantized_conv2d_of_operands")
+torch.fx.wrap("quantized_linear_of_operands")
 
 # Buffers with the tables of the forward pass and of the gradients of input and weight.
 _TABLES = ("table", "input_grad_table", "weight_grad_table")
@@ -27,19 +37,37 @@ class _Approximate(nn.Module):
     Attributes:
         multiplier: of the forward pass.
         backward: of the gradients of input and weight.
+        quantizer: of both operands, with an integer multiplier; else ``None``.
     """
 
     multiplier: Multiplier
     backward: tuple[Multiplier, Multiplier]
+    quantizer: Quantizer | None
     weight: Tensor
     _handles: tuple[str, ...]
 
-    def _set_multipliers(self, multiplier: Multiplier, backward: tuple[Multiplier, Multiplier]) -> None:
+    def _set_multipliers(
+        self,
+        multiplier: Multiplier,
+        backward: tuple[Multiplier, Multiplier],
+        quantization: Quantization | None = None,
+    ) -> None:
+        """Set the multipliers; keep a quantizer that has this format and quantization (``None``: its own)."""
         self.multiplier, self.backward = multiplier, backward
         self._handles = tuple(handle_of(one) for one in (multiplier, *backward))
+        device = self.weight.device
         for name, one in zip(_TABLES, (multiplier, *backward), strict=True):
-            table = one.content.tensor().to(self.weight.device) if isinstance(one.content, Table) else None
+            table = one.content.tensor().to(device) if isinstance(one.content, Table | IntegerTable) else None
             self.register_buffer(name, table, persistent=False)
+        before: Quantizer | None = getattr(self, "quantizer", None)
+        quantization = quantization or (before.quantization if before else Quantization())
+        if multiplier.operands is None:
+            self._modules.pop("quantizer", None)
+            self.__dict__["quantizer"] = None  # so that it is not listed among the modules
+        elif before is None or (before.operands, before.quantization) != (multiplier.operands, quantization):
+            self.__dict__.pop("quantizer", None)
+            quantizer = Quantizer(multiplier.operands, len(self.weight), quantization, device)
+            self.register_module("quantizer", quantizer.train(self.training))
 
     @property
     def _is_exact(self) -> bool:
@@ -61,6 +89,11 @@ class _Approximate(nn.Module):
         gradients = "" if all(one.is_exact for one in self.backward) else f", backward={Backward(*self.backward)}"
         return f"{super().extra_repr()}, multiplier={self.multiplier}{gradients}"
 
+    @property
+    def _computes_floats(self) -> bool:
+        """Whether the layer is exact, also for the time of a calibration."""
+        return self._is_exact or (self.quantizer is not None and self.quantizer.is_observing)
+
 
 class ApproxConv2d(_Approximate, nn.Conv2d):
     """``torch.nn.Conv2d`` whose products come from multipliers; same arguments, parameters and ``state_dict``.
@@ -70,7 +103,10 @@ class ApproxConv2d(_Approximate, nn.Conv2d):
     Args:
         multiplier: of the forward pass: a ``Multiplier`` or its name, for example ``"mbm-t8"``; a file is read now. The
             other arguments are those of ``torch.nn.Conv2d``.
-        backward: of the gradients, as `mbm_cli.conv2d` takes it.
+        backward: of the gradients, as `mbm_cli.conv2d` takes it; under an integer multiplier, of the dequantised
+            operands.
+        quantization: how scales are found, with an integer multiplier. They are known after a training step,
+            `mbm_cli.calibrate`, or a ``state_dict`` with them.
 
     Raises:
         ValueError: not a multiplier.
@@ -78,20 +114,31 @@ class ApproxConv2d(_Approximate, nn.Conv2d):
     """
 
     def __init__(
-        self, *args: Any, multiplier: Multiplier | str = "mbm", backward: BackwardLike = "exact", **kwargs: Any
+        self,
+        *args: Any,
+        multiplier: Multiplier | str = "mbm",
+        backward: BackwardLike = "exact",
+        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         forward = resolve(multiplier)
-        self._set_multipliers(forward, resolve_backward(backward).of_layer(forward))
+        self._set_multipliers(forward, resolve_backward(backward).of_layer(forward), quantization)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: str | int | Sequence[int] = self.padding
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self._is_exact:
-            return nn.functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        arguments = self.stride, padding, self.dilation, self.groups
+        arguments: Any = self.stride, padding, self.dilation, self.groups
+        if self._computes_floats:
+            if self.quantizer is not None:
+                self.quantizer.observe(input)
+            return nn.functional.conv2d(input, weight, bias, *arguments)
+        if self.quantizer is not None:
+            products = self.multiplier.content.bounds, *self._products()[1:]
+            scales = self.quantizer(input, weight)
+            return quantized_conv2d_of_operands(input, weight, bias, scales, *arguments, *products)
         return conv2d_of_operands(input, weight, bias, *arguments, *self._products())
 
 
@@ -101,22 +148,33 @@ class ApproxLinear(_Approximate, nn.Linear):
     Takes float32 inputs (..., in_features).
 
     Args:
-        multiplier, backward: as in `ApproxConv2d`. The other arguments are those of ``torch.nn.Linear``.
+        multiplier, backward, quantization: as in `ApproxConv2d`. The other arguments are those of ``torch.nn.Linear``.
 
     Raises:
         ValueError, RuntimeError: as `ApproxConv2d`.
     """
 
     def __init__(
-        self, *args: Any, multiplier: Multiplier | str = "mbm", backward: BackwardLike = "exact", **kwargs: Any
+        self,
+        *args: Any,
+        multiplier: Multiplier | str = "mbm",
+        backward: BackwardLike = "exact",
+        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         forward = resolve(multiplier)
-        self._set_multipliers(forward, resolve_backward(backward).of_layer(forward))
+        self._set_multipliers(forward, resolve_backward(backward).of_layer(forward), quantization)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._is_exact:
+        if self._computes_floats:
+            if self.quantizer is not None:
+                self.quantizer.observe(input)
             return nn.functional.linear(input, self.weight, self.bias)
+        if self.quantizer is not None:
+            products = self.multiplier.content.bounds, *self._products()[1:]
+            scales = self.quantizer(input, self.weight)
+            return quantized_linear_of_operands(input, self.weight, self.bias, scales, *products)
         return linear_of_operands(input, self.weight, self.bias, *self._products())
 
 
@@ -130,6 +188,7 @@ def convert(
     model: nn.Module,
     multiplier: Multiplier | LayerMultipliers | Mapping[str, Multiplier | str] | str,
     backward: BackwardLike = "exact",
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """Turn a model's ``nn.Conv2d`` and ``nn.Linear`` into approximate layers; keep weights, hooks and modes.
 
@@ -140,6 +199,7 @@ def convert(
             to multipliers, with ``"default"`` for the other convolutions; a layer that nothing names is exact. A shared
             layer goes by any of its names.
         backward: of the gradients of each layer whose multiplier is not exact, as `mbm_cli.conv2d` takes it.
+        quantization: of the layers with an integer multiplier, whose scales are kept where the format stays.
 
     Returns:
         The model.
@@ -188,7 +248,7 @@ def convert(
     for module, one in changed.items():
         _change_class(module, _CLASSES[_kind(module)][1])
         assert isinstance(module, _Approximate)
-        module._set_multipliers(one, (EXACT, EXACT) if one.is_exact else gradients.of_layer(one))
+        module._set_multipliers(one, (EXACT, EXACT) if one.is_exact else gradients.of_layer(one), quantization)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The functions of the Python side: ``multiply``, ``conv2d`` and ``linear``, which check their arguments."""
+"""The functions of the Python side: products, convolutions and dense layers, which check their arguments."""
 
 import math
 import operator
@@ -9,18 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_cli import autograd
-from mbm_cli.multipliers.content import operands, resolve, resolve_backward
+from mbm_cli import autograd, autograd_integers
+from mbm_cli.errors import RunError
+from mbm_cli.multipliers.content import integer_table, operands, resolve, resolve_backward
+from mbm_cli.multipliers.integer import Operands
 from mbm_cli.multipliers.names import Backward, Multiplier
 
 # The multiplier of the gradients: one for both, "same" for the layer's own, or a mapping of "input" and "weight".
 BackwardLike = Backward | Multiplier | Mapping[str, Multiplier | str] | str
+MOST = 2**31 - 1  # of an integer sum
+
+
+class NotFiniteError(RunError, ValueError):
+    """A quantised layer's input has numbers that no code stands for."""
+
+    def __init__(self) -> None:
+        super().__init__("a quantised layer's input is not finite: if training diverged, lower optimizer.lr")
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:
     """Multiply ``a`` and ``b``, element by element, as the multiplier does.
 
     Gradients are those of the exact product (straight-through). Under autocast the operands are cast to float32.
+
+    An integer multiplier, for example ``"drum-int8-k4"``, takes codes instead, as `integer_conv2d` does, and returns
+    int32 products.
 
     Args:
         a: float32, any shape, on any device.
@@ -36,9 +49,13 @@ def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tens
         ValueError: not a multiplier.
     """
     _check_tensors(a=a, b=b)
+    multiplier = resolve(multiplier)
+    if multiplier.is_integer:
+        _check_codes(a, b, "a", "b", multiplier)
+        return integer_table(multiplier, a.device)[a.long() & 255, b.long() & 255]
     a, b, _ = _float32_in_autocast(a, b)
     _check_operands(a, b, "a", "b")
-    return autograd.multiply(a, b, *operands(resolve(multiplier), a.device))
+    return autograd.multiply(a, b, *operands(multiplier, a.device))
 
 
 def conv2d(
@@ -120,7 +137,164 @@ def linear(
 def _products(multiplier: Multiplier | str, backward: BackwardLike) -> tuple[Multiplier, Multiplier, Multiplier]:
     """Return the resolved multipliers of the forward pass and of the gradients of input and weight."""
     forward = resolve(multiplier)
+    if forward.is_integer:
+        raise ValueError(
+            f"{forward} multiplies integer codes, which these floats have no scales for: use integer_conv2d or "
+            "integer_linear on codes, or the layers ApproxConv2d and ApproxLinear, which quantise"
+        )
     return forward, *resolve_backward(backward).of_layer(forward)
+
+
+def integer_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_code: int = 0,
+    multiplier: Multiplier | str = "exact-int8",
+    path: str = "auto",
+) -> Tensor:
+    """Sum the products of an integer multiplier over the windows of a convolution, exactly. There is no gradient.
+
+    Args:
+        input: codes, (N, C, H, W) or (C, H, W): int8 for a signed multiplier, uint8 for an unsigned one.
+        weight: codes of the same type, (O, C / groups, kH, kW).
+        stride, padding, dilation, groups: as in `conv2d`.
+        padding_code: the code of padded positions, whose products count like any others.
+        multiplier: an integer ``Multiplier`` or its name, for example ``"int8:FILE.c"``; a file is read at each call.
+        path: how the sums are computed: ``auto``, or one way that the device has (CPU: ``terms``, ``lookup``; CUDA:
+            ``rows``, ``direct``); all give the same sums.
+
+    Returns:
+        int32, (N, O, H', W') or (O, H', W').
+
+    Raises:
+        RuntimeError: codes of another type, or beyond the multiplier's bits; arguments that do not fit together.
+        ValueError: not an integer multiplier, or sums that 32 bits might not hold.
+    """
+    multiplier, operands = _integer(multiplier)
+    _check_tensors(input=input, weight=weight)
+    _check_codes(input, weight, "input", "weight", multiplier)
+    if not operands.least <= padding_code <= operands.most:
+        raise ValueError(f"padding_code is {padding_code}, but {operands} has {operands.least} to {operands.most}")
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        raise RuntimeError(f"the input has 3 or 4 dimensions and the weight 4, not {input.dim()} and {weight.dim()}")
+    _refuse_long_sums(math.prod(weight.shape[1:]), multiplier.content.largest)
+    stride, dilation = _pair(_numbers(stride, "stride"), "stride"), _pair(_numbers(dilation, "dilation"), "dilation")
+    paddings = padding if isinstance(padding, str) else _numbers(padding, "padding")
+    if isinstance(paddings, str):
+        input, paddings = _resolve_padding(input, weight, stride, paddings, dilation, padding_code)
+    batch = input.unsqueeze(0) if input.dim() == 3 else input
+    arguments = stride, _pair(paddings, "padding"), dilation, _number(groups, "groups"), padding_code
+    output = autograd_integers.integer_conv2d(batch, weight, *arguments, integer_table(multiplier, input.device), path)
+    return output.squeeze(0) if input.dim() == 3 else output
+
+
+def integer_linear(
+    input: Tensor, weight: Tensor, multiplier: Multiplier | str = "exact-int8", path: str = "auto"
+) -> Tensor:
+    """Sum the products of an integer multiplier over the inputs of a dense layer, exactly. There is no gradient.
+
+    Args:
+        input: codes, (..., K), as in `integer_conv2d`.
+        weight: codes, (O, K).
+        multiplier, path: as in `integer_conv2d`.
+
+    Returns:
+        int32, (..., O).
+
+    Raises:
+        RuntimeError, ValueError: as `integer_conv2d`.
+    """
+    _check_tensors(input=input, weight=weight)
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"an input {list(input.shape)} does not fit a weight {list(weight.shape)}")
+    rows = input.reshape(math.prod(input.shape[:-1]), weight.shape[1], 1, 1)
+    output = integer_conv2d(rows, weight[:, :, None, None], multiplier=multiplier, path=path)
+    return output.reshape(*input.shape[:-1], len(weight))
+
+
+def _integer(multiplier: Multiplier | str) -> tuple[Multiplier, Operands]:
+    resolved = resolve(multiplier)
+    if resolved.operands is None:
+        raise ValueError(f"{resolved} multiplies floats; codes take an integer multiplier, for example exact-int8")
+    return resolved, resolved.operands
+
+
+def _refuse_long_sums(steps: int, largest: int, note: str = "") -> None:
+    """Refuse sums of so many products of up to a magnitude that could leave 32 bits.
+
+    Raises:
+        ValueError: they could.
+    """
+    if steps * largest > MOST:
+        raise ValueError(
+            f"a sum of {steps:,} products of up to {largest:,}{note} can leave 32 bits; with this multiplier "
+            f"{MOST // largest:,} products fit"
+        )
+
+
+def _largest_without_offsets(bits: int, table: Tensor, scales: tuple[Tensor, ...]) -> int:
+    """Return the largest magnitude of T[a, b] - z_a b - z_b a + z_a z_b, for the zero points that there are."""
+    numbers = torch.arange(1 << bits)
+    errors = table[: 1 << bits, : 1 << bits].cpu().long() - torch.outer(numbers, numbers)
+    z_a, z_b = scales[1].cpu().long(), scales[3].cpu().long().unique()
+    return max(int((errors + torch.outer(numbers - z_a, numbers - z)).abs().max()) for z in z_b)
+
+
+def quantized_conv2d_of_operands(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor],
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bounds: tuple[int, bool, int, int],
+    table: Tensor,
+    *gradients: Any,
+) -> Tensor:
+    """Compute a convolution of quantised operands, for a layer.
+
+    Args:
+        scales: scale and zero point of input and weight.
+        bounds, table: of the multiplier's ``IntegerTable``, the table as a tensor on the input's device.
+        gradients: a handle and a table or ``None`` for the gradients of input and weight.
+    """
+    _check_tensors(input=input)
+    input, weight, bias = _float32_in_autocast(input, weight, bias)
+    _check_operands(input, weight, "input", "weight")
+    steps, (bits, signed, largest, largest_error) = math.prod(weight.shape[1:]), bounds
+    if signed:
+        _refuse_long_sums(steps, largest)
+    elif not torch.compiler.is_compiling() and steps * (largest_error + 4**bits) > MOST:  # whatever the zero points
+        _refuse_long_sums(steps, _largest_without_offsets(bits, table, scales), " (without zero points)")
+    if input.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(input.isfinite().all()):
+        raise NotFiniteError
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, list(stride), padding, list(dilation))
+    batch = input.unsqueeze(0) if input.dim() == 3 else input
+    arguments = list(stride), list(padding), list(dilation), groups, bits, signed, table
+    output = autograd_integers.quantized_conv2d(batch, weight, bias, *scales, *arguments, *gradients)
+    return output.squeeze(0) if input.dim() == 3 else output
+
+
+def quantized_linear_of_operands(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor],
+    *multipliers: Any,
+) -> Tensor:
+    """Compute a dense layer of quantised operands, for a layer, as `quantized_conv2d_of_operands`."""
+    _check_tensors(input=input)
+    rows = input.reshape(math.prod(input.shape[:-1]), weight.shape[1], 1, 1)
+    arguments = [1, 1], [0, 0], [1, 1], 1
+    output = quantized_conv2d_of_operands(rows, weight[:, :, None, None], bias, scales, *arguments, *multipliers)
+    return output.reshape(*input.shape[:-1], len(weight))
 
 
 def linear_of_operands(input: Tensor, weight: Tensor, bias: Tensor | None, *products: Any) -> Tensor:
@@ -197,6 +371,25 @@ def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
         raise RuntimeError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
 
 
+def _check_codes(a: Tensor, b: Tensor, name_a: str, name_b: str, multiplier: Multiplier) -> None:
+    operands = multiplier.operands
+    assert operands is not None
+    wanted = torch.int8 if operands.signed else torch.uint8
+    for name, tensor in ((name_a, a), (name_b, b)):
+        if tensor.dtype != wanted:
+            raise RuntimeError(f"{name} is {tensor.dtype}, but {multiplier} takes codes as {wanted}")
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        if operands.bits < 8 and tensor.numel() and not capturing and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tensor.aminmax())
+            if low < operands.least or high > operands.most:
+                found = low if low < operands.least else high
+                raise RuntimeError(
+                    f"{name} has the code {found}, but {operands} has {operands.least} to {operands.most}"
+                )
+    if a.device != b.device:
+        raise RuntimeError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
+
+
 def _numbers(value: Any, name: str) -> list[int]:
     return [_number(one, name) for one in value] if isinstance(value, list | tuple) else [_number(value, name)]
 
@@ -221,7 +414,7 @@ def _pair(values: list[int], name: str) -> list[int]:
 
 
 def _resolve_padding(
-    input: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
+    input: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int], value: int = 0
 ) -> tuple[Tensor, list[int]]:
     """Return ``"valid"`` or ``"same"`` padding as numbers, and the input padded by the odd rest of ``"same"``."""
     if padding == "valid":
@@ -232,5 +425,5 @@ def _resolve_padding(
         raise RuntimeError("padding='same' is not defined for strided convolutions")
     total = [dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)]
     if total[0] % 2 or total[1] % 2:
-        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2), value=value)
     return input, [total[0] // 2, total[1] // 2]

@@ -22,6 +22,7 @@ SHIPPED = {
     "cnn3-mbm": {"name": "cnn3", "multiplier": "mbm"},
     "lenet-everything": {"multiplier": {"conv2d": "mbm-t16-r7", "linear": "mbm-t16-r7"}, "backward": "same"},
     "lenet-exact": {"multiplier": "exact"},
+    "lenet-int8": {"multiplier": {"conv2d": "exact-int8", "linear": "exact-int8"}},
     "lenet-mbm": {"multiplier": "mbm"},
     "lenet-mitchell": {"multiplier": "mitchell"},
     "mlp-exact": {"name": "mlp", "multiplier": "exact"},
@@ -34,6 +35,7 @@ seed: 0
 device: auto
 data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_limit: null, test_limit: null}
 model: {name: lenet, multiplier: mbm, backward: exact}
+quantize: {activations: max, weights: max, calibration_images: 1024}
 optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear}
 train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto}
 """
@@ -217,7 +219,7 @@ def test_value_is_shown_in_one_line(value, shown):
         ("model.multiplier", "{family: mbm, trunc: 8}", ["unknown field 'trunc'", "truncate"]),
         ("model.multiplier", "{conv1: 3}", ["must be a short form"]),
         ("model.backward", "mbn", ["model.backward: ", "did you mean mbm?"]),
-        ("model.backward", "mbm-int8", ["model.backward: ", "multiplies integers"]),
+        ("model.backward", "mbm-int8", ["model.backward: mbm-int8: ", "take a float multiplier"]),
         ("model.backward", "{bias: mbm}", ["unknown gradient 'bias'", "{input: mbm, weight: exact}"]),
         ("model.backward", "{}", ["no gradient is named"]),
         ("model.backward", "3", ["model.backward: must be a short form", "not 3"]),

@@ -13,12 +13,11 @@ import torch
 from mbm_cli import config as configs
 from mbm_cli.config import Config
 from mbm_cli.errors import RequestError, RunError
-from mbm_cli.experiments import lifecycle, sweep
+from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.profile_conv import convolution_seconds
 from mbm_cli.experiments.sweep import Row
 from mbm_cli.multipliers.names import Backward
-from mbm_cli.nn import convert
 from mbm_cli.runs import Plan, Run
 from mbm_cli.training import Split, evaluate
 
@@ -121,7 +120,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
     columns = []
     for number, one in enumerate(varied, 1):
         runs = [of_column for of_column in trained if of_column.row.combination == number]
-        columns.append(_column(one, runs, exact, varied[0], device, data[1]))
+        columns.append(_column(one, runs, exact, varied[0], device, data))
     result = Comparison(
         config=config.name,
         model=config.model.name,
@@ -156,7 +155,7 @@ def _column(
     exact: Sequence[_Trained],
     exact_config: Config,
     device: torch.device,
-    test: Split,
+    data: tuple[Split, Split],
 ) -> Column:
     accuracies = [one.row.test_accuracy or 0.0 for one in runs]
     train_seconds = statistics.median(t for one in runs for t in one.summary.train_seconds)
@@ -178,21 +177,22 @@ def _column(
         convolution_share=convolutions / train_seconds,
         images_per_second_median=statistics.median(m["images_per_second"] for one in runs for m in one.metrics),
         peak_memory_bytes=max(one.summary.peak_memory_bytes or 0 for one in runs),
-        trained_exact_evaluated_here=[_exchanged(exact_config, one.run, config, device, test) for one in exact],
-        trained_here_evaluated_exact=[_exchanged(config, one.run, exact_config, device, test) for one in runs],
+        trained_exact_evaluated_here=[_exchanged(exact_config, one.run, config, device, data) for one in exact],
+        trained_here_evaluated_exact=[_exchanged(config, one.run, exact_config, device, data) for one in runs],
         accuracy_difference=None if is_exact else _interval(differences),
         epoch_seconds_ratio=None if is_exact else _ratio_interval(ratios),
     )
 
 
-def _exchanged(trained: Config, run: Run, evaluated: Config, device: torch.device, test: Split) -> float:
+def _exchanged(trained: Config, run: Run, evaluated: Config, device: torch.device, data: tuple[Split, Split]) -> float:
     """Evaluate a run with the multiplier of another config; return its test accuracy."""
-    model = lifecycle.build_model(trained, device)
+    model = lifecycle.build_model(trained.with_model(multiplier=evaluated.model.multiplier), device)
     checkpoint = run.checkpoint()
     if checkpoint is None:
         raise RunError(f"{run.folder} has lost its checkpoint.pt: evaluating it with another multiplier needs it")
-    model.load_state_dict(checkpoint["model"])
-    return evaluate(convert(model, evaluated.model.multiplier), test, trained.data.eval_batch_size)[1]
+    weights.load_state(model, checkpoint["model"])
+    lifecycle.calibrate_model(trained, model, data[0])
+    return evaluate(model, data[1], trained.data.eval_batch_size)[1]
 
 
 def _median_epoch(one: _Trained) -> float:

@@ -14,9 +14,10 @@ from mbm_cli.backends import cpu, cuda
 from mbm_cli.config import DataConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import cpu_name
+from mbm_cli.multipliers.content import resolve
 from mbm_cli.multipliers.float32 import FAMILIES, FRACTION_BITS, reference_product
 from mbm_cli.multipliers.names import Multiplier
-from mbm_cli.ops import conv2d, multiply
+from mbm_cli.ops import conv2d, integer_linear, multiply
 
 RANDOM_PAIRS = 1 << 20
 # t = 0, whose sums need rounding, a published format, and t = 17, where mbm has a constant of its own.
@@ -26,6 +27,8 @@ CHECKED = [
     for truncate, result_bits in ((0, None), (8, None), (16, 7), (17, None))
     if truncate in family.truncations
 ]
+CHECKED_INTEGERS = ("mbm-int8", "drum-uint8-k4")
+PATHS = {"cpu": ("terms", "lookup"), "cuda": ("rows", "direct")}  # ways to sum integer products
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def _checks(seed: int) -> Iterator[Check]:
             yield Check(name, f"complete and verified in {folder}")
     for device in devices:
         yield self_check(torch.device(device), seed)
+        yield integer_check(torch.device(device))
 
 
 def _cuda(cupy: Check) -> Iterator[Check]:
@@ -118,6 +122,21 @@ def self_check(device: torch.device, seed: int) -> Check:
                 return Check(name, wrong, "the kernels are wrong on this machine: do not train with them, report it")
             products += len(found)
     return Check(name, f"{products:,} products of {len(CHECKED)} multipliers equal the model, bit for bit")
+
+
+def integer_check(device: torch.device) -> Check:
+    """Compare all products of integer multipliers, by each way to sum them, with their tables."""
+    name, products = f"integer products on {device.type}", 0
+    for short_form, path in product(CHECKED_INTEGERS, PATHS[device.type]):
+        table = resolve(short_form).content
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.int8 if table.operands.signed else torch.uint8)
+        sums = integer_linear(codes[:, None].to(device), codes[:, None].to(device), short_form, path)
+        wrong = int((sums.cpu() != table.tensor()).sum())
+        if wrong:
+            found = f"{short_form} by {path}: {wrong:,} of {sums.numel():,} products differ from the table"
+            return Check(name, found, "the kernels are wrong on this machine: do not train with them, report it")
+        products += sums.numel()
+    return Check(name, f"{products:,} products of {len(CHECKED_INTEGERS)} multipliers equal their tables")
 
 
 def _answers(short_form: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -14,9 +14,8 @@ from mbm_cli import config as configs
 from mbm_cli.config import Config
 from mbm_cli.device import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import lifecycle
+from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
-from mbm_cli.nn import convert
 from mbm_cli.runs import Run
 from mbm_cli.training import predict, score
 
@@ -91,18 +90,17 @@ def evaluate(
     except RequestError as error:
         raise RequestError(str(error).replace("model.multiplier:", "--multiplier:", 1)) from None
     lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
-    watch.status("loading the test set")
-    _, test = lifecycle.load_data(config, where)
-    model = _restored(run, config, checkpoint, where)
-    by_name = {str(one.model.multiplier): one.model.multiplier for one in (config, *others)}
+    watch.status("loading the data")
+    train, test = lifecycle.load_data(config, where)
+    by_name = {str(one.model.multiplier): one for one in (config, *others)}
     rows: list[Row] = []
     confusions = {}
-    for name, multiplier in by_name.items():
+    for name, one in by_name.items():
         if stopped():
             raise Interrupted("interrupted; nothing was kept")
         watch.status(f"evaluating with {name}")
-        if rows:
-            convert(model, multiplier)
+        model = _restored(run, one, checkpoint, where)
+        lifecycle.calibrate_model(one, model, train)
         logits = predict(model, test, config.data.eval_batch_size)
         loss, accuracy = score(logits, test.labels)
         finite = loss if math.isfinite(loss) else None  # JSON knows no others
@@ -122,7 +120,7 @@ def evaluate(
 def _restored(run: Run, config: Config, checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
     model = lifecycle.build_model(config, device)
     try:
-        model.load_state_dict(checkpoint["model"])
+        weights.load_state(model, checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise RunError(
             f"{run.folder / 'checkpoint.pt'} does not hold a {config.model.name}: the run is damaged"

@@ -14,11 +14,13 @@ from mbm_cli.config import Config, OptimizerConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
+from mbm_cli.experiments import weights
 from mbm_cli.models import Layer, build
 from mbm_cli.multipliers import content
 from mbm_cli.multipliers.code import Namespace, check_magnitude
 from mbm_cli.multipliers.names import Backward, Multiplier
 from mbm_cli.ops import multiply
+from mbm_cli.quantize import Quantization, calibrate
 from mbm_cli.runs import Run
 from mbm_cli.training import Progress, Split, Trainer
 
@@ -216,12 +218,28 @@ def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
 def build_model(config: Config, device: torch.device) -> nn.Module:
     """Build the network with the initial weights that the seed decides, the same on every device."""
     torch.manual_seed(config.seed)
-    return build(config.model.name, config.model.multiplier, config.model.backward).to(device)
+    quantization = Quantization(config.quantize.activations, config.quantize.weights)
+    return build(config.model.name, config.model.multiplier, config.model.backward, quantization).to(device)
 
 
-def build_trainer(config: Config, device: torch.device, data: tuple[Split, Split]) -> Trainer:
-    """Build the network, its optimizer, and the loop that trains it on the data."""
+def calibrate_model(config: Config, model: nn.Module, train: Split) -> None:
+    """Calibrate the quantised layers whose scales are unknown on the first training images."""
+    images = train.images[: config.quantize.calibration_images]
+    calibrate(model, images.split(config.data.eval_batch_size), again=False)
+
+
+def build_trainer(
+    config: Config, device: torch.device, data: tuple[Split, Split], folder: Path | None = None
+) -> Trainer:
+    """Build the network, its optimizer, and the loop that trains it on the data.
+
+    Args:
+        folder: of a run, which may have initial weights.
+    """
     model = build_model(config, device)
+    if folder is not None:
+        weights.load_into(model, folder)
+    calibrate_model(config, model, data[0])
     optimizer = _build_optimizer(config.optimizer, model, device)
     use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
     return Trainer(model, optimizer, *data, config.data.batch_size, config.data.eval_batch_size, cuda_graph=use_graph)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu, cuda
+from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers
+from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
 from mbm_cli.device import environment
@@ -21,7 +22,7 @@ from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import describe_layers
-from mbm_cli.multipliers.content import operands
+from mbm_cli.multipliers.content import integer_table, operands
 from mbm_cli.multipliers.names import EXACT, Multiplier
 from mbm_cli.nn import ApproxConv2d, ApproxLinear
 from mbm_cli.runs import Run
@@ -96,7 +97,12 @@ class TimedConv:
 
     Attributes:
         backward_seconds: by the way to both exact gradients of a convolution.
-        gradient_seconds, exact_gradient_seconds: of ``input`` and of ``weight``, with the multiplier and exact.
+        gradient_seconds, exact_gradient_seconds: of ``input`` and of ``weight``, with the multiplier and exact; none
+            with an integer multiplier, whose gradients have other products.
+        quantized_seconds: with an integer multiplier, of quantising both operands, the sums, and scaling them;
+            ``forward_seconds`` are of the sums alone.
+        path: with an integer multiplier, how the sums are computed.
+        share_of_ceiling: ``None`` with an integer multiplier.
     """
 
     name: str
@@ -109,18 +115,24 @@ class TimedConv:
     gradient_seconds: dict[str, float]
     exact_gradient_seconds: dict[str, float]
     macs_per_second: float
-    share_of_ceiling: float
+    share_of_ceiling: float | None
+    quantized_seconds: float | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True)
 class ConvProfile:
-    """``profile.json`` of `mbm profile conv`. The ceiling is the kernels' arithmetic on registers alone."""
+    """``profile.json`` of `mbm profile conv`.
+
+    Attributes:
+        ceiling_macs_per_second: of the kernels' arithmetic on registers alone; ``None`` with an integer multiplier.
+    """
 
     multiplier: str
     device: str
     device_name: str
     threads: int
-    ceiling_macs_per_second: float
+    ceiling_macs_per_second: float | None
     convolutions: list[TimedConv]
 
 
@@ -169,7 +181,7 @@ def _measure(
     stopped: Stopped,
 ) -> ConvProfile:
     watch.status("measuring the ceiling")
-    ceiling, convolutions = measure_ceiling(multiplier, device), []
+    ceiling, convolutions = None if multiplier.is_integer else measure_ceiling(multiplier, device), []
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if stopped():
@@ -211,7 +223,9 @@ def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device
 
 
 def _passes(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> dict[str, Callable[[], Tensor]]:
-    """Return the three passes of a layer as calls, with these products."""
+    """Return the three passes of a layer as calls, with these products; of an integer multiplier, the sums alone."""
+    if multiplier.is_integer:
+        return {"forward": _integer_pass(shape, x, weight, multiplier)}
     product = operands(multiplier, x.device)
     if shape.is_dense:
         linear = partial(torch.ops.mbm.linear, bias=None, multiplier=product[0], table=product[1])
@@ -226,6 +240,39 @@ def _passes(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier)
         "input": partial(torch.ops.mbm.conv2d_input_grad, grad, weight, list(x.shape), *arguments),
         "weight": partial(torch.ops.mbm.conv2d_weight_grad, grad, x, list(weight.shape), *arguments),
     }
+
+
+def _integer_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> Callable[[], Tensor]:
+    """Return the sums of a layer's quantised operands as a call."""
+    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
+    format = multiplier.operands or ()
+    codes = (torch.ops.mbm.quantize(one, *_scale(one, multiplier), *format) for one in (x, weight))
+    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, 0
+    return partial(torch.ops.mbm.integer_conv2d, *codes, *arguments, integer_table(multiplier, x.device))
+
+
+def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> Callable[[], Tensor]:
+    """Return a layer in floats as a call, its scales given."""
+    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
+    format = multiplier.operands or ()
+    scales = *_scale(x, multiplier), *torch.ops.mbm.row_scales(weight, *format)
+    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, *format, integer_table(multiplier, x.device)
+    return partial(torch.ops.mbm.quantized_conv2d, x, weight, None, *scales, *arguments)
+
+
+def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> str:
+    """Return the way in which the sums are computed."""
+    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
+    out = x.shape[0], len(weight), *[shape.size + 2 * shape.padding - shape.kernel + 1] * 2
+    size = list(out) if not shape.is_dense else [*out[:2], 1, 1]
+    geometry = forward_geometry(x, weight, size, (1, 1), (shape.padding,) * 2, (1, 1), 1)
+    backend = cuda_integers if x.is_cuda else cpu_integers
+    return backend.chosen_path(geometry, integer_table(multiplier, x.device))
+
+
+def _scale(x: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
+    scale, zero = torch.ops.mbm.row_scales(x.reshape(1, -1), *(multiplier.operands or ()))
+    return scale, zero
 
 
 def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape, Multiplier]]:
@@ -247,7 +294,7 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
 
 
 def _time_shape(
-    shape: ConvShape, multiplier: Multiplier, ceiling: float, generator: torch.Generator, device: torch.device
+    shape: ConvShape, multiplier: Multiplier, ceiling: float | None, generator: torch.Generator, device: torch.device
 ) -> TimedConv:
     x, weight = _operands(shape, generator, device)
     with torch.no_grad():
@@ -255,8 +302,12 @@ def _time_shape(
             {name: _seconds(call, device) for name, call in _passes(shape, x, weight, one).items()}
             for one in (multiplier, EXACT)
         )
-        backward = {}
-        if not shape.is_dense:
+        quantized, path, backward = None, None, {}
+        if multiplier.is_integer:
+            exact = {"forward": exact["forward"]}
+            quantized = _seconds(_quantized_pass(shape, x, weight, multiplier), device)
+            path = _path(shape, x, weight, multiplier)
+        elif not shape.is_dense:
             grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
             backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
     forward = approximate.pop("forward")
@@ -272,7 +323,9 @@ def _time_shape(
         gradient_seconds=approximate,
         exact_gradient_seconds=exact,
         macs_per_second=rate,
-        share_of_ceiling=rate / ceiling,
+        share_of_ceiling=None if ceiling is None else rate / ceiling,
+        quantized_seconds=quantized,
+        path=path,
     )
 
 

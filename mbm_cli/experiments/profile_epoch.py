@@ -160,7 +160,9 @@ def _measure(
         kernels = {e.key: e.device_time_total / 1e6 / share for e in events if e.device_type == DeviceType.CPU}
 
     watch.status("the ceilings")
-    ceilings = {m: measure_ceiling(m, device) for m in config.model.multiplier.distinct() if not m.is_exact}
+    ceilings = {
+        m: measure_ceiling(m, device) for m in config.model.multiplier.distinct() if not (m.is_exact or m.is_integer)
+    }
     result = EpochProfile(
         config=config.name,
         model=config.model.name,

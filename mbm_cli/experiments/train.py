@@ -21,7 +21,7 @@ from mbm_cli.device import environment
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
-from mbm_cli.models import build, describe_layers
+from mbm_cli.models import describe_layers
 from mbm_cli.runs import Run, Summary, as_json
 from mbm_cli.training import PartOfEpoch, Progress, Split, Trainer, learning_rates
 
@@ -138,11 +138,10 @@ class _Training:
         if device.type == "cuda":
             gc.collect()  # the CUDA graphs of an earlier run in this process keep their memory until they are collected
             torch.cuda.reset_peak_memory_stats(device)
-        self.trainer = lifecycle.build_trainer(config, device, data)
+        self.trainer = lifecycle.build_trainer(config, device, data, run.folder)
         self.metrics: list[dict[str, Any]] = []  # of the epochs that have ended
         self.part: PartOfEpoch | None = None
         self.started = started  # moved back by the time before an interruption
-        weights.load_into(self.trainer.model, run.folder)
         checkpoint = run.checkpoint()
         if checkpoint:
             self.part = _restore(run, config, checkpoint, self.trainer, device)
@@ -337,7 +336,7 @@ def _largest(config: Config, device: torch.device, batch: int, training: bool) -
 
 
 def _try_step(config: Config, device: torch.device, batch: int, training: bool) -> None:
-    model = build(config.model.name, config.model.multiplier, config.model.backward).to(device).train(training)
+    model = lifecycle.build_model(config, device).train(True)  # training needs no scales
     with torch.set_grad_enabled(training):
         logits = model(torch.zeros(batch, 1, 28, 28, device=device))
         loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=device))

@@ -38,7 +38,8 @@ def read(path: str, model: nn.Module) -> tuple[bytes, dict[str, str]]:
 def _refuse_others(state: Any, model: nn.Module, path: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RequestError(f"train.init: {path} holds neither a checkpoint nor a state_dict of tensors")
-    wanted = model.state_dict()
+    wanted = {name: value for name, value in model.state_dict().items() if not is_scale(name)}
+    state = {name: value for name, value in state.items() if not is_scale(name)}
     faults = [f"{name} is missing" for name in wanted if name not in state]
     faults += [f"{name} is unknown to the network" for name in state if name not in wanted]
     faults += [
@@ -51,7 +52,25 @@ def _refuse_others(state: Any, model: nn.Module, path: str) -> None:
         raise RequestError(f"train.init: {path} does not fit the network: {'; '.join(faults[:8])}{more}")
 
 
+def is_scale(name: str) -> bool:
+    """Return whether an entry of a ``state_dict`` belongs to a quantizer: such entries may be missing."""
+    return ".quantizer." in name
+
+
 def load_into(model: nn.Module, folder: Path) -> None:
     """Load the weights that a run's folder keeps, if it has some."""
     if (folder / FILE).exists():
-        model.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
+        load_state(model, torch.load(folder / FILE, map_location="cpu", weights_only=True))
+
+
+def load_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load a ``state_dict`` with those scales of quantised layers that the model has a use for.
+
+    Raises:
+        RuntimeError: it does not fit.
+    """
+    wanted = model.state_dict()
+    found = model.load_state_dict({n: x for n, x in state.items() if n in wanted or not is_scale(n)}, strict=False)
+    wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not is_scale(name)]
+    if wrong:
+        raise RuntimeError(f"{wrong[0]} is missing, or not the model's")

@@ -1,0 +1,254 @@
+"""Quantisation of a layer's operands: ranges, scales, their calibration, and how training changes them.
+
+Sources: scales and codes as design notes of integer hardware have them (symmetric signed codes, affine unsigned ones);
+S. K. Esser et al., "Learned Step Size Quantization", ICLR 2020 (``lsq``).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mbm_cli.backends.integers import code_range, scale_of
+from mbm_cli.errors import did_you_mean
+from mbm_cli.multipliers.integer import Operands
+from mbm_cli.ops import NotFiniteError
+
+MOMENTUM = 0.01  # of the running range of activations while training
+PERCENTILE = 0.999  # of the activations that ``percentile`` does not clip, at each end
+ACTIVATIONS = ("max", "percentile", "mse", "lsq")
+WEIGHTS = ("max", "mse", "lsq")
+_FRACTIONS = torch.arange(20, 101).tolist()  # of the range, in percent, of which ``mse`` takes the best
+
+Scale = tuple[Tensor, Tensor]  # scale and zero point, float32 of one element or of one for each output channel
+
+
+class Quantization(NamedTuple):
+    """How the scales of activations and weights are found.
+
+    Attributes:
+        activations: ``max``, ``percentile`` (99.9), ``mse`` or ``lsq``: of one range for a tensor.
+        weights: ``max``, ``mse`` or ``lsq``: of one range for each output channel.
+    """
+
+    activations: str = "max"
+    weights: str = "max"
+
+    def check(self) -> None:
+        """Raise ValueError for other names."""
+        for field, allowed in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(
+                    f"quantize.{field} is {value!r}, not {' | '.join(allowed)}{did_you_mean(value, allowed)}"
+                )
+
+
+class Quantizer(nn.Module):
+    """Scales and zero points of a layer's input and weight.
+
+    Activations have a range, from calibration, of which training keeps a running mean; with ``lsq``, a learned scale.
+    Weights have the scales of their current values, or learned ones.
+
+    Args:
+        operands: the format of the codes.
+        rows: output channels.
+        quantization: how scales are found.
+        device: of the state.
+    """
+
+    input_range: Tensor
+    weight_zero: Tensor
+    _observed: list[Tensor] | None
+
+    def __init__(self, operands: Operands, rows: int, quantization: Quantization, device: Any = None) -> None:
+        super().__init__()
+        quantization.check()
+        self.operands, self.quantization = operands, quantization
+        self.is_calibrated, self._observed = False, None
+        self.register_buffer("format", torch.tensor([*operands], dtype=torch.int64, device=device))
+        self.register_buffer("input_range", torch.zeros(2, device=device))
+        if quantization.activations == "lsq":
+            self.input_scale = nn.Parameter(torch.ones(1, device=device))
+        if quantization.weights == "lsq":
+            self.weight_scale = nn.Parameter(torch.ones(rows, device=device))
+            self.register_buffer("weight_zero", torch.zeros(rows, device=device))
+
+    def forward(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return scale and zero point of input and weight; while training, update the range of activations.
+
+        Raises:
+            RuntimeError: in evaluation, before any calibration or training.
+        """
+        if not self.is_calibrated:
+            if not self.training:
+                raise RuntimeError(
+                    "the scales of a quantised layer are unknown: calibrate it (mbm_cli.calibrate(model, images)), "
+                    "train it, or load a state_dict with them"
+                )
+            self.calibrate(input.detach(), weight.detach())
+        elif self.training and self.quantization.activations == "max":
+            both = torch.ops.mbm.update_range(input.detach(), self.input_range, MOMENTUM, *self.operands)
+            return both[:1], both[1:], *self._of_weight(weight)
+        elif self.training and self.quantization.activations != "lsq":
+            with torch.no_grad():
+                self.input_range.add_((self._range(input) - self.input_range).mul_(MOMENTUM))
+        return *self._of_input(input), *self._of_weight(weight)
+
+    @torch.no_grad()
+    def calibrate(self, input: Tensor, weight: Tensor) -> None:
+        """Set all state from a layer's inputs and its weight.
+
+        Raises:
+            ValueError: inputs that are not finite, or none.
+        """
+        if input.numel() == 0:
+            raise ValueError("calibration needs at least one image")
+        self.input_range.copy_(self._range(input))
+        if not torch.compiler.is_compiling() and not self.input_range.isfinite().all():
+            raise NotFiniteError
+        if self.quantization.activations == "lsq":
+            self.input_scale.copy_(_first_step(input.flatten()[None], self.operands))
+        if self.quantization.weights == "lsq":
+            rows = weight.flatten(1)
+            self.weight_scale.copy_(_first_step(rows, self.operands))
+            self.weight_zero.copy_(scale_of(*_ends(rows), self.operands)[1])
+        self.is_calibrated = True
+
+    def _range(self, input: Tensor) -> Tensor:
+        """Return the least and the greatest number that a batch's codes reach, float32 (2,)."""
+        values, method = input.detach().flatten(), self.quantization.activations
+        if method == "percentile":
+            count = values.numel()
+            last = max(1, round(count * (1 - PERCENTILE)))
+            low, high = values.kthvalue(last).values, values.kthvalue(count + 1 - last).values
+            return torch.stack([low, high])
+        ends = torch.stack(values.aminmax())
+        if method == "mse":
+            low, high = _least_square(values[None], ends[:1], ends[1:], self.operands)
+            return torch.cat([low, high])
+        return ends
+
+    def _of_input(self, input: Tensor) -> Scale:
+        scale, zero = scale_of(self.input_range[:1], self.input_range[1:], self.operands)
+        if self.quantization.activations == "lsq":
+            scale = _learned(self.input_scale, input[0].numel(), self.operands)
+        return scale, zero
+
+    def _of_weight(self, weight: Tensor) -> Scale:
+        if self.quantization.weights == "lsq":
+            return _learned(self.weight_scale, weight[0].numel(), self.operands), self.weight_zero
+        rows = weight.detach().flatten(1)
+        if self.quantization.weights == "mse":
+            return scale_of(*_least_square(rows, *_ends(rows), self.operands), self.operands)
+        scale, zero = torch.ops.mbm.row_scales(rows, *self.operands)
+        return scale, zero
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether the layer is being calibrated: it then computes in floats and shows its inputs to `observe`."""
+        return self._observed is not None
+
+    def observe(self, input: Tensor) -> None:
+        """Keep a layer's input for the calibration that is going on."""
+        assert self._observed is not None
+        self._observed.append(input.detach())
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Load scales for codes of this format; others are missing."""
+        format = state.get(f"{prefix}format")
+        if format is None or format.tolist() != [*self.operands]:
+            for name in [name for name in state if name.startswith(prefix)]:
+                del state[name]
+        super()._load_from_state_dict(state, prefix, *rest)
+        self.is_calibrated = self.is_calibrated or f"{prefix}input_range" in state
+
+    def extra_repr(self) -> str:
+        return f"{self.operands}, activations={self.quantization.activations}, weights={self.quantization.weights}"
+
+
+def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = rows.aminmax(dim=1)
+    return low, high
+
+
+def _least_square(rows: Tensor, low: Tensor, high: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Return the fractions of the ranges (n,) whose codes have the least square error over the rows (n, ...)."""
+    best = torch.full_like(low, torch.inf)
+    best_low, best_high = low, high
+    for percent in _FRACTIONS:
+        some_low, some_high = low * (percent / 100), high * (percent / 100)
+        scale, zero = scale_of(some_low, some_high, operands)
+        codes = torch.ops.mbm.fake_quantize(rows, scale, zero, *operands)
+        error = (codes - rows).square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low, best_high = torch.where(better, some_low, best_low), torch.where(better, some_high, best_high)
+    return best_low, best_high
+
+
+def _first_step(rows: Tensor, operands: Operands) -> Tensor:
+    """Return the initial step sizes of LSQ for rows of values."""
+    step = 2 * rows.abs().mean(1) / code_range(*operands)[1] ** 0.5
+    return torch.where(step == 0, 1.0, step)
+
+
+def _learned(scale: Tensor, count: int, operands: Operands) -> Tensor:
+    """Return a learned scale, above zero, whose gradient is scaled for the number of values that it quantises."""
+    factor = (count * code_range(*operands)[1]) ** -0.5
+    positive = scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+    return positive.detach() + factor * (positive - positive.detach())
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[Tensor, Quantizer]]:
+    """Yield the weights of a model's quantised layers with their quantizers."""
+    for module in model.modules():
+        quantizer = getattr(module, "quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            assert isinstance(module.weight, Tensor)
+            yield module.weight, quantizer
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor], again: bool = True) -> None:
+    """Set the scales of a model's quantised layers from a forward pass in floats, in evaluation mode.
+
+    Args:
+        model: with layers whose multiplier is of integers; others compute as always.
+        images: a batch, or several; what the model takes.
+        again: also set scales that are known already.
+
+    Raises:
+        ValueError: no images, or activations that are not finite.
+    """
+    layers = [(weight, q) for weight, q in quantizers(model) if again or not q.is_calibrated]
+    if not layers:
+        return
+    training = model.training
+    with observing(model):
+        model.eval()
+        try:
+            for batch in [images] if isinstance(images, Tensor) else images:
+                model(batch)
+        finally:
+            model.train(training)
+        for weight, quantizer in layers:
+            seen = quantizer._observed or []
+            if not any(one.numel() for one in seen):
+                raise ValueError("calibration needs at least one image")
+            quantizer.calibrate(torch.cat([one.flatten() for one in seen]), weight.detach())
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Let quantised layers compute in floats, and show their inputs to `Quantizer.observe`."""
+    found = [quantizer for _, quantizer in quantizers(model)]
+    for quantizer in found:
+        quantizer._observed = []
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer._observed = None
