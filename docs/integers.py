@@ -68,7 +68,7 @@ def main() -> None:
             before.append(calibrated(base, folder / "eval", names))
             start = [f"train.init={base.folder / 'checkpoint.pt'}", "train.epochs=1", *common]
             retrained = {
-                name: trained(folder / name, f"{network}-exact", f"model.multiplier={one}", *start)
+                name: trained(folder / "retrained" / name, f"{network}-exact", f"model.multiplier={one}", *start)
                 for name, one in {"float32": "exact", **names}.items()
             }
             after.append({name: run.summary().test_accuracy or 0.0 for name, run in retrained.items()})

@@ -17,6 +17,11 @@ __device__ __forceinline__ float clamped(float code, Format f) {
   return code < f.least ? f.least : code > f.most ? f.most : code;  // NaN stays NaN
 }
 
+// The row of an element; a whole tensor needs no division.
+__device__ __forceinline__ long long row_of(long long i, long long count, long long row_length) {
+  return row_length == count ? 0 : i / row_length;
+}
+
 #define ELEMENTS(i, count) \
   long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < count; i += (long long)gridDim.x * blockDim.x
 
@@ -24,7 +29,7 @@ __device__ __forceinline__ float clamped(float code, Format f) {
 extern "C" __global__ void quantize(const float* x, const float* scale, const float* zero, unsigned char* codes,
                                     long long count, long long row_length, Format f, float* poison, int poisoned) {
   for (ELEMENTS(i, count)) {
-    long long row = i / row_length;
+    long long row = row_of(i, count, row_length);
     if (!isfinite(x[i]))
       for (int k = 0; k < poisoned; k++) poison[k] = __int_as_float(0x7FC00000);
     codes[i] = static_cast<unsigned char>(static_cast<int>(clamped(rounded(x[i], scale[row], zero[row]), f)));
@@ -34,7 +39,7 @@ extern "C" __global__ void quantize(const float* x, const float* scale, const fl
 extern "C" __global__ void fake_quantize(const float* x, const float* scale, const float* zero, float* out,
                                          long long count, long long row_length, Format f) {
   for (ELEMENTS(i, count)) {
-    long long row = i / row_length;
+    long long row = row_of(i, count, row_length);
     out[i] = __fmul_rn(__fsub_rn(clamped(rounded(x[i], scale[row], zero[row]), f), zero[row]), scale[row]);
   }
 }
@@ -42,7 +47,7 @@ extern "C" __global__ void fake_quantize(const float* x, const float* scale, con
 extern "C" __global__ void quantize_grad(const float* grad, const float* x, const float* scale, const float* zero,
                                          float* out, long long count, long long row_length, Format f) {
   for (ELEMENTS(i, count)) {
-    long long row = i / row_length;
+    long long row = row_of(i, count, row_length);
     float code = rounded(x[i], scale[row], zero[row]);
     out[i] = code >= f.least && code <= f.most ? grad[i] : 0.0f;
   }
@@ -115,4 +120,35 @@ extern "C" __global__ void row_scales(const float* x, float* scales, long long r
   for (long long i = threadIdx.x; i < row_length; i += blockDim.x) mine = join(mine, {row[i], row[i]});
   mine = of_block(mine);
   if (threadIdx.x == 0) write_scale(mine, scales + blockIdx.x, scales + gridDim.x + blockIdx.x, f);
+}
+
+// ---- Unsigned codes ------------------------------------------------------------------------------------------------
+
+// A block a row of a weight's codes: z_a times (steps times z_b less the codes' sum), modulo 2^32.
+extern "C" __global__ void row_offsets(const unsigned char* codes, const float* input_zero, const float* weight_zero,
+                                       unsigned* offsets, long long steps) {
+  __shared__ unsigned sum;
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  unsigned mine = 0;
+  for (long long i = threadIdx.x; i < steps; i += blockDim.x) mine += codes[blockIdx.x * steps + i];
+  atomicAdd(&sum, mine);  // of integers, so that the order does not matter
+  __syncthreads();
+  if (threadIdx.x == 0)
+    offsets[blockIdx.x] = static_cast<unsigned>(*input_zero) *
+                          (static_cast<unsigned>(steps) * static_cast<unsigned>(weight_zero[blockIdx.x]) - sum);
+}
+
+// Sums of T[a, b] without the codes' zero points, scaled. `windows` are sums of a, of each group.
+extern "C" __global__ void scale_sums(const unsigned* sums, const unsigned* windows, const unsigned* offsets,
+                                      const float* weight_zero, const float* scale, const float* bias, float* out,
+                                      long long count, long long plane, int channels, int of_group) {
+  for (ELEMENTS(i, count)) {
+    long long channel_of_image = i / plane;
+    int channel = channel_of_image % channels;
+    long long window = channel_of_image / of_group * plane + i % plane;
+    unsigned sum = sums[i] - static_cast<unsigned>(weight_zero[channel]) * windows[window] + offsets[channel];
+    float scaled = __fmul_rn(__int2float_rn(static_cast<int>(sum)), scale[channel]);
+    out[i] = bias ? __fadd_rn(scaled, bias[channel]) : scaled;
+  }
 }

@@ -28,6 +28,8 @@ for _name, _arguments in {
     "quantize_grad": f"Tensor grad, Tensor x, {_SCALE}, {_FORMAT}",
     "update_range": f"Tensor x, Tensor(a!) running, float momentum, {_FORMAT}",
     "row_scales": f"Tensor x, {_FORMAT}",
+    "scale_sums": "Tensor sums, Tensor windows, Tensor weight, Tensor input_zero, Tensor weight_zero, Tensor scale, "
+    "Tensor? bias",
 }.items():
     torch.library.define(f"mbm::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
@@ -82,6 +84,11 @@ def _one_scale(x: Tensor, *_: object) -> Tensor:
 @torch.library.register_fake("mbm::row_scales")
 def _scales_of_rows(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(2, len(x))
+
+
+@torch.library.register_fake("mbm::scale_sums")
+def _floats(sums: Tensor, *_: object) -> Tensor:
+    return sums.new_empty(sums.shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

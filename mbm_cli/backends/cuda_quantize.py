@@ -14,7 +14,16 @@ from mbm_cli.backends.cuda import current_stream, import_cupy, refuse_capture
 _THREADS = 256
 _MOST_BLOCKS = 1024
 _FORMAT = np.dtype([("least", np.float32), ("most", np.float32), ("is_signed", np.int32)])
-_KERNELS = ("quantize", "fake_quantize", "quantize_grad", "range_parts", "update_range", "row_scales")
+_KERNELS = (
+    "quantize",
+    "fake_quantize",
+    "quantize_grad",
+    "range_parts",
+    "update_range",
+    "row_scales",
+    "row_offsets",
+    "scale_sums",
+)
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, poison: Tensor | None = None) -> Tensor:
@@ -44,6 +53,26 @@ def row_scales(x: Tensor, bits: int, signed: bool) -> Tensor:
     x, scales = x.contiguous(), x.new_empty(2, len(x))
     _launch("row_scales", len(x), x, (x, scales, x.numel() // len(x), _format(bits, signed)))
     return scales
+
+
+def scale_sums(
+    sums: Tensor,
+    windows: Tensor,
+    weight: Tensor,
+    input_zero: Tensor,
+    weight_zero: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    sums, windows, output = sums.contiguous(), windows.contiguous(), torch.empty(sums.shape, device=sums.device)
+    if output.numel() > 0:
+        offsets = sums.new_empty(len(weight))
+        arguments = weight.contiguous(), input_zero, weight_zero, offsets, weight[0].numel()
+        _launch("row_offsets", len(weight), sums, arguments)
+        operands = sums, windows, offsets, weight_zero, scale, 0 if bias is None else bias.contiguous(), output
+        sizes = sums.numel(), sums[0, 0].numel(), np.int32(len(weight)), np.int32(len(weight) // windows.shape[1])
+        _launch("scale_sums", _blocks(sums.numel()), sums, (*operands, *sizes))
+    return output
 
 
 def _elementwise(
@@ -83,5 +112,5 @@ def _launch(kernel: str, blocks: int, like: Tensor, arguments: tuple[Any, ...]) 
         function((blocks,), (_THREADS,), pointers)
 
 
-for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales):
+for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales, scale_sums):
     torch.library.impl(f"mbm::{_function.__name__}", "cuda", _function)

@@ -92,28 +92,39 @@ class IntegerOperators:
             self._compute(codes, weights, output, arguments, table, 0, "auto", scale=scale, bias=bias)
             return output
         sums = self.integer_conv2d(codes, weights, *arguments, 0, table)
-        if not signed:
-            sums = self._without_offsets(sums, codes, weights, input_zero, weight_zero, arguments)
-        output = sums.float() * scale.reshape(-1, 1, 1)
-        return output if bias is None else output + bias.reshape(-1, 1, 1)
+        if signed:
+            return scaled(sums, scale, bias)
+        # Sums of activations alone; the weights have no part in them, so that any of them do.
+        of_windows = self.integer_conv2d(codes, weights[:groups], *arguments, 0, _first_operands(codes.device))
+        output = _ops.scale_sums(sums, of_windows, weights, input_zero, weight_zero, scale, bias)
+        return output
 
-    def _without_offsets(
-        self,
-        sums: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        input_zero: Tensor,
-        weight_zero: Tensor,
-        arguments: tuple[list[int], list[int], list[int], int],
-    ) -> Tensor:
-        """Turn sums of T[a, b] into sums of T[a, b] - a b + (a - z_a)(b - z_b), in integers."""
-        z_a, z_b = input_zero.int(), weight_zero.int()
-        ones = weight.new_ones(arguments[3], *weight.shape[1:])
-        of_windows = self.integer_conv2d(input, ones, *arguments, 0, _first_operands(input.device))
-        of_windows = of_windows.repeat_interleave(len(weight) // len(ones), 1)
-        of_weights = weight.flatten(1).sum(1, dtype=torch.int32)
-        constant = z_a * (weight[0].numel() * z_b - of_weights)
-        return sums - z_b.reshape(-1, 1, 1) * of_windows + constant.reshape(-1, 1, 1)
+
+def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    output = sums.float() * scale.reshape(-1, 1, 1)
+    return output if bias is None else output + bias.reshape(-1, 1, 1)
+
+
+def scale_sums(
+    sums: Tensor,
+    windows: Tensor,
+    weight: Tensor,
+    input_zero: Tensor,
+    weight_zero: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Turn sums of T[a, b] into sums of T[a, b] - a b + (a - z_a)(b - z_b), in integers; scale them.
+
+    Args:
+        sums: int32 (N, O, H, W).
+        windows: int32 (N, groups, H, W), sums of a.
+        weight: uint8, the codes b.
+    """
+    z_a, z_b = input_zero.int(), weight_zero.int()
+    windows = windows.repeat_interleave(len(weight) // windows.shape[1], 1)
+    constant = z_a * (weight[0].numel() * z_b - weight.flatten(1).sum(1, dtype=torch.int32))
+    return scaled(sums - z_b.reshape(-1, 1, 1) * windows + constant.reshape(-1, 1, 1), scale, bias)
 
 
 @lru_cache(maxsize=8)
@@ -202,5 +213,5 @@ def scale_of(low: Tensor, high: Tensor, operands: Operands) -> tuple[Tensor, Ten
     return scale, (-low / scale).round().clamp(0, operands.most)
 
 
-for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales):
+for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales, scale_sums):
     torch.library.impl(f"mbm::{_function.__name__}", "default", _function)

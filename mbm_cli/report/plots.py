@@ -225,7 +225,7 @@ def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
         return {}
     figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(result.convolutions)), layout="constrained")
     axes = figure.subplots()
-    shares = [100 * shape.macs_per_second / ceiling for shape in result.convolutions]
+    shares = [100 * (shape.share_of_ceiling or 0.0) for shape in result.convolutions]
     labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in result.convolutions]
     axes.barh(range(len(shares)), shares, height=0.6, color="#0072B2", tick_label=labels)
     axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)

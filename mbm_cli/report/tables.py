@@ -336,7 +336,6 @@ def _integer_profile(
     rows = [
         (
             *shape,
-            f"{row.multiplications / 1e6:,.1f}",
             time(row.forward_seconds),
             time(row.quantized_seconds or 0.0),
             time(row.exact_forward_seconds),
@@ -346,8 +345,9 @@ def _integer_profile(
         )
         for shape, row in zip(shapes, of.convolutions, strict=True)
     ]
-    names = "M mults", f"sums {unit}", "from floats", f"exact {unit}", "sums/exact", rate_unit, "by"
-    return table(f"forward: {of.multiplier} on {where}", ("layer", "shape", "batch", *names), rows, left=2)
+    names = f"sums {unit}", f"all {unit}", f"exact {unit}", "ratio", rate_unit, "by"
+    title = f"forward: {of.multiplier} on {where}; sums of quantised operands, all with quantisation"
+    return table(title, ("layer", "shape", "batch", *names), rows, left=2)
 
 
 @table_of.register
