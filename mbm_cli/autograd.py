@@ -207,27 +207,28 @@ def _is_exact(handle: str) -> bool:
 # torch.func: the operators once more, with rules for forward-mode differentiation and for vmap
 
 
-def _operator(
+def operator(
     name: str,
     save: Callable[..., None],
     backward: Callable[..., Gradients],
-    exact: Callable[[Any, Tensor, Tensor], Tensor],
+    exact: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
     vmap: Callable[..., tuple[Tensor, int]] | None = None,
 ) -> Callable[..., Tensor]:
     """Return a function that calls an operator, under transforms by the rules of an ``autograd.Function``.
 
     Args:
         save, backward: as ``torch.library.register_autograd`` takes them.
-        exact: the operator with exact products, of two operands; it is linear in each.
+        exact: the operator with exact products, of two operands; it is linear in each. Without it there are no
+            forward-mode derivatives.
         vmap: its rule, with the function to apply as the first argument; without it, a loop.
     """
-    operator = getattr(torch.ops.mbm, name)
+    registered = getattr(torch.ops.mbm, name)
     torch.library.register_autograd(f"mbm::{name}", backward, setup_context=save)
 
     class Rules(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> Tensor:
-            output: Tensor = operator(*inputs)
+            output: Tensor = registered(*inputs)
             return output
 
         @staticmethod
@@ -241,6 +242,8 @@ def _operator(
 
         @staticmethod
         def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, d_bias: Tensor | None = None, *_: Any) -> Tensor:
+            if exact is None:
+                raise NotImplementedError(f"mbm::{name} has no forward-mode derivatives: use reverse mode")
             a, b = ctx.saved_tensors
             parts = [None if da is None else exact(ctx, da, b), None if db is None else exact(ctx, a, db)]
             if d_bias is not None:
@@ -255,7 +258,7 @@ def _operator(
             return (vmap or _loop)(Rules.apply, info, in_dims, *inputs)
 
     def call(*inputs: Any) -> Tensor:
-        output: Tensor = (Rules.apply if _is_transformed() else operator)(*inputs)
+        output: Tensor = (Rules.apply if _is_transformed() else registered)(*inputs)
         return output
 
     return call
@@ -314,17 +317,17 @@ def _vmap_conv2d(
     return output.unflatten(1, (size, -1)), 1
 
 
-conv2d_input_grad = _operator("conv2d_input_grad", _save_gradient, _input_grad_backward, _exact_input_grad)
-conv2d_weight_grad = _operator("conv2d_weight_grad", _save_gradient, _weight_grad_backward, _exact_weight_grad)
-multiply = _operator("multiply", _save_multiply, _multiply_backward, lambda _, a, b: a * b, _vmap_multiply)
-conv2d = _operator(
+conv2d_input_grad = operator("conv2d_input_grad", _save_gradient, _input_grad_backward, _exact_input_grad)
+conv2d_weight_grad = operator("conv2d_weight_grad", _save_gradient, _weight_grad_backward, _exact_weight_grad)
+multiply = operator("multiply", _save_multiply, _multiply_backward, lambda _, a, b: a * b, _vmap_multiply)
+conv2d = operator(
     "conv2d",
     _save_conv2d,
     _conv2d_backward,
     lambda ctx, input, weight: F.conv2d(input, weight, None, *ctx.arguments),
     _vmap_conv2d,
 )
-linear = _operator("linear", _save_linear, _linear_backward, lambda _, input, weight: input.mm(weight.t()))
+linear = operator("linear", _save_linear, _linear_backward, lambda _, input, weight: input.mm(weight.t()))
 
 
 @register_flop_formula([torch.ops.mbm.conv2d])

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from mbm_cli.autograd import CONVOLUTION, GRADIENTS, Gradients, conv2d_gradients, linear_gradients, padded
+from mbm_cli.autograd import CONVOLUTION, GRADIENTS, Gradients, conv2d_gradients, linear_gradients, operator, padded
 from mbm_cli.backends.integers import is_dense
 from mbm_cli.backends.shapes import conv2d_output_shape
 
@@ -104,8 +105,8 @@ def _backward(ctx: Any, grad: Tensor) -> Gradients:
     of_input, of_weight = scales[:2], scales[2:]
     wants_input, wants_weight, wants_bias, wants_input_scale, _, wants_weight_scale, *_ = ctx.needs_input_grad
     wanted = [wants_input or wants_input_scale, wants_weight or wants_weight_scale, wants_bias]
-    x = _ops.fake_quantize(input, *of_input, *ctx.format) if wanted[1] or wants_input_scale else input
-    w = _ops.fake_quantize(weight, *of_weight, *ctx.format) if wanted[0] or wants_weight_scale else weight
+    x = fake_quantize(input, *of_input, *ctx.format) if wanted[1] or wants_input_scale else input
+    w = fake_quantize(weight, *of_weight, *ctx.format) if wanted[0] or wants_weight_scale else weight
     tables = (ctx.multipliers[0], input_table), (ctx.multipliers[1], weight_table)
     if is_dense(input, weight, ctx.arguments[1], ctx.arguments[3]):
         grad_x, grad_w, grad_bias = linear_gradients(wanted, grad.flatten(1), x.flatten(1), w.flatten(1), *tables)
@@ -115,9 +116,9 @@ def _backward(ctx: Any, grad: Tensor) -> Gradients:
     of_input_scale = _scale_grad(grad_x, input, x, *of_input, *ctx.format) if wants_input_scale else None
     of_weight_scale = _scale_grad(grad_w, weight, w, *of_weight, *ctx.format) if wants_weight_scale else None
     if wants_input:
-        grad_x = _ops.quantize_grad(grad_x, input, *of_input, *ctx.format)
+        grad_x = quantize_grad(grad_x, input, *of_input, *ctx.format)
     if wants_weight:
-        grad_w = _ops.quantize_grad(grad_w, weight, *of_weight, *ctx.format)
+        grad_w = quantize_grad(grad_w, weight, *of_weight, *ctx.format)
     gradients = grad_x if wants_input else None, grad_w if wants_weight else None, grad_bias
     return padded(ctx, *gradients, of_input_scale, None, of_weight_scale)
 
@@ -129,12 +130,26 @@ def _scale_grad(
     assert grad is not None
     rows = scale.reshape(-1, *[1] * (x.dim() - 1))
     # Codes less what they were rounded from, or clipped: then only the code.
-    codes = dequantized / rows - _ops.quantize_grad(x / rows, x, scale, zero, bits, signed)
+    codes = dequantized / rows - quantize_grad(x / rows, x, scale, zero, bits, signed)
     product = grad * codes
     return product.sum().reshape(scale.shape) if scale.numel() == 1 else product.flatten(1).sum(1)
 
 
-torch.library.register_autograd("mbm::quantized_conv2d", _backward, setup_context=_save)
+def _save_rounding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, bits, signed = inputs
+    ctx.format = bits, signed
+    ctx.save_for_backward(*tensors[-3:])
+
+
+def _rounding_backward(ctx: Any, grad: Tensor) -> Gradients:
+    """Pass a gradient through where nothing was clipped."""
+    return padded(ctx, quantize_grad(grad, *ctx.saved_tensors, *ctx.format))
+
+
+# Their derivatives are those of gradients.
+fake_quantize = operator("fake_quantize", _save_rounding, _rounding_backward)
+quantize_grad = operator("quantize_grad", _save_rounding, _rounding_backward)
+quantized_conv2d = operator("quantized_conv2d", _save, _backward)
 
 
 def integer_conv2d(*inputs: Any) -> Tensor:
@@ -143,7 +158,7 @@ def integer_conv2d(*inputs: Any) -> Tensor:
     return output
 
 
-def quantized_conv2d(*inputs: Any) -> Tensor:
-    """Call the operator ``mbm::quantized_conv2d``."""
-    output: Tensor = _ops.quantized_conv2d(*inputs)
-    return output
+@register_flop_formula([torch.ops.mbm.integer_conv2d, torch.ops.mbm.quantized_conv2d])
+def _flops(input: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    count: int = conv_flop_count(input, weight, out_shape)
+    return count

@@ -16,6 +16,7 @@ from mbm_cli.ops import (
     BackwardLike,
     conv2d_of_operands,
     linear_of_operands,
+    operands_to_quantize,
     quantized_conv2d_of_operands,
     quantized_linear_of_operands,
 )
@@ -24,6 +25,7 @@ from mbm_cli.quantize import Quantization, Quantizer
 # Symbolic tracing keeps the calls: their checks need real tensors.
 torch.fx.wrap("conv2d_of_operands")
 torch.fx.wrap("linear_of_operands")
+torch.fx.wrap("operands_to_quantize")
 torch.fx.wrap("quantized_conv2d_of_operands")
 torch.fx.wrap("quantized_linear_of_operands")
 
@@ -45,6 +47,7 @@ class _Approximate(nn.Module):
     quantizer: Quantizer | None
     weight: Tensor
     _handles: tuple[str, ...]
+    _bounds: tuple[int, bool, int, int] | None
 
     def _set_multipliers(
         self,
@@ -55,6 +58,7 @@ class _Approximate(nn.Module):
         """Set the multipliers; keep a quantizer that has this format and quantization (``None``: its own)."""
         self.multiplier, self.backward = multiplier, backward
         self._handles = tuple(handle_of(one) for one in (multiplier, *backward))
+        self._bounds = multiplier.content.bounds if isinstance(multiplier.content, IntegerTable) else None
         device = self.weight.device
         for name, one in zip(_TABLES, (multiplier, *backward), strict=True):
             table = one.content.tensor().to(device) if isinstance(one.content, Table | IntegerTable) else None
@@ -88,6 +92,12 @@ class _Approximate(nn.Module):
     def extra_repr(self) -> str:
         gradients = "" if all(one.is_exact for one in self.backward) else f", backward={Backward(*self.backward)}"
         return f"{super().extra_repr()}, multiplier={self.multiplier}{gradients}"
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.quantizer is None:  # scales, for which this layer has no use
+            for name in [name for name in state if name.startswith(f"{prefix}quantizer.")]:
+                del state[name]
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @property
     def _computes_floats(self) -> bool:
@@ -136,7 +146,8 @@ class ApproxConv2d(_Approximate, nn.Conv2d):
                 self.quantizer.observe(input)
             return nn.functional.conv2d(input, weight, bias, *arguments)
         if self.quantizer is not None:
-            products = self.multiplier.content.bounds, *self._products()[1:]
+            input, weight, bias = operands_to_quantize(input, weight, bias, -3, self.in_channels)
+            products = self._bounds, *self._products()[1:]
             scales = self.quantizer(input, weight)
             return quantized_conv2d_of_operands(input, weight, bias, scales, *arguments, *products)
         return conv2d_of_operands(input, weight, bias, *arguments, *self._products())
@@ -172,9 +183,10 @@ class ApproxLinear(_Approximate, nn.Linear):
                 self.quantizer.observe(input)
             return nn.functional.linear(input, self.weight, self.bias)
         if self.quantizer is not None:
-            products = self.multiplier.content.bounds, *self._products()[1:]
-            scales = self.quantizer(input, self.weight)
-            return quantized_linear_of_operands(input, self.weight, self.bias, scales, *products)
+            input, weight, bias = operands_to_quantize(input, self.weight, self.bias, -1, self.in_features)
+            products = self._bounds, *self._products()[1:]
+            scales = self.quantizer(input, weight)
+            return quantized_linear_of_operands(input, weight, bias, scales, *products)
         return linear_of_operands(input, self.weight, self.bias, *self._products())
 
 

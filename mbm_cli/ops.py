@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_cli import autograd, autograd_integers
-from mbm_cli.errors import RunError
 from mbm_cli.multipliers.content import integer_table, operands, resolve, resolve_backward
 from mbm_cli.multipliers.integer import Operands
 from mbm_cli.multipliers.names import Backward, Multiplier
@@ -18,13 +17,6 @@ from mbm_cli.multipliers.names import Backward, Multiplier
 # The multiplier of the gradients: one for both, "same" for the layer's own, or a mapping of "input" and "weight".
 BackwardLike = Backward | Multiplier | Mapping[str, Multiplier | str] | str
 MOST = 2**31 - 1  # of an integer sum
-
-
-class NotFiniteError(RunError, ValueError):
-    """A quantised layer's input has numbers that no code stands for."""
-
-    def __init__(self) -> None:
-        super().__init__("a quantised layer's input is not finite: if training diverged, lower optimizer.lr")
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: Multiplier | str = "mbm") -> Tensor:
@@ -177,6 +169,7 @@ def integer_conv2d(
     multiplier, operands = _integer(multiplier)
     _check_tensors(input=input, weight=weight)
     _check_codes(input, weight, "input", "weight", multiplier)
+    padding_code = _number(padding_code, "padding_code")
     if not operands.least <= padding_code <= operands.most:
         raise ValueError(f"padding_code is {padding_code}, but {operands} has {operands.least} to {operands.most}")
     if weight.dim() != 4 or input.dim() not in (3, 4):
@@ -244,6 +237,26 @@ def _largest_without_offsets(bits: int, table: Tensor, scales: tuple[Tensor, ...
     return max(int((errors + torch.outer(numbers - z_a, numbers - z)).abs().max()) for z in z_b)
 
 
+def operands_to_quantize(
+    input: Tensor, weight: Tensor, bias: Tensor | None, axis: int, channels: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a layer's operands in float32, checked before they change its scales.
+
+    Args:
+        axis: of the input's channels, from the end.
+        channels: how many there are.
+
+    Raises:
+        RuntimeError: an input that is not float32, or does not fit.
+    """
+    _check_tensors(input=input)
+    input, weight, bias = _float32_in_autocast(input, weight, bias)
+    _check_operands(input, weight, "input", "weight")
+    if input.dim() < -axis or input.shape[axis] != channels:
+        raise RuntimeError(f"an input {list(input.shape)} does not fit a weight {list(weight.shape)}")
+    return input, weight, bias
+
+
 def quantized_conv2d_of_operands(
     input: Tensor,
     weight: Tensor,
@@ -264,16 +277,13 @@ def quantized_conv2d_of_operands(
         bounds, table: of the multiplier's ``IntegerTable``, the table as a tensor on the input's device.
         gradients: a handle and a table or ``None`` for the gradients of input and weight.
     """
-    _check_tensors(input=input)
-    input, weight, bias = _float32_in_autocast(input, weight, bias)
-    _check_operands(input, weight, "input", "weight")
     steps, (bits, signed, largest, largest_error) = math.prod(weight.shape[1:]), bounds
     if signed:
         _refuse_long_sums(steps, largest)
-    elif not torch.compiler.is_compiling() and steps * (largest_error + 4**bits) > MOST:  # whatever the zero points
-        _refuse_long_sums(steps, _largest_without_offsets(bits, table, scales), " (without zero points)")
-    if input.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(input.isfinite().all()):
-        raise NotFiniteError
+    elif steps * (largest_error + 4**bits) > MOST:  # which no zero points exceed
+        known = not torch.compiler.is_compiling()
+        largest = _largest_without_offsets(bits, table, scales) if known else largest_error + 4**bits
+        _refuse_long_sums(steps, largest, " (without zero points)")
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, list(stride), padding, list(dilation))
     batch = input.unsqueeze(0) if input.dim() == 3 else input

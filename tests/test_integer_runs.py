@@ -39,7 +39,7 @@ def test_interrupted_run_resumes_bit_for_bit(scales):
     assert same(state(run), state(made("whole")))
     names = list(state(run))
     assert {"conv1.quantizer.input_range", "fc1.quantizer.format"} <= set(names)
-    assert ("conv1.quantizer.weight_scale" in names) == (scales.get("weights") == "lsq")
+    assert ("conv1.quantizer.log_weight_scale" in names) == (scales.get("weights") == "lsq")
 
 
 def test_float_run_is_calibrated_and_evaluated():

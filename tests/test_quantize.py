@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_cli
 from mbm_cli import ApproxConv2d, ApproxLinear, calibrate, convert, integer_conv2d, integer_linear
@@ -161,14 +162,13 @@ def test_learned_scales_get_the_gradient_of_the_paper(bits, signed):
         codes = (ratio + (ratio.round() - ratio).detach() + zero).clamp(least, most)
         return (codes - zero) * scale
 
-    scales = [
-        one.detach().clone().requires_grad_() for one in (layer.quantizer.input_scale, layer.quantizer.weight_scale)
-    ]
+    learned = layer.quantizer.log_input_scale, layer.quantizer.log_weight_scale
+    scales = [one.detach().exp().requires_grad_() for one in learned]
     _, zero, _, weight_zero = layer.quantizer(x, layer.weight)
-    weight = quantized(layer.weight.detach(), scales[0 + 1][:, None], weight_zero[:, None], 5)
+    weight = quantized(layer.weight.detach(), scales[1][:, None], weight_zero[:, None], 5)
     F.linear(quantized(x, scales[0], zero, 5), weight, layer.bias.detach()).square().sum().backward()
-    torch.testing.assert_close(layer.quantizer.input_scale.grad, scales[0].grad)
-    torch.testing.assert_close(layer.quantizer.weight_scale.grad, scales[1].grad)
+    torch.testing.assert_close(layer.quantizer.log_input_scale.grad, scales[0].grad * scales[0].detach())
+    torch.testing.assert_close(layer.quantizer.log_weight_scale.grad, scales[1].grad * scales[1].detach())
 
 
 @pytest.mark.parametrize("activations", ["max", "percentile", "mse"])
@@ -236,11 +236,58 @@ def test_scales_are_state_for_their_format():
     same.load_state_dict(layer.state_dict())
     assert torch.equal(same.quantizer.input_range, layer.quantizer.input_range)
     same(x)
-    other = ApproxLinear(4, 2, multiplier="exact-int4").eval()
-    missing, _ = other.load_state_dict(layer.state_dict(), strict=False)
-    assert missing == ["quantizer.format", "quantizer.input_range"]
+    learns = Quantization("lsq", "lsq")
+    others = [{"multiplier": "exact-int4"}, {"multiplier": "exact-int8", "quantization": Quantization("mse")}]
+    for arguments in (*others, {"multiplier": "exact-int8", "quantization": learns}):
+        other = ApproxLinear(4, 2, **arguments).eval()
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other.weight, layer.weight)
+        with pytest.raises(RuntimeError, match="unknown"):
+            other(x)
+        calibrated(other, x)(x)
+
+
+def test_states_go_between_float_and_quantised_layers():
+    x = torch.randn(3, 4)
+    layer = calibrated(ApproxLinear(4, 2, multiplier="exact-int8"), x)
+    known = layer.quantizer.input_range.clone()
+    layer.load_state_dict(nn.Linear(4, 2).state_dict())
+    assert torch.equal(layer.quantizer.input_range, known)
+    ApproxLinear(4, 2, multiplier="mbm").load_state_dict(layer.state_dict())
+    uncalibrated = ApproxLinear(4, 2, multiplier="exact-int8")
+    layer.load_state_dict(uncalibrated.state_dict())
     with pytest.raises(RuntimeError, match="unknown"):
-        other(x)
+        layer(x)
+    averaged = torch.optim.swa_utils.AveragedModel(uncalibrated)
+    calibrated(uncalibrated, x)
+    averaged.update_parameters(uncalibrated)
+    assert torch.equal(averaged.eval()(x), uncalibrated(x))
+
+
+def test_casts_keep_the_scales():
+    layer = calibrated(ApproxLinear(4, 2, multiplier="exact-int8"), torch.randn(3, 4))
+    known = layer.quantizer.input_range.clone()
+    assert torch.equal(layer.half().float().quantizer.input_range, known)
+
+
+def test_refused_batches_leave_the_scales():
+    layer = ApproxLinear(4, 2, multiplier="exact-int8").train()
+    for wrong in (torch.randn(3, 5) * 1e3, torch.randn(3, 4).double(), torch.full((3, 4), torch.nan)):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(wrong)
+        assert not layer.quantizer.is_calibrated
+    layer(torch.randn(3, 4))
+    known = layer.quantizer.input_range.clone()
+    assert layer(torch.zeros(0, 4)).shape == (0, 2)
+    assert torch.equal(layer.quantizer.input_range, known)
+
+
+def test_calibration_keeps_modes_and_takes_loaders():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    convert(model, {"linear": "exact-int8"})
+    model[1].eval()
+    calibrate(model, torch.utils.data.DataLoader([(torch.randn(4), 0) for _ in range(6)], 2))
+    assert (model[0].training, model[1].training) == (True, False)
 
 
 def test_convert_keeps_scales_of_the_same_format():
@@ -272,6 +319,46 @@ def test_layers_compile_and_trace():
     assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
     assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_compiled_layers_refuse_what_eager_ones_do():
+    layer = ApproxLinear(4, 2, multiplier="exact-int8")
+    calibrated(layer, torch.ones(1, 4))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        compiled(torch.full((3, 4), torch.nan))
+    long, x = ApproxLinear(60_000, 2, bias=False, multiplier="exact-uint8"), torch.rand(1, 60_000)
+    torch.nn.init.uniform_(long.weight)
+    calibrated(long, x)
+    with pytest.raises(ValueError, match="can leave 32 bits"):
+        torch.compile(long, backend="aot_eager")(x)
+
+
+def test_transforms_have_derivatives_or_raise():
+    torch.manual_seed(8)
+    layer, x = ApproxLinear(6, 5, multiplier="exact-int8"), torch.randn(4, 6)
+    calibrated(layer, x)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).square().sum()
+
+    z = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(z), z, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    of_samples = torch.func.vmap(torch.func.grad(lambda one: loss(one[None])))(x)
+    torch.testing.assert_close(of_samples, grad)
+    (second,) = torch.autograd.grad(grad.sum(), layer.weight)
+    assert second.abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+
+
+def test_flops_are_counted():
+    layer = calibrated(ApproxConv2d(1, 4, 3, multiplier="exact-int8"), torch.randn(2, 1, 8, 8))
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 1, 8, 8))
+    assert counter.get_total_flops() == 2 * 2 * 4 * 36 * 9
 
 
 def test_operators_pass_opcheck():

@@ -41,6 +41,8 @@ def quantize_grad(grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, bits: in
 
 
 def update_range(x: Tensor, running: Tensor, momentum: float, bits: int, signed: bool) -> Tensor:
+    if x.numel() == 0:
+        return integers.update_range(x, running, momentum, bits, signed)
     x, blocks = x.contiguous(), _blocks(x.numel())
     parts, scale = x.new_empty(blocks, 2), x.new_empty(2)
     _launch("range_parts", blocks, x, (x, parts, x.numel()))

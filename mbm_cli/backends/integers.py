@@ -11,7 +11,16 @@ from torch import Tensor
 from mbm_cli.backends import geometry
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.backends.shapes import conv2d_output_shape
+from mbm_cli.errors import RunError
 from mbm_cli.multipliers.integer import Operands
+
+
+class NotFiniteError(RunError, ValueError):
+    """A quantised layer's input has numbers that no code stands for."""
+
+    def __init__(self) -> None:
+        super().__init__("a quantised layer's input is not finite: if training diverged, lower optimizer.lr")
+
 
 # Takes a geometry, codes of input and weight, the contiguous output, the table, the code of padding, and the path.
 Run = Callable[..., None]
@@ -83,8 +92,9 @@ class IntegerOperators:
             input, padding = F.pad(input, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
         shape = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)
         scale = input_scale * weight_scale
-        poison = scale if input.is_cuda else None  # on the CPU, `quantized_conv2d_of_operands` has looked
-        codes = _ops.quantize(input, input_scale, input_zero, bits, signed, poison)
+        codes = _ops.quantize(input, input_scale, input_zero, bits, signed, scale)  # NaN if the input is not finite
+        if scale.device.type == "cpu" and scale[0].isnan():
+            raise NotFiniteError
         weights = _ops.quantize(weight, weight_scale, weight_zero, bits, signed)
         arguments = stride, padding, dilation, groups
         if self._scales and signed:
@@ -188,7 +198,8 @@ def _of_rows(values: Tensor, x: Tensor) -> Tensor:
 
 def update_range(x: Tensor, running: Tensor, momentum: float, bits: int, signed: bool) -> Tensor:
     """Move a running range, float32 (2,), towards that of x; return its scale and zero point, float32 (2,)."""
-    running.add_((torch.stack(x.aminmax()) - running).mul_(momentum))
+    if x.numel() > 0:
+        running.add_((torch.stack(x.aminmax()) - running).mul_(momentum))
     return torch.cat(scale_of(running[:1], running[1:], Operands(bits, signed)))
 
 

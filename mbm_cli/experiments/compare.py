@@ -186,7 +186,8 @@ def _column(
 
 def _exchanged(trained: Config, run: Run, evaluated: Config, device: torch.device, data: tuple[Split, Split]) -> float:
     """Evaluate a run with the multiplier of another config; return its test accuracy."""
-    model = lifecycle.build_model(trained.with_model(multiplier=evaluated.model.multiplier), device)
+    config = trained.with_model(multiplier=evaluated.model.multiplier, backward=Backward())
+    model = lifecycle.build_model(config, device)
     checkpoint = run.checkpoint()
     if checkpoint is None:
         raise RunError(f"{run.folder} has lost its checkpoint.pt: evaluating it with another multiplier needs it")

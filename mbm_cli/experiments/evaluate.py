@@ -16,6 +16,7 @@ from mbm_cli.device import environment
 from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.multipliers.names import Backward
 from mbm_cli.runs import Run
 from mbm_cli.training import predict, score
 
@@ -84,7 +85,7 @@ def evaluate(
     update: dict[str, Any] = {} if device is None else {"device": device}
     config = config.model_copy(update=update).with_train(threads=threads or config.train.threads)
     where = lifecycle.use_device(config)
-    asked = [config.with_model(multiplier=configs.multiplier(name)) for name in multipliers]
+    asked = [config.with_model(multiplier=configs.multiplier(name), backward=Backward()) for name in multipliers]
     try:
         config, *others = lifecycle.resolve([config, *asked], where)
     except RequestError as error:

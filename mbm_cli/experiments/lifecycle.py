@@ -20,7 +20,7 @@ from mbm_cli.multipliers import content
 from mbm_cli.multipliers.code import Namespace, check_magnitude
 from mbm_cli.multipliers.names import Backward, Multiplier
 from mbm_cli.ops import multiply
-from mbm_cli.quantize import Quantization, calibrate
+from mbm_cli.quantize import Quantization, calibrate, quantizers
 from mbm_cli.runs import Run
 from mbm_cli.training import Progress, Split, Trainer
 
@@ -247,8 +247,12 @@ def build_trainer(
 
 def _build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     # A tensor on the device, so that a step changes the learning rate without a copy from the host.
-    lr = torch.tensor([config.lr], device=device)
-    parameters, decay = model.parameters(), config.weight_decay
+    lr, decay = torch.tensor([config.lr], device=device), config.weight_decay
+    scales = {parameter for *_, quantizer in quantizers(model) for parameter in quantizer.parameters()}
+    parameters: list[Any] = [parameter for parameter in model.parameters() if parameter not in scales]
+    if scales:  # learned scales do not decay
+        own = {"params": [p for p in model.parameters() if p in scales], "weight_decay": 0.0, "lr": lr.clone()}
+        parameters = [{"params": parameters}, own]
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters, lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=True

@@ -199,7 +199,8 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
     for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
         with torch.no_grad():
-            total += _seconds(_passes(shape, x, weight, multiplier)["forward"], device)
+            whole = _quantized_pass if multiplier.is_integer else lambda *layer: _passes(*layer)["forward"]
+            total += _seconds(whole(shape, x, weight, multiplier), device)
     return total
 
 

@@ -101,16 +101,10 @@ def read(multiplier: IntegerMultiplier, run: dict[Path, dict[str, Any]]) -> Inte
 
 def _read(multiplier: IntegerMultiplier) -> IntegerTable:
     operands, orders = multiplier.operands, set(multiplier.order) - {TRANSPOSED}
-    path = code.existing(multiplier.file)
     if len(orders) > 1:
         raise ValueError(f"{multiplier}: a table has one order, {CODES} or {SORTED}")
-    try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise ValueError(f"{path} is larger than {SIZE_LIMIT >> 20} MiB, too large for a multiplier")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    costs = {}
+    path = code.existing(multiplier.file)
+    content, costs = _content(path), {}
     match path.suffix.lower():
         case ".py":
             found = _of_array(code.integers_of_python(path, multiplier.function, operands), operands, False)
@@ -130,9 +124,36 @@ def _read(multiplier: IntegerMultiplier) -> IntegerTable:
         entries = _nearest(readings, operands)
     else:
         entries = _in_order(readings, operands, next(iter(orders), ""), multiplier)
+    if not multiplier.order:
+        _refuse_other_format(entries, operands, multiplier)
     if TRANSPOSED in multiplier.order:
         entries = entries.T
     return IntegerTable(operands, np.ascontiguousarray(entries, np.int32), costs)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > SIZE_LIMIT:
+            raise ValueError(f"{path} is larger than {SIZE_LIMIT >> 20} MiB, too large for a multiplier")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _refuse_other_format(entries: np.ndarray, operands: Operands, multiplier: IntegerMultiplier) -> None:
+    """Refuse products that are much nearer to those of unsigned operands than of signed ones, or the reverse."""
+    other = Operands(operands.bits, not operands.signed)
+    patterns = entries & ((1 << 2 * operands.bits) - 1)
+    half = 1 << (2 * operands.bits - 1)
+    read = {operands: entries, other: (patterns + half) % (2 * half) - half if other.signed else patterns}
+    distances = []
+    for one, products in read.items():
+        exact = np.outer(one.numbers(), one.numbers())
+        distances.append(np.abs(products - exact).mean() / np.abs(exact).mean())
+    if distances[1] < distances[0] / 4:
+        raise ValueError(
+            f"{multiplier} holds products of {other} operands: write {other}:{multiplier.file}, or @codes to take them"
+        )
 
 
 def _decoded(content: bytes) -> str:
@@ -260,12 +281,13 @@ def _of_text(text: str, path: Path, operands: Operands) -> _Found:
 
 
 def _integer(word: str, where: str) -> int:
+    word = word[:40]  # which is more than 64 bits
     with suppress(ValueError):
         return int(word, 16) if "x" in word.lower() else int(word)
     with suppress(ValueError, OverflowError):
         if float(word) == int(float(word)):  # numpy.savetxt writes integers so
             return int(float(word))
-    raise ValueError(f"{where}: {word[:40]!r} is not an integer")
+    raise ValueError(f"{where}: {word!r} is not an integer")
 
 
 def _of_list(numbers: list[int], path: Path, operands: Operands, what: str = "") -> _Found:

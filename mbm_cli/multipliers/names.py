@@ -102,7 +102,8 @@ class Multiplier:
         if match is None:
             raise ValueError(
                 f"{text!r} is not a multiplier: write family[-tT][-rR] with a family of "
-                f"{', '.join(FAMILIES)}, for example mbm, mbm-t8 or mbm-t16-r7, or {', '.join(FILES.values())}"
+                f"{', '.join(FAMILIES)}, for example mbm, mbm-t8 or mbm-t16-r7, or {', '.join(FILES.values())}; "
+                "of integers exact-int8, drum-int8-k4 or int8:FILE"
             )
         family, number = match["family"], int(match["n"] or 0)
         if match["parameter"] and family in FAMILIES and FAMILIES[family].parameter != match["parameter"]:

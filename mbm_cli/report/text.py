@@ -27,7 +27,7 @@ class _Console(Console):
 
 def console(stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console on standard output (or error) that never exceeds 100 columns."""
-    made = _Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=False)
+    made = _Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=False)
     if made.width > WIDTH or not made.is_terminal:
         made.width = WIDTH
     return made
