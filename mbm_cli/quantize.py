@@ -1,7 +1,8 @@
 """Quantisation of a layer's operands: ranges, scales, their calibration, and how training changes them.
 
 Signed codes are symmetric, unsigned ones affine (docs/integers.md). Learned scales are those of S. K. Esser et al.,
-"Learned Step Size Quantization", ICLR 2020, but their logarithms are the parameters, so that steps are relative.
+"Learned Step Size Quantization", ICLR 2020, but they begin with the least square error, and their logarithms are the
+parameters, so that steps are relative.
 """
 
 import math
@@ -18,6 +19,7 @@ from mbm_cli.multipliers.integer import Operands
 
 MOMENTUM = 0.01  # of the running range of activations while training
 PERCENTILE = 0.999  # of the activations that ``percentile`` does not clip, at each end
+_PACE = 10  # of learned scales: a step of Adam changes one by ten times the learning rate, 1 %
 ACTIVATIONS = ("max", "percentile", "mse", "lsq")
 WEIGHTS = ("max", "mse", "lsq")
 _FRACTIONS = range(20, 101, 5)  # of the range, in percent, of which ``mse`` takes the best
@@ -127,11 +129,12 @@ class Quantizer(nn.Module):
             raise NotFiniteError
         self.input_range.copy_(found)
         if self.quantization.activations == "lsq":
-            self.log_input_scale.copy_(_first_step(input.flatten()[None], self.operands).log())
+            self.log_input_scale.copy_(scale_of(found[:1], found[1:], self.operands)[0].log() / _PACE)
         if self.quantization.weights == "lsq":
             rows = weight.flatten(1)
-            self.log_weight_scale.copy_(_first_step(rows, self.operands).log())
-            self.weight_zero.copy_(scale_of(*_ends(rows), self.operands)[1])
+            scale, zero = scale_of(*_least_square(rows, *_ends(rows), self.operands), self.operands)
+            self.log_weight_scale.copy_(scale.log() / _PACE)
+            self.weight_zero.copy_(zero)
         self._is_known = True
 
     def _range(self, input: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class Quantizer(nn.Module):
             low, high = values.kthvalue(last).values, values.kthvalue(count + 1 - last).values
             return torch.stack([low, high])
         ends = torch.stack(values.aminmax())
-        if method == "mse":
+        if method in ("mse", "lsq"):  # where learning begins
             low, high = _least_square(values[None], ends[:1], ends[1:], self.operands)
             return torch.cat([low, high])
         return ends
@@ -217,16 +220,10 @@ def _least_square(rows: Tensor, low: Tensor, high: Tensor, operands: Operands) -
     return best_low, best_high
 
 
-def _first_step(rows: Tensor, operands: Operands) -> Tensor:
-    """Return the initial step sizes of LSQ for rows of values."""
-    step = 2 * rows.abs().mean(1) / code_range(*operands)[1] ** 0.5
-    return torch.where(step == 0, 1.0, step)
-
-
 def _learned(logarithm: Tensor, count: int, operands: Operands) -> Tensor:
     """Return a learned scale, whose gradient is scaled for the number of values that it quantises."""
     factor = (max(1, count) * code_range(*operands)[1]) ** -0.5
-    scale = logarithm.exp()
+    scale = (_PACE * logarithm).exp()
     return scale.detach() + factor * (scale - scale.detach())
 
 

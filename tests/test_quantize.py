@@ -163,12 +163,12 @@ def test_learned_scales_get_the_gradient_of_the_paper(bits, signed):
         return (codes - zero) * scale
 
     learned = layer.quantizer.log_input_scale, layer.quantizer.log_weight_scale
-    scales = [one.detach().exp().requires_grad_() for one in learned]
+    scales = [(10 * one.detach()).exp().requires_grad_() for one in learned]  # parameters are logarithms
     _, zero, _, weight_zero = layer.quantizer(x, layer.weight)
     weight = quantized(layer.weight.detach(), scales[1][:, None], weight_zero[:, None], 5)
     F.linear(quantized(x, scales[0], zero, 5), weight, layer.bias.detach()).square().sum().backward()
-    torch.testing.assert_close(layer.quantizer.log_input_scale.grad, scales[0].grad * scales[0].detach())
-    torch.testing.assert_close(layer.quantizer.log_weight_scale.grad, scales[1].grad * scales[1].detach())
+    torch.testing.assert_close(layer.quantizer.log_input_scale.grad, 10 * scales[0].grad * scales[0].detach())
+    torch.testing.assert_close(layer.quantizer.log_weight_scale.grad, 10 * scales[1].grad * scales[1].detach())
 
 
 @pytest.mark.parametrize("activations", ["max", "percentile", "mse"])
