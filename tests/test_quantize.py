@@ -159,7 +159,9 @@ def test_learned_scales_get_the_gradient_of_the_paper(bits, signed):
         factor = (count * most) ** -0.5
         scale = scale.detach() + factor * (scale - scale.detach())
         ratio = values / scale
-        codes = (ratio + (ratio.round() - ratio).detach() + zero).clamp(least, most)
+        rounded = ratio.detach().round() + zero
+        inside = (rounded >= least) & (rounded <= most)
+        codes = torch.where(inside, ratio + (rounded - ratio).detach(), rounded.clamp(least, most))
         return (codes - zero) * scale
 
     learned = layer.quantizer.log_input_scale, layer.quantizer.log_weight_scale
