@@ -157,7 +157,7 @@ def integer_conv2d(
         padding_code: the code of padded positions, whose products count like any others.
         multiplier: an integer ``Multiplier`` or its name, for example ``"int8:FILE.c"``; a file is read at each call.
         path: how the sums are computed: ``auto``, or one way that the device has (CPU: ``terms``, ``lookup``; CUDA:
-            ``rows``, ``direct``); all give the same sums.
+            ``terms``, ``rows``, ``direct``); all give the same sums.
 
     Returns:
         int32, (N, O, H', W') or (O, H', W').

@@ -60,7 +60,7 @@ def test_layers_have_the_bits_of_the_cpu(name, arguments):
     assert same_bits(dense.cuda()(rows.cuda()), expected)
 
 
-@pytest.mark.parametrize("path", ["auto", "rows", "direct"])
+@pytest.mark.parametrize("path", ["auto", "terms", "rows", "direct"])
 def test_sums_are_the_tables_by_each_path(path):
     torch.manual_seed(2)
     for name, dtype in (("mbm-int8", torch.int8), ("drum-uint8-k4", torch.uint8)):

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mbm_cli.backends import cuda_terms
 from mbm_cli.backends.cuda import CudaError, address, current_stream, import_cupy, multiprocessors_of, refuse_capture
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.backends.integers import IntegerOperators
+from mbm_cli.multipliers.factor import factorize
 
 _INDEX_LIMIT, _GRID_LIMIT = 1 << 31, 0xFFFF
 # As in integer.cu: the tile of rows and its bytes of shared memory, twice that where there is room; channels, threads.
@@ -85,7 +87,7 @@ class Choice(NamedTuple):
     buffer: int
 
 
-_entries = WeakTensorKeyDictionary()
+_entries, _terms = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 def entries(table: Tensor) -> Entries:
@@ -108,6 +110,23 @@ def entries(table: Tensor) -> Entries:
         _entries[table] = Entries(lines.contiguous(), least, wide)
     made: Entries = _entries[table]
     return made
+
+
+def terms_of(table: Tensor) -> cuda_terms.DeviceTerms:
+    """Return a table's terms, found when they are first asked for and kept for as long as the table lives.
+
+    Raises:
+        ValueError: there are none, or the GPU has no matrix units for them.
+        CudaError: they are first asked for in a capture.
+    """
+    if table not in _terms:
+        refuse_capture("the multiplier's terms")
+        terms = factorize(table.cpu().numpy()) if cuda_terms.supported(table.device.index) else None
+        if terms is None:
+            raise ValueError("the table has no terms, or the GPU no matrix units for them: take the path auto")
+        _terms[table] = cuda_terms.on_device(terms, table.device)
+    found: cuda_terms.DeviceTerms = _terms[table]
+    return found
 
 
 def program() -> tuple[str, tuple[str, ...]]:
@@ -165,12 +184,16 @@ def run(
         output: int32 sums; with a scale, float32.
         table: int32 (256, 256), entry [a, b] for the code a of the input and b of the weight.
         padding_code: the code of elements outside the image.
-        path: "rows" or "direct", which is the better one of "columns" and "gather"; "auto" for the best of all.
+        path: "rows"; "direct", the better one of "columns" and "gather"; "auto", the best of these; or "terms".
         scale, bias: float32 of each output channel: float(sum) * scale + bias, rounded after each operation.
 
     Raises:
         RuntimeError, CudaError: as `plan`, `kernels` and `entries`.
+        ValueError: an unknown path; or as `terms_of`.
     """
+    if path == "terms":
+        cuda_terms.run(geometry, input, weight, output, terms_of(table), padding_code, scale, bias)
+        return
     device = input.device.index
     read = entries(table)
     aligned = (input.data_ptr() | weight.data_ptr()) % 4 == 0
