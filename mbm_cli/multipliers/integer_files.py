@@ -11,10 +11,10 @@ import numpy as np
 
 from mbm_cli.multipliers import code
 from mbm_cli.multipliers.integer import IntegerTable, Operands
-from mbm_cli.multipliers.names import IntegerMultiplier
+from mbm_cli.multipliers.names import ORDERS, IntegerMultiplier
 
 SIZE_LIMIT = 8 << 20  # bytes; 65,536 numbers as text are about 0.5 MB
-CODES, SORTED, TRANSPOSED = "codes", "sorted", "transposed"
+CODES, SORTED, TRANSPOSED = ORDERS
 _CLEAR = 0.5  # an order is chosen if it is at most so far from the products, compared with the other one
 _TABLE = "table"
 _SIGNATURE = "write int16_t f(int8_t A, int8_t B), also with other integer types"
