@@ -172,9 +172,11 @@ class Quantizer(nn.Module):
         return self._observed is not None
 
     def observe(self, input: Tensor) -> None:
-        """Keep a layer's input for the calibration that is going on."""
+        """Keep what the calibration that is going on needs of a layer's input."""
         assert self._observed is not None
-        self._observed.append(input.detach())
+        if input.numel() > 0:
+            values = input.detach().flatten()
+            self._observed.append(torch.stack(values.aminmax()) if self.quantization.activations == "max" else values)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load scales of this format, found in this way. Without any, what is known stays, or stays unknown."""
@@ -262,8 +264,8 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Any], again: bool = Tr
             for module, training in modes.items():
                 module.training = training
         for name, weight, quantizer in layers:
-            seen = [one.flatten() for one in quantizer._observed or []]
-            if not any(one.numel() for one in seen):
+            seen = quantizer._observed
+            if not seen:
                 raise ValueError(f"calibration needs at least one image, but {name or 'the layer'} has seen none")
             quantizer.calibrate(torch.cat(seen), weight.detach())
 
