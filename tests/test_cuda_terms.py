@@ -15,7 +15,7 @@ from mbm_cli.multipliers.factor import Terms
 COUNTS = (0, 1, 2, 3, 4, 5, 7, 8, 12)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80"])  # the oldest with the instructions; others take as long
 def test_every_kernel_compiles_without_spills(architecture):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     source, options = cuda_terms.program()
