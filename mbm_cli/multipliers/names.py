@@ -200,25 +200,27 @@ class IntegerMultiplier(Multiplier):
     order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        bits = self.operands.bits
-        if bits not in WIDTHS and (bits != CHARACTERIZED or self.operands.signed or self.is_file):
+        bits, characterized = self.operands.bits, self.operands == Operands(CHARACTERIZED, signed=False)
+        if bits not in WIDTHS and not (characterized and not self.is_file):
             raise ValueError(f"{self}: operands have {WIDTHS[0]} to {WIDTHS[-1]} bits, not {bits}")
         if self.is_file:
             return
         if self.family not in INTEGER_FAMILIES:
             raise ValueError(f"{self}: the families of integer multipliers are {', '.join(INTEGER_FAMILIES)}")
-        logarithmic = self.family in ("mbm", "mitchell")
-        if bits != 8 and not (logarithmic and bits == CHARACTERIZED) and (logarithmic or bits == CHARACTERIZED):
-            widths = "8 bits (unsigned 16 for mbm characterize)" if logarithmic else f"up to {WIDTHS[-1]} bits"
-            raise ValueError(f"{self}: {self.family} multiplies operands of {widths}, not {bits}")
-        if self.family == "drum" and not 2 <= self.leading_bits < bits:
+        if INTEGER_FAMILIES[self.family] == "t":
+            if bits != 8 and not characterized:
+                only = "8 bits (unsigned 16 for mbm characterize)"
+                raise ValueError(f"{self}: {self.family} multiplies operands of {only}, not {bits}")
+            most = min(MOST_TRUNCATED, bits - 2)
+            if not 0 <= self.truncate <= most:
+                raise ValueError(f"{self}: 0 to {most} fraction bits can go from {self.operands}, not {self.truncate}")
+        elif characterized:
+            raise ValueError(f"{self}: {self.family} multiplies operands of up to {WIDTHS[-1]} bits, not {bits}")
+        elif self.family == "drum" and not 2 <= self.leading_bits < bits:
+            example = f", for example drum-{self.operands}-k{min(4, bits - 1)}" if bits > 2 else ""
             raise ValueError(
-                f"{self}: drum keeps 2 to {bits - 1} leading bits of {self.operands}"
-                + (f", for example drum-{self.operands}-k{min(4, bits - 1)}" if bits > 2 else ", so there is none")
+                f"{self}: drum keeps at least 2 leading bits, and fewer than the {bits} of {self.operands}{example}"
             )
-        most = min(MOST_TRUNCATED, bits - 2)
-        if logarithmic and not 0 <= self.truncate <= most:
-            raise ValueError(f"{self}: 0 to {most} fraction bits can go from {self.operands}, not {self.truncate}")
 
     @classmethod
     def of_text(cls, text: str) -> "IntegerMultiplier | None":
