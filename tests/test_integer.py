@@ -137,7 +137,7 @@ def test_errors_are_those_of_table_1(name):
         ("exact-int8-t3", "exact has no parameter, not -t"),
         ("drum-int8", "fewer than the 8 of int8, for example drum-int8-k4"),
         ("drum-int8-k8", "fewer than the 8 of int8"),
-        ("drum-int2-k2", "fewer than the 2 of int2$"),
+        ("drum-int2-k2", "fewer than the 2 of int2"),
         ("bam-int8", "the families of integer multipliers are exact, drum, mbm, mitchell"),
         ("mbm-int8-r3", "'mbm-int8-r3' is not a multiplier"),
         ("mbm-int", "'mbm-int' is not a multiplier"),
