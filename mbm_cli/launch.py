@@ -84,6 +84,8 @@ def _launch_workers(
     slots = [_Slot(number) for number in range(min(jobs, len(tasks)))]
     idle, running = slots.copy(), dict[Future[str | None], tuple[_Slot, Any, int]]()
     revoked = partial(_is_gone, permission)
+    # After a kill Python's resource tracker removes the pools' semaphores, and would warn of them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     permission.touch()  # to remove it works on a full disk, too; what a killed process leaves, Run.hold removes
     try:
         while running or (waiting and not revoked()):
@@ -121,7 +123,7 @@ class _Slot:
     def __init__(self, number: int) -> None:
         self.environment = _device_environment(number)
         self.pool: ProcessPoolExecutor | None = None
-        self.process: BaseProcess
+        self.born: set[BaseProcess] = set()
 
     def submit(self, *call: Any) -> Future[str | None]:
         if self.pool is not None:
@@ -134,7 +136,7 @@ class _Slot:
         before = set(multiprocessing.active_children())
         with _signals_blocked():
             future = self.pool.submit(*call)
-        (self.process,) = set(multiprocessing.active_children()) - before
+        self.born = set(multiprocessing.active_children()) - before
         return future
 
     def close(self) -> str | None:
@@ -143,7 +145,9 @@ class _Slot:
             return None
         self.pool.shutdown()
         self.pool = None
-        code = self.process.exitcode or 0
+        code = next((process.exitcode for process in self.born), None)
+        if code is None:  # nobody saw it
+            return "ended at once"
         if code >= 0:
             return f"ended with exit code {code}"
         killed = " (is there enough memory?)" if code == -signal.SIGKILL else ""
