@@ -101,6 +101,8 @@ def _launch_workers(
                     waiting.append((task, attempt + 1))
                 else:
                     done(task, f"{task}: its process {died}" if died else future.result())
+                if not waiting:
+                    slot.close()  # which frees its memory
             for _, task, _ in running.values():
                 look(task)
             if stopped():
