@@ -26,6 +26,7 @@ import yaml
 # OpenMP's idle threads would spin on cores that other processes need. OpenBLAS would start threads when numpy is
 # imported, and a process with threads must not be forked.
 os.environ |= {"GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1"}
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would warn of what killed processes leave
 FORKS = multiprocessing.get_context("forkserver")
 # An optimizer's first step imports torch._dynamo, the end of a run draws.
 PRELOADED = ["torch._dynamo", "matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
