@@ -145,6 +145,8 @@ class _Slot:
         """Wait for the end of the process, if there is one; return how it ended."""
         if self.pool is None:
             return None
+        with suppress(BrokenProcessPool):
+            self.pool.submit(os._exit, 0)  # to tear down PyTorch's modules takes a second
         self.pool.shutdown()
         self.pool = None
         code = next((process.exitcode for process in self.born), None)
