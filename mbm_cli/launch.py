@@ -51,7 +51,7 @@ def launch(
         Interrupted: ``stopped`` returned true.
     """
     if jobs > 1:
-        _launch_workers(tasks, work, jobs, folder / f".computing-{os.getpid()}", look, done, stopped)
+        _launch_workers(tasks, work, jobs, folder.absolute() / f".computing-{os.getpid()}", look, done, stopped)
         return
     for task in tasks:
         done(task, _attempt(task, work, stopped))
@@ -97,6 +97,8 @@ def _launch_workers(
                 idle.append(slot)
                 error = future.exception()
                 died = slot.close() if isinstance(error, BrokenProcessPool) else None
+                if isinstance(error, Interrupted):  # its worker sees no file: stop the others, too
+                    permission.unlink(missing_ok=True)
                 if isinstance(error, Interrupted) or (died and attempt == 1):
                     waiting.append((task, attempt + 1))
                 else:

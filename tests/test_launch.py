@@ -96,6 +96,18 @@ def test_interrupt_keeps_what_is_done(log, jobs, tasks):
     assert (WAIT in log.looks) == (jobs > 1)
 
 
+def test_removed_file_stops_the_workers(log, tmp_path):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+
+    def remove(task: str) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+
+    with pytest.raises(Interrupted):
+        launch([WAIT, WAIT, "a"], work, 2, folder, remove, lambda *_: None, lambda: False)
+
+
 def test_failing_callback_stops_the_workers(log):
     def fail(task: str, reason: str | None) -> None:
         raise RunError("the disk is full")
