@@ -1,198 +1,169 @@
 """Where the runs of a sweep are computed: one after the other in this process, or several at once in others."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection as connections
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from mbm_cli.errors import Interrupted, MbmError, RunError
+from mbm_cli.errors import Interrupted, MbmError
 
 # What a terminal or a batch system sends to every process of a job; only the parent acts on it.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-LISTEN_INTERVAL = 0.05  # seconds between two looks at the pipe, each of which costs as much as a step on a GPU
+LOOK_INTERVAL = 0.1  # seconds between two looks at what the workers have written
 
-Tell = Callable[[float], None]  # takes how much of a task is done, 0 to 1
 Stopped = Callable[[], bool]
 # Computes a task. Worker processes import it by its name, and get tasks by pickling.
-Work = Callable[[Any, Tell, Stopped], str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the work returned, or the reason why it failed."""
-
-    result: str | None = None
-    reason: str | None = None
+Work = Callable[[Any, Stopped], object]
+Done = Callable[[Any, str | None], None]
 
 
 def launch(
     tasks: Sequence[Any],
     work: Work,
     jobs: int,
-    progress: Callable[[Any, float], None],
-    done: Callable[[Any, Outcome], None],
+    folder: Path,
+    look: Callable[[Any], None],
+    done: Done,
     stopped: Stopped,
 ) -> None:
     """Compute all tasks, up to ``jobs`` at once; a task that fails does not stop the others.
 
-    With several jobs each is a process; on several CUDA devices, process k uses device k modulo their number.
+    With several jobs each has a process; on several CUDA devices, that of job k uses device k modulo their number. A
+    task whose process dies is computed once more, in a new process.
 
     Args:
-        work: computes a task; called with it, with what takes its progress, and with what says whether to stop.
-        progress: called in this process with a task and how much of it is done, 0 to 1.
-        done: called in this process with a task and its outcome.
+        work: computes a task; called with it, and with what says whether to stop.
+        folder: where worker processes see a file for as long as they are to go on.
+        look: called in this process, a few times a second, with each task that another process computes.
+        done: called in this process with a task and, if it failed, the reason.
         stopped: called before every step, with several jobs several times a second.
 
     Raises:
         Interrupted: ``stopped`` returned true.
-        RunError: a worker process died; the others have been stopped.
     """
-    if jobs == 1:
-        for task in tasks:
-            done(task, _attempt(task, work, partial(progress, task), stopped))
-    else:
-        _Pool(tasks, work, jobs, progress, done, stopped).run()
+    if jobs > 1:
+        _launch_workers(tasks, work, jobs, folder.absolute() / f".computing-{os.getpid()}", look, done, stopped)
+        return
+    for task in tasks:
+        done(task, _attempt(task, work, stopped))
 
 
-def _attempt(task: Any, work: Work, tell: Tell, stopped: Stopped) -> Outcome:
+def _attempt(task: Any, work: Work, stopped: Stopped) -> str | None:
+    """Compute a task; return the reason if it fails."""
     try:
-        return Outcome(result=work(task, tell, stopped))
+        work(task, stopped)
     except Interrupted:
         raise
     except MbmError as error:
-        return Outcome(reason=str(error))
+        return str(error)
     except Exception as error:
-        return Outcome(reason=f"{type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-class _Pool:
-    """Worker processes with a task each."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Any],
-        work: Work,
-        jobs: int,
-        progress: Callable[[Any, float], None],
-        done: Callable[[Any, Outcome], None],
-        stopped: Stopped,
-    ) -> None:
-        self.waiting, self.work, self.jobs = deque(tasks), work, min(jobs, len(tasks))
-        self.progress, self.done, self.stopped = progress, done, stopped
-        self.stopping = False
-        self.died: list[str] = []
-
-    def run(self) -> None:
-        workers: list[_Worker] = []
-        try:
-            for k in range(self.jobs):
-                workers.append(_Worker(k, self.work))
-                self._give_next(workers[k])
-            while busy := {worker.connection: worker for worker in workers if worker.task is not None}:
-                for connection in connections.wait(list(busy), timeout=LISTEN_INTERVAL):
-                    self._hear(busy[connection])  # type: ignore[index]
-                if not self.stopping and (self.died or self.stopped()):
-                    self.stopping = True
-                    for worker in workers:
-                        worker.tell_to_stop()
-        finally:
-            for worker in workers:
-                worker.tell_to_stop()
-            for worker in workers:
-                worker.close()
-        if self.died:
-            raise RunError(self.died[0])
-        if self.waiting:
-            raise Interrupted("interrupted")
-
-    def _give_next(self, worker: "_Worker") -> None:
-        if self.waiting and not self.stopping:
-            worker.give(self.waiting.popleft())
-        else:
-            worker.tell_to_stop()
-
-    def _hear(self, worker: "_Worker") -> None:
-        task = worker.task
-        match worker.listen():
-            case float(fraction):
-                self.progress(task, fraction)
-            case Outcome() as outcome:
-                worker.task = None
-                self.done(task, outcome)
-                self._give_next(worker)
-            case Interrupted():
-                worker.task = None
-                self.waiting.append(task)
-            case None:
-                worker.task = None
-                self.died.append(f"{task}: its process {worker.how_it_ended()}")
-                self.done(task, Outcome(reason=self.died[-1]))
+def _launch_workers(
+    tasks: Sequence[Any],
+    work: Work,
+    jobs: int,
+    permission: Path,
+    look: Callable[[Any], None],
+    done: Done,
+    stopped: Stopped,
+) -> None:
+    """Compute tasks in worker processes, which stop when the file ``permission`` is gone."""
+    waiting = deque((task, 1) for task in tasks)  # with the number of the attempt
+    slots = [_Slot(number) for number in range(min(jobs, len(tasks)))]
+    idle, running = slots.copy(), dict[Future[str | None], tuple[_Slot, Any, int]]()
+    revoked = partial(_is_gone, permission)
+    # After a kill Python's resource tracker removes the pools' semaphores, and would warn of them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    permission.touch()  # to remove it works on a full disk, too; what a killed process leaves, Run.hold removes
+    try:
+        while running or (waiting and not revoked()):
+            while waiting and idle and not revoked():
+                slot, (task, attempt) = idle.pop(), waiting.popleft()
+                running[slot.submit(_attempt, task, work, revoked)] = slot, task, attempt
+            for future in wait(running, LOOK_INTERVAL, FIRST_COMPLETED).done:
+                slot, task, attempt = running.pop(future)
+                idle.append(slot)
+                error = future.exception()
+                died = slot.close() if isinstance(error, BrokenProcessPool) else None
+                if isinstance(error, Interrupted):  # its worker sees no file: stop the others, too
+                    permission.unlink(missing_ok=True)
+                if isinstance(error, Interrupted) or (died and attempt == 1):
+                    waiting.append((task, attempt + 1))
+                else:
+                    done(task, f"{task}: its process {died}" if died else future.result())
+                if not waiting:
+                    slot.close()  # which frees its memory
+            for _, task, _ in running.values():
+                look(task)
+            if stopped():
+                permission.unlink(missing_ok=True)
+    finally:
+        permission.unlink(missing_ok=True)
+        for slot in slots:
+            slot.close()
+    if waiting:
+        raise Interrupted("interrupted")
 
 
-class _Worker:
-    """A worker process, seen from its parent.
+def _is_gone(file: Path) -> bool:
+    return not os.path.exists(file)
 
-    They share a pipe and nothing else, so a dying process cannot leave anything locked. A closed end of the pipe shows
-    the other side that this one is gone.
-    """
 
-    def __init__(self, number: int, work: Work) -> None:
+class _Slot:
+    """A pool of one process, so that its death concerns one task; a new one follows it."""
+
+    def __init__(self, number: int) -> None:
+        self.environment = _device_environment(number)
+        self.pool: ProcessPoolExecutor | None = None
+        self.born: set[BaseProcess] = set()
+
+    def submit(self, *call: Any) -> Future[str | None]:
+        if self.pool is not None:
+            with suppress(BrokenProcessPool):  # its process died between two tasks
+                return self.pool.submit(*call)
+            self.close()
         # Spawned: OpenMP's threads and a CUDA context do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = theirs, work, _device_environment(number)
-        self.process: BaseProcess = context.Process(target=_serve, args=arguments)
-        self.task: Any = None
+        self.pool = ProcessPoolExecutor(1, context, _begin, (self.environment,))
+        before = set(multiprocessing.active_children())
         with _signals_blocked():
-            self.process.start()
-        theirs.close()
+            future = self.pool.submit(*call)
+        self.born = set(multiprocessing.active_children()) - before
+        return future
 
-    def give(self, task: Any) -> None:
-        self.task = task
-        with suppress(OSError):  # listening to a dead process will tell
-            self.connection.send(task)
-
-    def tell_to_stop(self) -> None:
-        with suppress(OSError):
-            self.connection.send(None)
-
-    def listen(self) -> float | Outcome | Interrupted | None:
-        """Return progress, an outcome or an interruption; ``None`` if the process is gone."""
-        try:
-            return self.connection.recv()
-        except (EOFError, OSError):
+    def close(self) -> str | None:
+        """Wait for the end of the process, if there is one; return how it ended."""
+        if self.pool is None:
             return None
-
-    def how_it_ended(self) -> str:
-        self.process.join()
-        code = self.process.exitcode
-        assert code is not None  # it was joined
+        with suppress(BrokenProcessPool):
+            self.pool.submit(os._exit, 0)  # to tear down PyTorch's modules takes a second
+        self.pool.shutdown()
+        self.pool = None
+        code = next((process.exitcode for process in self.born), None)
+        if code is None:  # nobody saw it
+            return "ended at once"
         if code >= 0:
             return f"ended with exit code {code}"
         killed = " (is there enough memory?)" if code == -signal.SIGKILL else ""
         return f"was ended by {signal.Signals(-code).name}{killed}"
 
-    def close(self) -> None:
-        self.process.join()
-        self.connection.close()
-
 
 def _device_environment(number: int) -> dict[str, str]:
     """Return the variables with which worker ``number`` sees one CUDA device of several."""
+    import torch  # not at the top: a worker sets these variables before
+
     count = torch.cuda.device_count()
     if count < 2:
         return {}
@@ -203,8 +174,7 @@ def _device_environment(number: int) -> dict[str, str]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block signals until a child started here has installed its handlers; none is lost."""
-    resource_tracker.ensure_running()  # spawning would start it, and unblock the signals
+    """Block signals, which a process started here inherits: none reaches it before it ignores them, none is lost."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -212,42 +182,17 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, work: Work, environment: dict[str, str]) -> None:
-    """Compute tasks in a worker process until there are no more, or the parent is gone."""
-    # A killed parent takes its workers along: they would hold runs that a resume computes, or begin others.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():
-        return  # it was killed before
+def _begin(environment: dict[str, str]) -> None:
+    """Prepare a worker process, before it gets tasks, and with them PyTorch."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    os.environ.update(environment)  # before CUDA is initialised
-    stopped = _Ear(connection)
-
-    def tell(fraction: float) -> None:
-        with suppress(OSError):
-            connection.send(fraction)
-
-    with suppress(EOFError, OSError):
-        while (task := connection.recv()) is not None:
-            try:
-                connection.send(_attempt(task, work, tell, stopped))
-            except Interrupted as interrupted:
-                connection.send(interrupted)
-                return
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-class _Ear:
-    """Whether a worker is to stop: a message during a task says so, and so does a closed pipe."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.listened = 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if now - self.listened < LISTEN_INTERVAL:
-            return False
-        self.listened = now
-        return self.connection.poll()
+def _end_with_parent() -> None:
+    """End at once when the parent is gone: a resume computes what this process holds."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ def mbm(*arguments: object, stopped: Callable[[], bool] | None = None, draw: boo
         draw: draw the pictures, half a second each.
     """
     out, err = io.StringIO(), io.StringIO()
+    if "--jobs" in arguments:
+        forkserver.ensure_running()  # launch would start it, and all that it forks, with signals blocked
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["mbm", *map(str, arguments)])

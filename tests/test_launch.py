@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from mbm_cli.errors import Interrupted, RunError
-from mbm_cli.launch import Outcome, launch
+from mbm_cli.launch import launch
 
 WAIT = "wait"  # the task that ends only when it is stopped
+KILLED = "its process was ended by SIGKILL (is there enough memory?)"
 
 
-def work(task, tell, stopped) -> str:
-    """Do what the task says."""
+def work(task, stopped) -> None:
+    """Do what the task says; leave a file with its name, the process and the device."""
     match task:
         case "fail":
             raise RunError("the loss is nan")
@@ -30,81 +30,90 @@ def work(task, tell, stopped) -> str:
                 os.kill(os.getpid(), number)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "kill once" if not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
             os._exit(3)
         case "wait":
-            tell(0.5)
+            Path(f"waiting {os.getpid()}").touch()
             while not stopped():
                 time.sleep(0.01)
             raise Interrupted("interrupted")
-        case "device":
-            return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-        case file if os.path.isfile(file):
-            with open(file, "w") as begun:
-                fcntl.flock(begun, fcntl.LOCK_EX)
-                print("begun", file=begun, flush=True)
+        case "hold":
+            with open("held", "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                print("held", file=file, flush=True)
                 time.sleep(600)
-    tell(1.0)
-    return f"{task} in {os.getpid()}"
+    Path(f"{task} in {os.getpid()} on {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}").touch()
 
 
 class Log:
     """Records what `launch` reports."""
 
     def __init__(self) -> None:
-        self.outcomes: list[tuple[str, Outcome]] = []
-        self.progress: list[tuple[str, float]] = []
+        self.reasons: list[tuple[str, str | None]] = []
+        self.looks: set[str] = set()
 
     def launch(self, tasks: list[str], jobs: int, stopped=lambda: False) -> None:
-        progress, done = lambda *one: self.progress.append(one), lambda *one: self.outcomes.append(one)
-        launch(tasks, work, jobs, progress, done, stopped)
+        launch(tasks, work, jobs, Path(), self.looks.add, lambda *one: self.reasons.append(one), stopped)
 
 
 @pytest.fixture
-def log():
+def log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     yield Log()
     assert multiprocessing.active_children() == []
+    assert list(tmp_path.glob(".*")) == []
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_failed_task_does_not_stop_the_others(log, jobs):
     tasks = ["a", "fail", "crash", "b"] + ["signal"] * (jobs > 1)
     log.launch(tasks, jobs)
-    outcomes = dict(log.outcomes)
-    assert outcomes.keys() == set(tasks)
-    assert outcomes["fail"] == Outcome(reason="the loss is nan")
-    assert outcomes["crash"] == Outcome(reason="KeyError: 'x'")
-    done = [task for task in tasks if task not in ("fail", "crash")]
-    assert sorted(log.progress) == sorted((task, 1.0) for task in done)
-    for task in done:
-        name, _, process = outcomes[task].result.partition(" in ")
-        assert name == task
-        assert (int(process) == os.getpid()) == (jobs == 1)
+    reasons = dict(log.reasons)
+    assert reasons == dict.fromkeys(tasks) | {"fail": "the loss is nan", "crash": "KeyError: 'x'"}
+    left = {path.name.split()[0]: int(path.name.split()[2]) for path in Path().iterdir()}
+    assert left.keys() == {task for task in tasks if task not in ("fail", "crash")}
+    assert (os.getpid() in left.values()) == (jobs == 1)
 
 
+@pytest.mark.parametrize("others", [[], ["a", "b", "c"]], ids=["one slot", "two slots"])
 @pytest.mark.parametrize(
-    ("task", "how"),
-    [("kill", r"was ended by SIGKILL \(is there enough memory\?\)"), ("exit", "ended with exit code 3")],
+    ("task", "reason"),
+    [("kill", f"kill: {KILLED}"), ("exit", "exit: its process ended with exit code 3"), ("kill once", None)],
 )
-def test_dead_worker_stops_the_others(log, task, how):
-    with pytest.raises(RunError, match=f"^{task}: its process {how}$") as error:
-        log.launch([task, WAIT, "never"], jobs=2)
-    assert log.outcomes == [(task, Outcome(reason=str(error.value)))]
+def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others):
+    log.launch([task, *others], jobs=2)
+    assert sorted(log.reasons) == sorted([(task, reason), *((other, None) for other in others)])
 
 
 @pytest.mark.parametrize(("jobs", "tasks"), [(1, ["a", WAIT, "b"]), (2, ["a", WAIT, WAIT])])
 def test_interrupt_keeps_what_is_done(log, jobs, tasks):
     with pytest.raises(Interrupted):
-        log.launch(tasks, jobs, stopped=lambda: log.progress.count((WAIT, 0.5)) == jobs)
-    assert [task for task, _ in log.outcomes] == ["a"]
+        log.launch(tasks, jobs, stopped=lambda: len(list(Path().glob("waiting *"))) == jobs)
+    assert log.reasons == [("a", None)]
+    assert (WAIT in log.looks) == (jobs > 1)
+
+
+def test_removed_file_stops_the_workers(log, tmp_path):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+
+    def remove(task: str) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+
+    with pytest.raises(Interrupted):
+        launch([WAIT, WAIT, "a"], work, 2, folder, remove, lambda *_: None, lambda: False)
 
 
 def test_failing_callback_stops_the_workers(log):
-    def fail(task: str, outcome: Outcome) -> None:
+    def fail(task: str, reason: str | None) -> None:
         raise RunError("the disk is full")
 
     with pytest.raises(RunError, match="the disk is full"):
-        launch(["a", WAIT], work, 2, lambda *_: None, fail, lambda: False)
+        launch(["a", WAIT], work, 2, Path(), log.looks.add, fail, lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -112,22 +121,28 @@ def test_failing_callback_stops_the_workers(log):
     [(1, None, ["all"]), (2, None, ["0", "1", "0"]), (2, " GPU-1, 5", ["GPU-1"])],
 )
 def test_worker_k_sees_device_k(log, monkeypatch, count, listed, devices):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     log.launch(["device"] * len(devices), jobs=4)
-    assert sorted(outcome.result for _, outcome in log.outcomes) == sorted(devices)
+    assert sorted(path.name.split()[-1] for path in Path().iterdir()) == sorted(devices)
 
 
 def test_worker_ends_with_its_parent(tmp_path):
     """At once, not at its next step: what it holds is free for a resume."""
-    file = tmp_path / "task"
-    file.touch()
-    script = f"from test_launch import *; Log().launch([{str(file)!r}], jobs=2)"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent) as parent:
-        while not file.read_text():
+    script = "from test_launch import *; Log().launch(['hold'], jobs=2)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    held = tmp_path / "held"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment) as parent:
+        while not (held.exists() and held.read_text()):
             time.sleep(0.02)
         parent.kill()
-    with file.open("w") as ended:
-        fcntl.flock(ended, fcntl.LOCK_EX)
+    end = time.monotonic() + 5
+    with held.open() as file:
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < end
+                time.sleep(0.02)

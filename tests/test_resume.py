@@ -36,12 +36,19 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("name", "jobs"), [("train", []), ("compare", []), ("sweep", []), ("sweep", ["--jobs", "2"])])
-def test_interrupted_command_resumes_to_undisturbed_bits(name, jobs, undisturbed, tmp_path):
-    """After a signal to the process, and with whatever number of jobs."""
+@pytest.mark.parametrize(
+    ("name", "jobs", "file"),
+    [
+        *((name, [], "checkpoint.pt") for name in KINDS),
+        ("sweep", ["--jobs", "2"], "checkpoint.pt"),
+        ("sweep", ["--jobs", "2"], ".computing-*"),  # workers are starting
+    ],
+)
+def test_interrupted_command_resumes_to_undisturbed_bits(name, jobs, file, undisturbed, tmp_path):
+    """After a signal to the process and its workers, and with whatever number of jobs."""
     command = [*KINDS[name], "--epochs", "20"]
     process = start(*command, *jobs, "--quiet", folder=tmp_path)
-    while not list(tmp_path.glob("runs/**/checkpoint.pt")):
+    while not list(tmp_path.glob(f"runs/**/{file}")):
         time.sleep(0.01)
     process.send(signal.SIGINT)
     answer, run = process.wait(), made()

@@ -13,7 +13,7 @@ from tables import exported
 
 from mbm_cli.errors import Interrupted
 from mbm_cli.experiments import sweep
-from mbm_cli.runs import list_runs
+from mbm_cli.runs import Run, list_runs
 
 COLUMNS = ["optimizer.lr", "model.multiplier", "seed", "status", "test_accuracy", "best_test_accuracy", "test_loss"]
 COLUMNS += ["train_loss", "epochs", "epoch_seconds", "run"]
@@ -113,25 +113,61 @@ def test_threads_are_shared_among_jobs_and_kept(available, jobs, threads, monkey
     assert asked == [(jobs, {threads}), (jobs, {threads}), (4, {threads})]
 
 
-def test_killed_process_ends_the_sweep():
-    killed = []
+@pytest.mark.parametrize("multipliers", ["mbm", "mbm,mbm-t20"], ids=["one slot", "two slots"])
+def test_killed_process_changes_no_bit(multipliers):
+    command = ["sweep", "--vary", f"model.multiplier={multipliers}", *SMALL, "--epochs", 20, "--quiet"]
+    assert mbm(*command, "--output", "undisturbed") == SILENT
+    killed = set()
 
     def kill_one() -> bool:
-        if not killed and len(list(Path().glob("runs/*/*/checkpoint.pt"))) == 2:
-            killed.append(multiprocessing.active_children()[0])
-            killed[0].kill()
+        if not killed and list(Path().glob("runs/*/*/checkpoint.pt")):
+            kill_workers(killed, 1)
         return False
 
-    answer = mbm(*SWEEP, *SMALL, "--epochs", 100000, "--jobs", 2, stopped=kill_one)
-    run = made()
+    assert mbm(*command, "--jobs", 2, stopped=kill_one) == SILENT
+    assert len(killed) == 1
+    check_same(made().folder, state(made("undisturbed").folder))
+    assert sum("resumed" in member.environment() for member in list_runs(made().folder)) == 1
+
+
+def test_run_whose_process_dies_twice_fails_alone():
+    killed = set()
+
+    def kill_longer() -> bool:
+        """Kill the process of the longer run once it has a checkpoint, and again once it is resumed."""
+        longer = next((Run(path.parent) for path in Path().glob("runs/*/*-100000-*/checkpoint.pt")), None)
+        shorter_is_done = list(Path().glob("runs/*/summary.json")) and made().summary().epochs == 1
+        if longer and shorter_is_done and (not killed or "resumed" in longer.environment()):
+            kill_workers(killed)
+        return False
+
+    vary = ["--vary", "train.epochs=1,100000", "--vary", "optimizer.lr=0.001"]
+    answer = mbm("sweep", *vary, *SMALL, "--jobs", 2, "--quiet", stopped=kill_longer)
+    run, label = made(), "100000, 0.001, seed 0"
     assert answer.code == 1
     message, hint = answer.err.splitlines()
-    assert re.match(r"mbm: mbm(-t20)?, seed 0: its process was ended by SIGKILL \(is there enough memory\?\)", message)
+    reason = f"{label}: its process was ended by SIGKILL (is there enough memory?)"
+    assert message == f"mbm: 1 of 2 runs failed, the first one: {reason}"
     assert hint == f"To resume: mbm resume {run.folder}"
     assert run.summary().status == "failed"
-    assert "SIGKILL" in run.summary().reason
-    assert sorted(member.summary().status for member in list_runs(run.folder)) == ["failed", "interrupted"]
+    assert sorted(member.summary().status for member in list_runs(run.folder)) == ["completed", "failed"]
+    assert [row["reason"] for row in run.read_json("sweep.json")["runs"]] == [None, reason]
     assert multiprocessing.active_children() == []
+
+
+def kill_workers(killed: set[int], most: int = 8) -> None:
+    """Kill worker processes that were not killed before."""
+    for worker in [one for one in multiprocessing.active_children() if one.pid not in killed][:most]:
+        killed.add(worker.pid)
+        worker.kill()
+
+
+def test_failing_run_does_not_stop_the_others():
+    vary = ["--vary", "optimizer.name=sgd", "--vary", "optimizer.lr=1e30,0.001"]
+    answer = mbm("sweep", *vary, *EPOCH, "--jobs", 2, "--quiet")
+    assert answer.code == 1
+    assert re.match(r"mbm: 1 of 2 runs failed, the first one: epoch 1 of 1: the loss of step . of 4 is nan", answer.err)
+    assert [one.summary().status for one in list_runs(made().folder)].count("completed") == 1
 
 
 def test_long_names_of_values_stay_apart():

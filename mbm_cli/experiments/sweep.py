@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,10 +20,10 @@ from mbm_cli import config as configs
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
-from mbm_cli.errors import RequestError, RunError
+from mbm_cli.errors import RequestError
 from mbm_cli.experiments import lifecycle, train
 from mbm_cli.experiments.lifecycle import Finished, RunsFailed, Stopped, Watch, never
-from mbm_cli.launch import Outcome, Tell, launch
+from mbm_cli.launch import launch
 from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
 from mbm_cli.training import Progress, Split
 
@@ -101,6 +101,17 @@ class Member:
     def __str__(self) -> str:
         return self.label
 
+    @property
+    def run(self) -> Run | None:
+        """The run, once there is a folder of it."""
+        found = self.folder.glob(f"*Z-{self.config.name}-????/summary.json")
+        return self.begun or next((Run(path.parent) for path in found), None)
+
+    @property
+    def part(self) -> float:
+        """How much of the run is done, 0 to 1, as far as its folder says."""
+        return len(self.run.metrics()) / self.config.train.epochs if self.run else 0.0
+
 
 # Writes an experiment's result from the rows of all runs, and returns it.
 Conclude = Callable[[Run, Config, Plan, Sequence[Config], list[Row]], R]
@@ -129,7 +140,7 @@ def sweep(
 
     Raises:
         RequestError: a field or a value is wrong; nothing is written then.
-        RunError: a run failed, its process died, or something cannot be written.
+        RunError: a run failed, its process died twice, or something cannot be written.
         Interrupted: ``stopped`` returned true.
     """
     values = _parse_vary(vary)
@@ -322,7 +333,6 @@ def carry_out(
 
     Raises:
         RunsFailed: some did; a sweep concludes without them, a comparison cannot.
-        RunError: a worker process died.
         Interrupted: ``stopped`` returned true.
     """
     members = _members(run, plan, varied)
@@ -342,11 +352,11 @@ def carry_out(
             "summary.json", replace(_summary(status, varied, device, summaries), reason=reason, note=config.note)
         )
 
-    def done(member: Member, outcome: Outcome) -> None:
-        made = Run(run.folder / outcome.result) if outcome.result else _begun(run).get(member.config.name)
+    def done(member: Member, reason: str | None) -> None:
+        made = member.run
         if made is not None and made.summary().status == "stopped":  # its process died
-            made.write_json("summary.json", replace(made.summary(), status="failed", reason=outcome.reason))
-        row = keep(member, made, outcome.reason)
+            made.write_json("summary.json", replace(made.summary(), status="failed", reason=reason))
+        row = keep(member, made, reason)
         summarize("running")
         watch.done(member.label, row)
 
@@ -357,10 +367,8 @@ def carry_out(
         what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
         watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
         todo = [member for member in members if member.config.name not in rows]
-        try:
-            launch(todo, train_member, jobs, lambda member, part: watch.progress(member.label, part), done, stopped)
-        except RunError as error:
-            raise RunError(str(error), f"To resume: mbm resume {run.folder}") from error
+        work = partial(train_member, watch=watch) if jobs == 1 else train_member
+        launch(todo, work, jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
@@ -377,13 +385,14 @@ def carry_out(
     return finished
 
 
-def train_member(member: Member, tell: Tell, stopped: Stopped) -> str:
-    """Train a member, or resume it; return its folder's name."""
-    watch = _MemberWatch(member.config.train.epochs, tell)
+def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -> None:
+    """Train a member, or resume it. ``watch`` is the sweep's, where this is its process."""
+    own = _MemberWatch(member, watch) if watch else None
     data = shared_data(member.config, lifecycle.use_device(member.config))
-    if member.begun is None:
-        return train.train(member.config, member.folder, watch, stopped, data).run.name
-    return train.resume(member.begun, None, watch, stopped, data, member.config).run.name
+    if (run := member.run) is None:
+        train.train(member.config, member.folder, own, stopped, data)
+    else:
+        train.resume(run, None, own, stopped, data, member.config)
 
 
 def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
@@ -402,12 +411,12 @@ def _load(
 class _MemberWatch(Watch):
     """Turns the progress of an epoch into that of its run."""
 
-    def __init__(self, epochs: int, tell: Tell) -> None:
-        self.epochs, self.tell = epochs, tell
+    def __init__(self, member: Member, watch: Watch) -> None:
+        self.member, self.watch = member, watch
 
     def progress(self, label: str, fraction: float, step: Progress | None = None) -> None:
         epoch = int(label.removeprefix("epoch ").partition("/")[0])
-        self.tell((epoch - 1 + fraction) / self.epochs)
+        self.watch.progress(self.member.label, (epoch - 1 + fraction) / self.member.config.train.epochs)
 
 
 def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:

@@ -26,6 +26,7 @@ import yaml
 # OpenMP's idle threads would spin on cores that other processes need. OpenBLAS would start threads when numpy is
 # imported, and a process with threads must not be forked.
 os.environ |= {"GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1"}
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would warn of what killed processes leave
 FORKS = multiprocessing.get_context("forkserver")
 # An optimizer's first step imports torch._dynamo, the end of a run draws.
 PRELOADED = ["torch._dynamo", "matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
@@ -60,8 +61,9 @@ class Command:
     err: IO[str]
 
     def send(self, number: int) -> None:
+        """Send SIGKILL to the process alone, other signals also to its workers, as a terminal does."""
         if self.process.is_alive():
-            os.kill(self.process.pid, number)
+            (os.kill if number == signal.SIGKILL else os.killpg)(self.process.pid, number)
 
     def wait(self) -> Answer:
         self.process.join(WAIT)
@@ -102,6 +104,7 @@ def mbm(*arguments: object, folder: Path, file_size: int | None = None) -> Answe
 def _main(arguments: list[str], folder: Path, out: str, err: str, file_size: int | None) -> None:
     from mbm_cli import cli
 
+    os.setpgid(0, 0)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.chdir(folder)
