@@ -152,7 +152,7 @@ class _Slot:
         self.pool.shutdown()
         self.pool = None
         code = next((process.exitcode for process in self.born), None)
-        if code is None:  # nobody saw it
+        if code is None:  # it ended before it was listed
             return "ended at once"
         if code >= 0:
             return f"ended with exit code {code}"

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_cuda_integers import expected_sums, forward, on_gpu, random_codes, random_convolution
+from test_cuda_integers import compile_log, expected_sums, forward, on_gpu, random_codes, random_convolution
 from torch import Tensor
 
 from mbm_cli.backends import cuda_integers, cuda_terms, geometry
@@ -17,21 +17,11 @@ COUNTS = (0, 1, 2, 3, 4, 5, 7, 8, 12)
 
 @pytest.mark.parametrize("architecture", ["sm_80"])  # the oldest with the instructions; others take as long
 def test_every_kernel_compiles_without_spills(architecture):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     source, options = cuda_terms.program()
     for name, layout in (("Operand", cuda_terms._OPERAND), ("Layer", cuda_terms._LAYER)):
         source += f"static_assert(sizeof(terms::{name}) == {layout.itemsize});\n"
-    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"integer_mma.cu", 0, [], [])
-    # CuPy adds the first two.
-    options = ("-ftz=true", "--device-as-default-execution-space", *options)
-    options = [o.encode() for o in (*options, f"-arch={architecture}", "--ptxas-options=-v")]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, length = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * length
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(program)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log.decode(), re.DOTALL)
+    log = compile_log(source, options, architecture)
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log, re.DOTALL)
     assert {name for name, _ in found} == set(cuda_terms._KERNELS)
     assert not [name for name, stack in found if int(stack) > 0]
 
