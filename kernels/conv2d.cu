@@ -24,6 +24,7 @@
 //
 // Sums start at 0.0 and round to nearest. There are no atomics, so the same inputs give the same bits.
 #include "arithmetic.cuh"
+#include "entry.cuh"
 
 namespace mbm {
 
@@ -504,7 +505,7 @@ constexpr int TM = SHARED_TABLE ? 16 : 8, TN = 64 / TM;
 
 #define KERNEL(NAME, BLOCKS, ...)                                                                                 \
   extern "C" __global__ void __launch_bounds__(mbm::THREADS, BLOCKS) NAME(const __grid_constant__ mbm::Conv2d c) { \
-    mbm::__VA_ARGS__(c);                                                                                          \
+    if constexpr (wanted(#NAME)) mbm::__VA_ARGS__(c);                                                             \
   }
 
 KERNEL(conv2d_64x128, mbm::M.form == mbm::LOOKUP_WIDE ? 2 : 3, conv2d_tiled<64, 128, mbm::TM, mbm::TN>)
@@ -518,6 +519,7 @@ KERNEL(conv2d_direct_8x2, 4, conv2d_direct<8, 2>)
 
 extern "C" __global__ void multiply(const float* a, const float* b, float* output, const mbm::TableEntry* table,
                                     long long count) {
+  if (!wanted("multiply")) return;
   mbm::Multiplier m = mbm::with_table(table);
   long long step = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step)
@@ -528,6 +530,7 @@ extern "C" __global__ void multiply(const float* a, const float* b, float* outpu
 // against. Only some rounds reload the operands. The compiler cannot know which ones, so it cannot merge the others.
 extern "C" __global__ void __launch_bounds__(mbm::THREADS, 3)
     ceiling(const float* numbers, float* output, const mbm::TableEntry* table, int rounds, int mask) {
+  if (!wanted("ceiling")) return;
   using namespace mbm;
   __shared__ __align__(16) Planes<64, 128> slice[SLICE];
   for (int k = 0; k < SLICE; k++) {

@@ -37,6 +37,8 @@
 //   Tried: 1 channel, 10.4 us instead of 7.5; unrolling further, no change.
 //
 // Sums are integers modulo 2^32, so all kernels return the same. There are no atomics.
+#include "entry.cuh"
+
 #define DEVICE __device__ __forceinline__
 
 namespace integer {
@@ -431,7 +433,7 @@ template <bool WIDE> DEVICE void gather(const Conv2d& c) {
 
 #define KERNEL(NAME, THREADS, BLOCKS, ...)                                                                         \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ integer::Conv2d c) { \
-    integer::__VA_ARGS__(c);                                                                                       \
+    if constexpr (wanted(#NAME)) integer::__VA_ARGS__(c);                                                          \
   }
 
 KERNEL(rows, 32 * integer::WARPS, 1, rows<false, 2>)

@@ -34,6 +34,8 @@
 //     cache, 2 to 4 % slower, and 2 stages, 6 %; steps of 128 bytes, 5 to 27 %; 4 blocks a multiprocessor, 1 to 14 %.
 //
 // Sums are integers modulo 2^32, so that they do not depend on the order. There are no atomics.
+#include "entry.cuh"
+
 #define DEVICE __device__ __forceinline__
 
 namespace terms {
@@ -61,6 +63,7 @@ struct Operand {
   const unsigned* factors;  // for four terms each, words by code
   const int* constants;     // by code
   const float *scale, *zero;
+  float* poison;  // scales of the results, which become NaN if a number is not finite
   long long image_stride, group_stride, row_stride, column_stride;
   int channel_stride;
   int channels, terms, words;
@@ -68,6 +71,7 @@ struct Operand {
   unsigned count, total;  // positions of the operand, and with the one of padding
   unsigned padding_code;
   float least, most;  // codes
+  int poisoned;
   Divisor batch, plane, width, segments;
 };
 
@@ -81,6 +85,8 @@ DEVICE unsigned codes_of(const Operand& o, Four<float> numbers, float scale, flo
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
+    if (!isfinite(numbers.of[i]))
+      for (int k = 0; k < o.poisoned; k++) o.poison[k] = __int_as_float(0x7FC00000);
     float code = __fadd_rn(rintf(__fdiv_rn(numbers.of[i], scale)), zero);
     code = code < o.least ? o.least : code > o.most ? o.most : code;  // NaN stays NaN
     word |= (static_cast<int>(code) & 255) << 8 * i;
@@ -439,12 +445,14 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
 }  // namespace terms
 
 // The first blocks expand the weight, and the others the input.
-#define EXPAND(name, Number, blocks)                                                                  \
-  extern "C" __global__ void __launch_bounds__(terms::EXPANDERS, blocks)                              \
+#define EXPAND(name, Number, blocks)                                                                    \
+  extern "C" __global__ void __launch_bounds__(terms::EXPANDERS, blocks)                                \
       name(__grid_constant__ const terms::Operand input, __grid_constant__ const terms::Operand weight, \
-           int of_weight) {                                                                           \
-    if (blockIdx.x < of_weight) return terms::expand<unsigned char>(weight, blockIdx.x, of_weight);   \
-    terms::expand<Number>(input, blockIdx.x - of_weight, gridDim.x - of_weight);                      \
+           int of_weight) {                                                                             \
+    if constexpr (wanted(#name)) {                                                                      \
+      if (blockIdx.x < of_weight) return terms::expand<unsigned char>(weight, blockIdx.x, of_weight);   \
+      terms::expand<Number>(input, blockIdx.x - of_weight, gridDim.x - of_weight);                      \
+    }                                                                                                   \
   }
 
 EXPAND(expand, unsigned char, 4)
@@ -452,9 +460,26 @@ EXPAND(expand_quantized, float, 2)
 
 #define LAYER(name, blocks, ...)                                                                                      \
   extern "C" __global__ void __launch_bounds__(terms::THREADS, blocks) name(__grid_constant__ const terms::Layer c) { \
-    terms::layer<__VA_ARGS__>(c);                                                                                     \
+    if constexpr (wanted(#name)) terms::layer<__VA_ARGS__>(c);                                                        \
   }
 
 LAYER(layer_64x128, 3, 2, 2, 2)
 LAYER(layer_64x64, 4, 1, 4, 1)
 LAYER(layer_32x128, 4, 1, 2, 2)
+
+// Multiply on registers and nothing else: the ceiling that layers are measured against.
+extern "C" __global__ void __launch_bounds__(terms::THREADS, 4) ceiling(int* output, int rounds) {
+  if (!wanted("ceiling")) return;
+  unsigned sums[16][4] = {}, a[4], b[2];
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = threadIdx.x * (i + 1), b[i / 2] = ~a[i];
+#pragma unroll 1
+  for (int round = 0; round < rounds; round++) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) terms::multiply(sums[i], a, b);
+  }
+  unsigned total = 0;
+#pragma unroll
+  for (int i = 0; i < 64; i++) total += sums[i / 4][i % 4];
+  output[blockIdx.x * terms::THREADS + threadIdx.x] = total;
+}

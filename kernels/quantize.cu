@@ -4,6 +4,8 @@
 //
 // A scale and a zero point belong to `row_length` elements: to one output channel of a weight, or to a whole tensor.
 
+#include "entry.cuh"
+
 struct Format {
   float least, most;  // codes
   int is_signed;
@@ -28,6 +30,7 @@ __device__ __forceinline__ long long row_of(long long i, long long count, long l
 // What is not finite has no code: then the `poisoned` numbers, by which results are multiplied, become NaN.
 extern "C" __global__ void quantize(const float* x, const float* scale, const float* zero, unsigned char* codes,
                                     long long count, long long row_length, Format f, float* poison, int poisoned) {
+  if (!wanted("quantize")) return;
   for (ELEMENTS(i, count)) {
     long long row = row_of(i, count, row_length);
     if (!isfinite(x[i]))
@@ -38,6 +41,7 @@ extern "C" __global__ void quantize(const float* x, const float* scale, const fl
 
 extern "C" __global__ void fake_quantize(const float* x, const float* scale, const float* zero, float* out,
                                          long long count, long long row_length, Format f) {
+  if (!wanted("fake_quantize")) return;
   for (ELEMENTS(i, count)) {
     long long row = row_of(i, count, row_length);
     out[i] = __fmul_rn(__fsub_rn(clamped(rounded(x[i], scale[row], zero[row]), f), zero[row]), scale[row]);
@@ -46,6 +50,7 @@ extern "C" __global__ void fake_quantize(const float* x, const float* scale, con
 
 extern "C" __global__ void quantize_grad(const float* grad, const float* x, const float* scale, const float* zero,
                                          float* out, long long count, long long row_length, Format f) {
+  if (!wanted("quantize_grad")) return;
   for (ELEMENTS(i, count)) {
     long long row = row_of(i, count, row_length);
     float code = rounded(x[i], scale[row], zero[row]);
@@ -92,6 +97,7 @@ __device__ void write_scale(Range r, float* scale, float* zero, Format f) {
 
 // The range of each block's elements of a tensor.
 extern "C" __global__ void range_parts(const float* x, Range* parts, long long count) {
+  if (!wanted("range_parts")) return;
   Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
   for (ELEMENTS(i, count)) mine = join(mine, {x[i], x[i]});
   mine = of_block(mine);
@@ -101,6 +107,7 @@ extern "C" __global__ void range_parts(const float* x, Range* parts, long long c
 // One block: move a running range towards that of the parts, and write its scale and zero point.
 extern "C" __global__ void update_range(const Range* parts, int count, Range* running, float momentum, float* scale,
                                         Format f) {
+  if (!wanted("update_range")) return;
   Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
   for (int i = threadIdx.x; i < count; i += blockDim.x) mine = join(mine, parts[i]);
   mine = of_block(mine);
@@ -115,6 +122,7 @@ extern "C" __global__ void update_range(const Range* parts, int count, Range* ru
 
 // A block a row: the scale and the zero point of its current range.
 extern "C" __global__ void row_scales(const float* x, float* scales, long long row_length, Format f) {
+  if (!wanted("row_scales")) return;
   Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
   const float* row = x + blockIdx.x * row_length;
   for (long long i = threadIdx.x; i < row_length; i += blockDim.x) mine = join(mine, {row[i], row[i]});
@@ -127,6 +135,7 @@ extern "C" __global__ void row_scales(const float* x, float* scales, long long r
 // A block a row of a weight's codes: z_a times (steps times z_b less the codes' sum), modulo 2^32.
 extern "C" __global__ void row_offsets(const unsigned char* codes, const float* input_zero, const float* weight_zero,
                                        unsigned* offsets, long long steps) {
+  if (!wanted("row_offsets")) return;
   __shared__ unsigned sum;
   if (threadIdx.x == 0) sum = 0;
   __syncthreads();
@@ -143,6 +152,7 @@ extern "C" __global__ void row_offsets(const unsigned char* codes, const float* 
 extern "C" __global__ void scale_sums(const unsigned* sums, const unsigned* windows, const unsigned* offsets,
                                       const float* weight_zero, const float* scale, const float* bias, float* out,
                                       long long count, long long plane, int channels, int of_group) {
+  if (!wanted("scale_sums")) return;
   for (ELEMENTS(i, count)) {
     long long channel_of_image = i / plane;
     int channel = channel_of_image % channels;

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,12 +12,13 @@ import pytest
 import torch
 from gpu.exhaustive import bfloat16_operands, check_bfloat16_pairs, check_random_convolution, check_random_pairs
 from memory_formats import MEMORY_FORMATS
+from nvrtc import local_memory
 from operands import from_bits, normal
 from sums import assert_sums_of_products, same_bits
 from tables import IN_C, exported, random_table
 
 from mbm_cli import ApproxConv2d, Multiplier, conv2d, multiply, resolve
-from mbm_cli.backends import cuda, geometry
+from mbm_cli.backends import cuda, cuda_programs, geometry
 from mbm_cli.multipliers.content import operands
 from mbm_cli.multipliers.float32 import FAMILIES
 
@@ -41,23 +41,10 @@ OUT_CHANNELS = pytest.mark.parametrize("out_channels", [1, 6, 16, 64])
 
 def compile_kernels(multiplier: Multiplier, architecture: str, variant: cuda.Variant) -> dict[str, int]:
     """Return the bytes of local memory of each kernel."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     handle, table = operands(multiplier, torch.device("cpu"))
-    source, options = cuda.program(handle, 0 if table is None else table.shape[1].bit_length() - 1, variant)
+    program = cuda.program(handle, 0 if table is None else table.shape[1].bit_length() - 1, variant)
     argument = plan((1, 1, 1, 1), (1, 1, 1, 1), (1, 1)).conv
-    source += f"static_assert(sizeof(mbm::Conv2d) == {argument.itemsize});\n"
-    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"conv2d.cu", 0, [], [])
-    # CuPy adds the first two.
-    options = ("-ftz=true", "--device-as-default-execution-space", *options)
-    options = [o.encode() for o in (*options, f"-arch={architecture}", "--ptxas-options=-v")]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, length = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * length
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(program)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log.decode(), re.DOTALL)
-    return {name: int(stack) for name, stack in found}
+    return local_memory(program, architecture, f"static_assert(sizeof(mbm::Conv2d) == {argument.itemsize});")
 
 
 def test_every_variant_compiles_without_spills():
@@ -70,7 +57,7 @@ def test_every_variant_compiles_without_spills():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda variant: compile_kernels(*variant), variants))
     for variant, stacks in zip(variants, results, strict=True):
-        assert set(stacks) == set(cuda._KERNELS), variant
+        assert {tile.kernel for tile in cuda._TILES} < set(stacks), variant
         assert not any(stacks.values()), (variant, stacks)
 
 
@@ -114,7 +101,7 @@ def test_missing_or_unfit_cupy_is_named(monkeypatch, cupy, message):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(RuntimeError, match=message):
-        cuda.import_cupy()
+        cuda_programs.import_cupy()
 
 
 # On a GPU

@@ -1,12 +1,11 @@
 """The CUDA kernels of integer multipliers: that they compile (no GPU needed), and on a GPU, that sums are exact."""
 
 import random
-import re
-from importlib.resources import files
 
 import pytest
 import torch
 import torch.nn.functional as F
+from nvrtc import local_memory
 from torch import Tensor
 
 from mbm_cli.backends import cuda_integers, cuda_quantize, geometry
@@ -28,37 +27,18 @@ def forward(shape, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), group
     return geometry.forward(shape, strides, weight, tuple(out_size), stride, padding, dilation, groups)
 
 
-def compile_log(source: str, options: tuple[str, ...], architecture: str) -> str:
-    """Compile as CuPy does, which adds the first two options; return the assembler's report."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
-    options = ("-ftz=true", "--device-as-default-execution-space", *options)
-    encoded = [o.encode() for o in (*options, f"-arch={architecture}", "--ptxas-options=-v")]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    _, length = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * length
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(program)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    return log.decode()
-
-
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 def test_every_kernel_compiles_without_spills(architecture):
-    source, options = cuda_integers.program()
-    source += f"static_assert(sizeof(integer::Conv2d) == {cuda_integers._CONV2D.itemsize});\n"
-    log = compile_log(source, options, architecture)
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log, re.DOTALL)
-    assert {name for name, _ in found} == set(cuda_integers._KERNELS)
+    check = f"static_assert(sizeof(integer::Conv2d) == {cuda_integers._CONV2D.itemsize});"
+    found = local_memory(cuda_integers.program(), architecture, check)
     # Rows may keep a few constants of the loop in local memory, never sums.
-    assert not [name for name, stack in found if int(stack) > (16 if name.startswith("rows") else 0)]
+    assert not [name for name, stack in found.items() if stack > (16 if name.startswith("rows") else 0)]
+    assert {cuda_integers.plan(forward((9, 9, 9, 9), (9, 9, 3, 3)), **OF_H100).kernel} <= set(found)
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 def test_quantisation_compiles(architecture):
-    source = (files("mbm_cli") / "kernels" / "quantize.cu").read_text(encoding="utf-8")
-    log = compile_log(source, ("-std=c++17",), architecture)
-    assert set(cuda_quantize._KERNELS) == set(re.findall(r"entry function '(\w+)'", log))
+    assert not any(local_memory(cuda_quantize.program(), architecture).values())
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """The CUDA kernels of terms: that they compile (no GPU needed), and on a GPU, that sums are exact."""
 
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
-from test_cuda_integers import compile_log, expected_sums, forward, on_gpu, random_codes, random_convolution
+from nvrtc import local_memory
+from test_cuda_integers import expected_sums, forward, on_gpu, random_codes, random_convolution
 from torch import Tensor
 
 from mbm_cli.backends import cuda_integers, cuda_terms, geometry
+from mbm_cli.backends.integers import Quantize
 from mbm_cli.multipliers.factor import Terms
 
 COUNTS = (0, 1, 2, 3, 4, 5, 7, 8, 12)
@@ -17,13 +18,11 @@ COUNTS = (0, 1, 2, 3, 4, 5, 7, 8, 12)
 
 @pytest.mark.parametrize("architecture", ["sm_80"])  # the oldest with the instructions; others take as long
 def test_every_kernel_compiles_without_spills(architecture):
-    source, options = cuda_terms.program()
-    for name, layout in (("Operand", cuda_terms._OPERAND), ("Layer", cuda_terms._LAYER)):
-        source += f"static_assert(sizeof(terms::{name}) == {layout.itemsize});\n"
-    log = compile_log(source, options, architecture)
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log, re.DOTALL)
-    assert {name for name, _ in found} == set(cuda_terms._KERNELS)
-    assert not [name for name, stack in found if int(stack) > 0]
+    layouts = {"Operand": cuda_terms._OPERAND, "Layer": cuda_terms._LAYER}
+    checks = (f"static_assert(sizeof(terms::{name}) == {layout.itemsize});" for name, layout in layouts.items())
+    found = local_memory(cuda_terms.program(), architecture, "\n".join(checks))
+    assert {tile.kernel for tile in cuda_terms._TILES} < set(found)
+    assert not any(found.values())
 
 
 def test_indices_above_32_bits_are_refused():
@@ -170,7 +169,7 @@ def test_inputs_are_quantised_while_they_are_expanded(bits, signed):
     input, scale = torch.randn(3, 5, 17, 18, device="cuda"), torch.tensor([0.013], device="cuda")
     codes = cuda_quantize.quantize(input, scale, zero, bits, signed)
     weight = random_codes((20, 5, 3, 3), codes.dtype)
-    found = sums(input, weight, terms, 9, quantize=(scale, zero, bits, signed), padding=(1, 1))
+    found = sums(input, weight, terms, 9, quantize=Quantize(scale, zero, bits, signed), padding=(1, 1))
     assert torch.equal(found, sums(codes, weight, terms, 9, padding=(1, 1)))
 
 

@@ -3,22 +3,16 @@
 import math
 import operator
 import re
-import sys
-import zlib
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
-from statistics import median
-from threading import Timer
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mbm_cli.backends.cuda_programs import CudaError, Program, address, multiprocessors_of, seconds, source
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.backends.operators import Operators
-from mbm_cli.errors import RunError
 from mbm_cli.multipliers.code import Function, first_compiler_error
 from mbm_cli.multipliers.content import TABLE, exchange, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
@@ -55,11 +49,7 @@ typedef unsigned long long uint64_t; typedef long long int64_t;
 """
 
 
-_SOURCES = ("multiplier.h", "arithmetic.cuh", "conv2d.cu")
-
-
-class CudaError(RunError, RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message says what to install."""
+_SOURCES = ("entry.cuh", "multiplier.h", "arithmetic.cuh", "conv2d.cu")
 
 
 class Tile(NamedTuple):
@@ -87,12 +77,6 @@ _BUSY_FROM, _STEPS_OF_A_BLOCK, _SUM_LAUNCH, _SUM_ELEMENT = 2.2, 24, 100_000, 0.2
 _LEAST_STEPS, _MOST_PARTS = 32, 512
 _TRANSPOSE_FROM = 1 << 28  # products of a dense layer from which transposing its input pays
 _DIRECT = {1: (4,), 4: (2,), 6: (1, 2), 8: (2,)}  # output channels of the direct kernels, and pixels of a thread
-_KERNELS = (
-    *(tile.kernel for tile in _TILES),
-    *(f"conv2d_direct_{channels}x{pixels}" for channels, choices in _DIRECT.items() for pixels in choices),
-    "multiply",
-    "ceiling",
-)
 
 
 class Launch(NamedTuple):
@@ -106,13 +90,6 @@ class Launch(NamedTuple):
     blocks: int
     parts: int
     conv: np.ndarray
-
-
-class Program(NamedTuple):
-    """What NVRTC compiles: the text of conv2d.cu, and options that make it the kernels of one multiplier."""
-
-    source: str
-    options: tuple[str, ...]
 
 
 class Variant(NamedTuple):
@@ -130,20 +107,21 @@ class Variant(NamedTuple):
 FORWARD = Variant()
 
 
+@lru_cache(maxsize=256)
 def program(handle: str, table_bits: int = 0, variant: Variant = FORWARD) -> Program:
     """Return the program of a multiplier; ``table_bits`` are the fraction bits of its table.
 
     A function in C stands in front of the kernels. NVRTC has no standard headers, so C's integers are defined first.
     """
     multiplier = of_handle(handle)
-    *headers, kernels = (files("mbm_cli").joinpath("kernels", name) for name in _SOURCES)
-    text, function = kernels.read_text(encoding="utf-8"), multiplier.content
+    *headers, kernels = _SOURCES
+    text, function = source(kernels), multiplier.content
     family, bits, result_bits = multiplier.family, multiplier.truncate, multiplier.result_bits or FRACTION_BITS
-    extra = []
+    name, extra = f"{handle}{table_bits or ''}", []
     if handle == TABLE:
         family, bits = "table", table_bits
     if isinstance(function, Function):
-        family, extra = "function", ["-fmad=false"]
+        name, family, extra = function.name, "function", ["-fmad=false"]
         users = function.renamed(f'#line 1 "function.h"\n{_C_INCLUDE.sub("", function.text)}')
         text = f'{_C_INTEGERS}{users}{function.define(variant.exchanged)}#line 1 "conv2d.cu"\n{text}'
     macros = (
@@ -152,103 +130,12 @@ def program(handle: str, table_bits: int = 0, variant: Variant = FORWARD) -> Pro
         f"-DBITS={bits}",
         f"-DRESULT_BITS={result_bits}",
     )
-    # CuPy's cache on disk does not look into headers.
-    digest = f"-DHEADER_DIGEST=0x{zlib.crc32(b''.join(header.read_bytes() for header in headers)):08x}"
-    return Program(text, ("-std=c++17", f"-I{Path(str(headers[0])).parent}", digest, *macros, *extra))
+    name += " for gradients and dense layers" if variant.free else ""
+    return Program(name, text, (*macros, *extra), tuple(headers))
 
 
 def _table_bits(table: Tensor | None) -> int:
     return 0 if table is None else table.shape[1].bit_length() - 1
-
-
-def import_cupy() -> Any:
-    """Import CuPy, when a CUDA tensor first needs it.
-
-    Raises:
-        CudaError: it is not installed, or for another CUDA than PyTorch's.
-    """
-    wanted = (torch.version.cuda or "13").split(".")[0]
-    install = f"pip install 'mbm-cli[cuda{wanted}]'"
-    try:
-        import cupy
-    except ImportError as error:
-        raise CudaError(f"the CUDA kernels need CuPy ({error}): {install}") from error
-    found = str(cupy.cuda.runtime.runtimeGetVersion() // 1000)
-    if found != wanted:
-        raise CudaError(
-            f"CuPy is for CUDA {found}, but PyTorch for CUDA {wanted}: pip uninstall cupy-cuda{found}x, then {install}"
-        )
-    return cupy
-
-
-def refuse_capture(name: str) -> None:
-    """Refuse to load kernels during a capture, before anything that it does not allow.
-
-    After a failed capture PyTorch could not draw random numbers.
-
-    Raises:
-        CudaError: the current stream is being captured.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        raise CudaError(f"{name}: not loaded yet, so run it once before capturing it in a CUDA graph")
-
-
-@lru_cache(maxsize=256)
-def kernels(handle: str, table_bits: int, variant: Variant, device: int) -> dict[str, Any]:
-    """Return a multiplier's kernels by name, ready to launch on the device with this index.
-
-    Compiling takes seconds, once; CuPy keeps the result on disk, and loads it before the message below is due.
-
-    Raises:
-        CudaError: CuPy is missing, does not fit, or fails.
-        ValueError: a function in C that does not compile.
-    """
-    function = of_handle(handle).content
-    name = function.name if isinstance(function, Function) else f"{handle}{table_bits or ''}"
-    name += " for gradients and dense layers" if variant.free else ""
-    refuse_capture(f"the kernels of {name}")
-    cupy = import_cupy()
-    message = f"compiling the CUDA kernels of {name} (once: CuPy keeps them on disk)"
-    notice = Timer(0.5, print, (message,), {"file": sys.stderr, "flush": True})
-    notice.daemon = True
-    notice.start()
-    try:
-        with torch.cuda.device(device), cupy.cuda.Device(device):
-            source, options = program(handle, table_bits, variant)
-            module = cupy.RawModule(code=source, options=options)
-            loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
-            for kernel in loaded.values():
-                kernel.compile()
-            return loaded
-    except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
-        lines = str(error).splitlines() or [""]
-        if isinstance(function, Function) and type(error).__name__ == "CompileException":
-            raise ValueError(f"{name} does not compile: {first_compiler_error(str(error))}") from None
-        raise CudaError(
-            f"the CUDA kernels of {name} do not compile or load ({type(error).__name__}: {lines[0]}): "
-            "check that the NVIDIA driver is new enough for CuPy's CUDA"
-        ) from error
-    finally:
-        notice.cancel()
-
-
-@lru_cache(maxsize=64)
-def multiprocessors_of(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache(maxsize=64)
-def _stream(device: int, handle: int) -> Any:
-    """Return PyTorch's current stream, which has this handle, as CuPy's."""
-    cupy = import_cupy()
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
-    return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
-
-
-def current_stream(device: int) -> Any:
-    """Return PyTorch's current stream of a device as CuPy's."""
-    return _stream(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _launch(
@@ -260,10 +147,19 @@ def _launch(
     arguments: tuple,
     variant: Variant = FORWARD,
 ) -> None:
-    """Launch a kernel on PyTorch's current stream of the device."""
-    function = kernels(handle, _table_bits(table), variant, device)[kernel]
-    with torch.cuda.device(device), current_stream(device):
-        function(grid, (_THREADS,), arguments)
+    """Launch a kernel on PyTorch's current stream of the device.
+
+    Raises:
+        CudaError: as `Program.kernel`.
+        ValueError: a function in C that does not compile.
+    """
+    try:
+        program(handle, _table_bits(table), variant).launch(kernel, device, grid, (_THREADS,), arguments)
+    except CudaError as error:
+        function, cause = of_handle(handle).content, error.__cause__
+        if not isinstance(function, Function) or type(cause).__name__ != "CompileException":
+            raise
+        raise ValueError(f"{function.name} does not compile: {first_compiler_error(str(cause))}") from None
 
 
 def multiply(a: Tensor, b: Tensor, multiplier: str, table: Tensor | None = None) -> Tensor:
@@ -291,7 +187,7 @@ def run(
     """Compute a convolution into ``output``, which is contiguous.
 
     Raises:
-        RuntimeError, CudaError: as `plan` and `kernels`.
+        RuntimeError, CudaError: as `plan` and `_launch`.
     """
     device = input.device.index
     if input.dim() == 2 and geometry.products >= _TRANSPOSE_FROM:
@@ -309,10 +205,6 @@ def run(
     _launch(multiplier, table, launch.kernel, device, (launch.blocks, launch.parts), (conv,), variant)
     if launch.parts > 1:
         torch.sum(parts, 0, out=output)
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1024)
@@ -415,15 +307,8 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
         output = torch.empty(blocks, _THREADS, device="cuda")
         pointers = numbers.data_ptr(), output.data_ptr(), address(table)
         arguments = (*pointers, np.int32(rounds), np.int32(_CEILING_RELOAD - 1))
-        times = []
-        for _ in range(6):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            _launch(handle, table, "ceiling", index, (blocks,), arguments)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3)
-    return blocks * _THREADS * sums_of_thread * rounds / median(times[1:])
+        time = seconds(lambda: _launch(handle, table, "ceiling", index, (blocks,), arguments))
+    return blocks * _THREADS * sums_of_thread * rounds / time
 
 
 torch.library.impl("mbm::multiply", "cuda", multiply)

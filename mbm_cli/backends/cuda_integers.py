@@ -1,11 +1,13 @@
-"""Integer multipliers on CUDA: the kernels of kernels/integer.cu, which look products up in a table of 256 x 256."""
+"""Integer multipliers on CUDA: by terms where that is expected to be faster (cuda_terms.py), otherwise by look-ups.
+
+The kernels of kernels/integer.cu look products up in a table of 256 x 256.
+"""
 
 import math
 import operator
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbm_cli.backends import cuda_terms
-from mbm_cli.backends.cuda import CudaError, address, current_stream, import_cupy, multiprocessors_of, refuse_capture
+from mbm_cli.backends.cuda_programs import Program, address, import_cupy, multiprocessors_of, refuse_capture, source
+from mbm_cli.backends.cuda_terms import DeviceTerms
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.integers import IntegerOperators
+from mbm_cli.backends.integers import IntegerOperators, Quantize
 from mbm_cli.multipliers.factor import factorize
 
 _INDEX_LIMIT, _GRID_LIMIT = 1 << 31, 0xFFFF
@@ -23,11 +26,6 @@ _INDEX_LIMIT, _GRID_LIMIT = 1 << 31, 0xFFFF
 _ROWS_CHANNELS, _ROWS_PIXELS, _ROWS_THREADS, _ROWS_BYTES = 64, 768, 384, 256 * 144
 _STATIC_BYTES, _MOST_THREADS, _GATHERED, _WARP = 2048, 1024, 2, 32
 _COLUMNS = {False: (2, 4, 8), True: (1, 4)}  # output channels of a block, by whether entries are wide
-_KERNELS = (
-    *(f"rows{wide}{unbuffered}" for wide in ("", "_wide") for unbuffered in ("", "_unbuffered")),
-    *(f"columns_{'wide_' * wide}{channels}" for wide in (False, True) for channels in _COLUMNS[wide]),
-    *("gather", "gather_wide"),
-)
 _PATHS = {"auto": ("rows", "columns", "gather"), "direct": ("columns", "gather")}
 
 # integer.cu's struct Conv2d, field by field.
@@ -74,6 +72,7 @@ class Launch(NamedTuple):
     threads: tuple[int, ...]
     shared_bytes: int
     conv: np.ndarray
+    clocks: float  # expected, of a multiprocessor
 
 
 class Choice(NamedTuple):
@@ -112,58 +111,29 @@ def entries(table: Tensor) -> Entries:
     return made
 
 
-def terms_of(table: Tensor) -> cuda_terms.DeviceTerms:
+def terms_of(table: Tensor) -> DeviceTerms | None:
     """Return a table's terms, found when they are first asked for and kept for as long as the table lives.
 
     Raises:
-        ValueError: there are none, or the GPU has no matrix units for them.
         CudaError: they are first asked for in a capture.
     """
     if table not in _terms:
         refuse_capture("the multiplier's terms")
-        terms = factorize(table.cpu().numpy()) if cuda_terms.supported(table.device.index) else None
-        if terms is None:
-            raise ValueError("the table has no terms, or the GPU no matrix units for them: take the path auto")
-        _terms[table] = cuda_terms.on_device(terms, table.device)
-    found: cuda_terms.DeviceTerms = _terms[table]
+        terms = factorize(table.cpu().numpy())
+        _terms[table] = None if terms is None else cuda_terms.on_device(terms, table.device)
+    found: DeviceTerms | None = _terms[table]
     return found
 
 
-def program() -> tuple[str, tuple[str, ...]]:
-    """Return what NVRTC compiles, and its options."""
-    return files("mbm_cli").joinpath("kernels", "integer.cu").read_text(encoding="utf-8"), ("-std=c++17",)
+@lru_cache(maxsize=1)
+def program() -> Program:
+    return Program("integer multipliers", source("integer.cu"), shared=True)
 
 
 @lru_cache(maxsize=64)
 def _shared_bytes(device: int) -> int:
     """Return the most shared memory that a block can have."""
     return int(import_cupy().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
-
-
-@lru_cache(maxsize=64)
-def kernels(device: int) -> dict[str, Any]:
-    """Return the kernels by name, ready to launch on the device with this index. CuPy keeps them on disk.
-
-    Raises:
-        CudaError: CuPy is missing, does not fit, or fails.
-    """
-    refuse_capture("integer multipliers")
-    cupy = import_cupy()
-    try:
-        with torch.cuda.device(device), cupy.cuda.Device(device):
-            source, options = program()
-            module = cupy.RawModule(code=source, options=options)
-            loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
-            for kernel in loaded.values():
-                kernel.compile()
-                kernel.max_dynamic_shared_size_bytes = _shared_bytes(device) - kernel.shared_size_bytes
-            return loaded
-    except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
-        line = (str(error).splitlines() or [""])[0]
-        raise CudaError(
-            f"the CUDA kernels of integers do not compile or load ({type(error).__name__}: {line}): "
-            "check that the NVIDIA driver is new enough for CuPy's CUDA"
-        ) from error
 
 
 def run(
@@ -184,32 +154,81 @@ def run(
         output: int32 sums; with a scale, float32.
         table: int32 (256, 256), entry [a, b] for the code a of the input and b of the weight.
         padding_code: the code of elements outside the image.
-        path: "rows"; "direct", the better one of "columns" and "gather"; "auto", the best of these; or "terms".
+        path: "terms", on matrix units; "rows"; "direct", the better one of "columns" and "gather"; "auto", the best.
         scale, bias: float32 of each output channel: float(sum) * scale + bias, rounded after each operation.
 
     Raises:
-        RuntimeError, CudaError: as `plan`, `kernels` and `entries`.
-        ValueError: an unknown path; or as `terms_of`.
+        RuntimeError, CudaError: as `plan`, `Program.kernel` and `entries`.
+        ValueError: an unknown path; or "terms" where there are none, or no matrix units for them.
     """
-    if path == "terms":
-        cuda_terms.run(geometry, input, weight, output, terms_of(table), padding_code, scale, bias)
-        return
     device = input.device.index
     read = entries(table)
     aligned = (input.data_ptr() | weight.data_ptr()) % 4 == 0
-    settings = multiprocessors_of(device), _shared_bytes(device), read.wide, aligned, path
-    launch = plan(geometry, *settings)
-    if input.dim() == 2 and not launch.kernel.startswith("gather"):
-        input = input.t().contiguous().t()  # the lanes of a warp fetch neighbours in memory, then
-        launch = plan(geometry._replace(input_strides=(1, 0, input.stride(1), 0, 0)), *settings)
+    launch, geometry_of_look_up = _look_up(geometry, device, read.wide, aligned, path)
+    most = {"auto": launch.clocks, "terms": math.inf}.get(path, 0)
+    terms = _chosen_terms(geometry, table, most)
+    if path == "terms" and terms is None:
+        raise ValueError("there are no terms of this table, or no matrix units for them: take the path auto")
+    if terms is not None:
+        cuda_terms.run(geometry, input, weight, output, terms, padding_code, scale, bias)
+        return
+    if geometry_of_look_up is not geometry:
+        input = input.t().contiguous().t()
     pointers = [tensor.data_ptr() for tensor in (input, weight, output, read.lines)]
     conv = launch.conv.copy()
     conv.view(np.uint64)[:6] = [*pointers, address(scale), address(bias)]
     conv["offset"] = geometry.steps * read.least % (1 << 32)
     conv["padding_code"] = padding_code & 255
-    function = kernels(device)[launch.kernel]
-    with torch.cuda.device(device), current_stream(device):
-        function(launch.grid, launch.threads, (conv,), shared_mem=launch.shared_bytes)
+    program().launch(launch.kernel, device, launch.grid, launch.threads, (conv,), launch.shared_bytes)
+
+
+def run_quantized(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    table: Tensor,
+    quantize: Quantize,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> bool:
+    """Quantise the input while its terms are looked up, and add up table entries; return False where look-ups pay.
+
+    Args:
+        input: float32. Where it is not finite, ``scale`` becomes NaN.
+        quantize: signed.
+
+    The others are as in `run`; the code of padding is zero.
+    """
+    launch, _ = _look_up(geometry, input.device.index, entries(table).wide, True, "auto")
+    terms = _chosen_terms(geometry, table, launch.clocks)
+    if terms is not None:
+        cuda_terms.run(geometry, input, weight, output, terms, 0, scale, bias, quantize)
+    return terms is not None
+
+
+def _look_up(g: Geometry, device: int, wide: bool, aligned: bool, path: str) -> tuple[Launch, Geometry]:
+    """Return how table entries are looked up, and the geometry, with transposed strides if the input is transposed."""
+    settings = multiprocessors_of(device), _shared_bytes(device), wide, aligned, "auto" if path == "terms" else path
+    launch = plan(g, *settings)
+    if g.is_dense and not launch.kernel.startswith("gather"):  # the lanes of a warp fetch neighbours in memory, then
+        g = g._replace(input_strides=(1, 0, g.batch, 0, 0))
+        launch = plan(g, *settings)
+    return launch, g
+
+
+def _chosen_terms(g: Geometry, table: Tensor, most: float) -> DeviceTerms | None:
+    """Return the table's terms if they are expected to take fewer clocks than ``most``."""
+    device = table.device.index
+    if not cuda_terms.supported(device):
+        return None
+    multiprocessors = multiprocessors_of(device)
+    if cuda_terms.expected_clocks(g, 1, multiprocessors) >= most:  # to find terms takes up to a second
+        return None
+    terms = terms_of(table)
+    if terms is None or cuda_terms.expected_clocks(g, terms.number, multiprocessors) >= most:
+        return None
+    return terms
 
 
 @lru_cache(maxsize=1024)
@@ -224,7 +243,7 @@ def plan(g: Geometry, multiprocessors: int, shared_bytes: int, wide: bool, align
     choices = [c for c in _choices(g, multiprocessors, shared_bytes, wide) if c.kernel.split("_")[0] in named]
     if not choices:
         raise ValueError(f"a path is auto, rows, direct, columns or gather, not {path!r}")
-    _, kernel, grid, threads, dynamic, buffer = min(choices, key=operator.itemgetter(0))
+    clocks, kernel, grid, threads, dynamic, buffer = min(choices, key=operator.itemgetter(0))
 
     pixels = g.batch * math.prod(g.out_size)
     reach = [max(g.size[i], g.dilation[i] * (g.kernel[i] - 1) + 1) + abs(g.padding[i]) for i in range(2)]
@@ -247,7 +266,7 @@ def plan(g: Geometry, multiprocessors: int, shared_bytes: int, wide: bool, align
     conv = np.zeros(1, _CONV2D)
     for field, value in zip(list(_CONV2D.fields or ())[6:], values, strict=True):
         conv[field] = value
-    return Launch(kernel, grid, threads, dynamic, conv)
+    return Launch(kernel, grid, threads, dynamic, conv, clocks)
 
 
 def _divisor(size: int) -> tuple[int, int, int]:
@@ -302,10 +321,11 @@ def _choices(g: Geometry, multiprocessors: int, shared_bytes: int, wide: bool) -
     yield Choice(time(grid, of_block), f"gather{suffix}", grid, (parts * _WARP,), 0, 0)
 
 
-def chosen_path(geometry: Geometry, table: Tensor) -> str:
-    """Return the kernel that "auto" takes for operands in order."""
-    device = table.device.index
-    return plan(geometry, multiprocessors_of(device), _shared_bytes(device), entries(table).wide, True, "auto").kernel
+def chosen_path(geometry: Geometry, table: Tensor) -> tuple[str, int]:
+    """Return what "auto" takes for operands in order: "terms" and how many, or the kernel that looks up, and 0."""
+    launch, _ = _look_up(geometry, table.device.index, entries(table).wide, True, "auto")
+    terms = _chosen_terms(geometry, table, launch.clocks)
+    return (launch.kernel, 0) if terms is None else ("terms", terms.number)
 
 
-IntegerOperators("cuda", run, scales=True)
+IntegerOperators("cuda", run, run_quantized)

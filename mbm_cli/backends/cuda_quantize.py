@@ -1,7 +1,6 @@
 """Quantisation on CUDA devices: the kernels of kernels/quantize.cu."""
 
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -9,21 +8,16 @@ import torch
 from torch import Tensor
 
 from mbm_cli.backends import integers
-from mbm_cli.backends.cuda import current_stream, import_cupy, refuse_capture
+from mbm_cli.backends.cuda_programs import Program, source
 
 _THREADS = 256
 _MOST_BLOCKS = 1024
 _FORMAT = np.dtype([("least", np.float32), ("most", np.float32), ("is_signed", np.int32)])
-_KERNELS = (
-    "quantize",
-    "fake_quantize",
-    "quantize_grad",
-    "range_parts",
-    "update_range",
-    "row_scales",
-    "row_offsets",
-    "scale_sums",
-)
+
+
+@lru_cache(maxsize=1)
+def program() -> Program:
+    return Program("quantisation", source("quantize.cu"))
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, poison: Tensor | None = None) -> Tensor:
@@ -96,22 +90,9 @@ def _blocks(count: int) -> int:
     return max(1, min(_MOST_BLOCKS, -(-count // _THREADS)))
 
 
-@lru_cache(maxsize=16)
-def _kernels(device: int) -> dict[str, Any]:
-    refuse_capture("the kernels of quantisation")
-    cupy = import_cupy()
-    source = (files("mbm_cli") / "kernels" / "quantize.cu").read_text(encoding="utf-8")
-    with torch.cuda.device(device), cupy.cuda.Device(device):
-        module = cupy.RawModule(code=source, options=("-std=c++17",))
-        return {kernel: module.get_function(kernel) for kernel in _KERNELS}
-
-
 def _launch(kernel: str, blocks: int, like: Tensor, arguments: tuple[Any, ...]) -> None:
-    device = like.device.index
     pointers = tuple(one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    function = _kernels(device)[kernel]
-    with torch.cuda.device(device), current_stream(device):
-        function((blocks,), (_THREADS,), pointers)
+    program().launch(kernel, like.device.index, (blocks,), (_THREADS,), pointers)
 
 
 for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales, scale_sums):

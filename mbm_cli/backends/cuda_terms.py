@@ -2,16 +2,15 @@
 
 import math
 from functools import lru_cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mbm_cli.backends.cuda import CudaError, address, current_stream, import_cupy, multiprocessors_of, refuse_capture
+from mbm_cli.backends.cuda_programs import Program, address, multiprocessors_of, refuse_capture, seconds, source
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.integers import code_range
+from mbm_cli.backends.integers import Quantize, code_range
 from mbm_cli.multipliers.factor import Integers, Terms
 
 _INDEX_LIMIT = 1 << 31
@@ -49,15 +48,15 @@ class Tile(NamedTuple):
 _TILES = (Tile(64, 128, 3, 430, 700, 3000), Tile(64, 64, 4, 330, 470, 900), Tile(32, 128, 4, 380, 560, 1500))
 # Clocks of a multiprocessor on an H100: of launches and latencies, and of an expansion's positions by 64 channels.
 _PRODUCTS, _OUTPUT_ALONE, _EXPANSION, _ITEM, _ITEM_TERM, _SCATTERED = 5500, 6000, 8000, 1000, 750, 4000
-_KERNELS = ("expand", "expand_quantized", *(tile.kernel for tile in _TILES))
+_CEILING_ROUNDS, _CEILING_SUMS = 20_000, 16  # of a warp, each of 16 x 8
 
 # integer_mma.cu's structs Operand and Layer, field by field.
 _OPERAND = np.dtype(
-    [(name, np.uint64) for name in ("codes", "expanded", "sums", "factors", "constants", "scale", "zero")]
+    [(name, np.uint64) for name in ("codes", "expanded", "sums", "factors", "constants", "scale", "zero", "poison")]
     + [(name, np.int64) for name in ("image_stride", "group_stride", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channel_stride", "channels", "terms", "words", "in_words")]
     + [("count", np.uint32), ("total", np.uint32), ("padding_code", np.uint32)]
-    + [("least", np.float32), ("most", np.float32)]
+    + [("least", np.float32), ("most", np.float32), ("poisoned", np.int32)]
     + [(name, np.uint32, 3) for name in ("batch", "plane", "width", "segments")],
     align=True,
 )
@@ -134,36 +133,9 @@ def supported(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
-def program() -> tuple[str, tuple[str, ...]]:
-    """Return what NVRTC compiles, and its options."""
-    return files("mbm_cli").joinpath("kernels", "integer_mma.cu").read_text(encoding="utf-8"), ("-std=c++17",)
-
-
-@lru_cache(maxsize=64)
-def kernels(device: int) -> dict[str, Any]:
-    """Return the kernels by name, ready to launch on the device with this index. CuPy keeps them on disk.
-
-    Raises:
-        CudaError: CuPy is missing, does not fit, or fails.
-    """
-    refuse_capture("integer multipliers of few terms")
-    cupy = import_cupy()
-    try:
-        with torch.cuda.device(device), cupy.cuda.Device(device):
-            most = int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
-            source, options = program()
-            module = cupy.RawModule(code=source, options=options)
-            loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
-            for kernel in loaded.values():
-                kernel.compile()
-                kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
-            return loaded
-    except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
-        line = (str(error).splitlines() or [""])[0]
-        raise CudaError(
-            f"the CUDA kernels of terms do not compile or load ({type(error).__name__}: {line}): "
-            "check that the NVIDIA driver is new enough for CuPy's CUDA"
-        ) from error
+@lru_cache(maxsize=1)
+def program() -> Program:
+    return Program("integer multipliers of few terms", source("integer_mma.cu"), shared=True)
 
 
 def run(
@@ -175,8 +147,7 @@ def run(
     padding_code: int,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    *,
-    quantize: tuple[Tensor, Tensor, int, bool] | None = None,
+    quantize: Quantize | None = None,
 ) -> None:
     """Add up table entries into ``output``, which is contiguous and not empty.
 
@@ -185,11 +156,11 @@ def run(
         output: int32 sums; with a scale, float32.
         padding_code: the code of elements outside the image.
         scale, bias: float32 of each output channel: float(sum) * scale + bias, rounded after each operation.
-        quantize: a scale and a zero point of one element, bits, and whether codes are signed. The input is float32
-            then, and quantised as `quantize` does.
+        quantize: how to quantise the input, which is float32 then, as `quantize` does. Where it is not finite, the
+            scales become NaN.
 
     Raises:
-        RuntimeError, CudaError: as `plan` and `kernels`.
+        RuntimeError, CudaError: as `plan` and `Program.kernel`.
     """
     of_slice = _images_at_once(geometry, terms.number)
     for first in range(0, geometry.batch, of_slice):
@@ -206,7 +177,7 @@ def _run(
     terms: DeviceTerms,
     padding_code: int,
     scales: tuple[Tensor | None, Tensor | None],
-    quantize: tuple[Tensor, Tensor, int, bool] | None,
+    quantize: Quantize | None,
 ) -> None:
     device = input.device.index
     launch = plan(geometry, terms.number, multiprocessors_of(device))
@@ -228,16 +199,18 @@ def _run(
         all_sums.append(sums)
     operands[0]["padding_code"], expand = padding_code & 255, "expand"
     if quantize is not None:
-        (scale, zero, bits, signed), expand = quantize, "expand_quantized"
-        operands[0]["scale"], operands[0]["zero"] = scale.data_ptr(), zero.data_ptr()
-        operands[0]["least"], operands[0]["most"] = code_range(bits, signed)
+        expand = "expand_quantized"
+        operands[0]["scale"], operands[0]["zero"] = quantize.scale.data_ptr(), quantize.zero.data_ptr()
+        operands[0]["least"], operands[0]["most"] = code_range(quantize.bits, quantize.signed)
+        if scales[0] is not None:
+            operands[0]["poison"], operands[0]["poisoned"] = scales[0].data_ptr(), scales[0].numel()
     layer = launch.layer.copy()
     layer.view(np.uint64)[:7] = [address(one) for one in (*expanded, output, *all_sums, *scales)]
-    loaded, of_weight = kernels(device), launch.expansions[1]
-    with torch.cuda.device(device), current_stream(device):
-        arguments = (*operands, np.int32(of_weight))
-        loaded[expand]((sum(launch.expansions),), (_EXPANDERS,), arguments, shared_mem=launch.shared_bytes)
-        loaded[launch.tile.kernel]((launch.blocks,), (_THREADS,), (layer,), shared_mem=launch.tile.shared_bytes)
+    of_weight = launch.expansions[1]
+    arguments = (*operands, np.int32(of_weight))
+    program().launch(expand, device, (sum(launch.expansions),), (_EXPANDERS,), arguments, launch.shared_bytes)
+    tile = launch.tile
+    program().launch(tile.kernel, device, (launch.blocks,), (_THREADS,), (layer,), tile.shared_bytes)
 
 
 def _words(g: Geometry, count: int) -> int:
@@ -349,6 +322,7 @@ def _divisor(size: int) -> tuple[int, int, int]:
     return size, -(-(1 << 32 + shift) // size) % (1 << 32), shift
 
 
+@lru_cache(maxsize=1024)
 def expected_clocks(geometry: Geometry, count: int, multiprocessors: int) -> float:
     """Return the clocks of a multiprocessor that a layer of ``count`` terms is expected to take; inf for none."""
     of_slice = _images_at_once(geometry, count)
@@ -378,3 +352,14 @@ def _products_clocks(g: Geometry, count: int, multiprocessors: int, tile: Tile) 
         return max(at_once * tile.step, tile.step_alone) * steps + max(at_once * tile.output, _OUTPUT_ALONE)
 
     return _PRODUCTS + rounds * time(tile.resident) + (time(rest) if rest else 0)
+
+
+def ceiling(device: torch.device) -> float:
+    """Measure the int8 multiply-accumulates a second of the matrix units, as mma.sync drives them, on registers."""
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        blocks = 4 * multiprocessors_of(index)
+        output = torch.empty(blocks, _THREADS, dtype=torch.int32, device="cuda")
+        arguments = output.data_ptr(), np.int32(_CEILING_ROUNDS)
+        time = seconds(lambda: program().launch("ceiling", index, (blocks,), (_THREADS,), arguments))
+    return blocks * _THREADS // 32 * _CEILING_ROUNDS * _CEILING_SUMS * 16 * 8 * 32 / time

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mbm_cli.backends import cpu, cuda
+from mbm_cli.backends import cpu, cuda, cuda_programs, cuda_terms
 from mbm_cli.config import DataConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import cpu_name
@@ -28,7 +28,7 @@ CHECKED = [
     if truncate in family.truncations
 ]
 CHECKED_INTEGERS = ("mbm-int8", "drum-uint8-k4")
-PATHS = {"cpu": ("terms", "lookup"), "cuda": ("rows", "direct")}  # ways to sum integer products
+PATHS = {"cpu": ("terms", "lookup"), "cuda": ("terms", "rows", "direct")}  # ways to sum integer products
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def _checks(seed: int) -> Iterator[Check]:
             yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", f"run: mbm data fetch {name}")
         else:
             yield Check(name, f"complete and verified in {folder}")
+    if "cuda" in devices:
+        _compile()
     for device in devices:
         yield self_check(torch.device(device), seed)
         yield integer_check(torch.device(device))
@@ -99,12 +101,18 @@ def _cuda(cupy: Check) -> Iterator[Check]:
 
 def _cupy() -> Check:
     try:
-        found = cuda.import_cupy()
-    except cuda.CudaError as error:
+        found = cuda_programs.import_cupy()
+    except cuda_programs.CudaError as error:
         return Check("cupy", "not usable", str(error))
     driver = found.cuda.runtime.driverGetVersion()
     cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
     return Check("cupy", f"{found.__version__}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, cache {cache}")
+
+
+def _compile() -> None:
+    """Compile the kernels of the checks below, several at once; those that are left out are compiled when needed."""
+    programs = [cuda.program(name) for name in CHECKED]
+    cuda_programs.load(list(product(programs, ("multiply", "conv2d_direct_1x4"))), torch.cuda.current_device())
 
 
 def self_check(device: torch.device, seed: int) -> Check:
@@ -128,6 +136,8 @@ def integer_check(device: torch.device) -> Check:
     """Compare all products of integer multipliers, by each way to sum them, with their tables."""
     name, products = f"integer products on {device.type}", 0
     for short_form, path in product(CHECKED_INTEGERS, PATHS[device.type]):
+        if path == "terms" and device.type == "cuda" and not cuda_terms.supported(torch.cuda.current_device()):
+            continue
         table = resolve(short_form).content
         codes = torch.arange(256, dtype=torch.uint8).view(torch.int8 if table.operands.signed else torch.uint8)
         sums = integer_linear(codes[:, None].to(device), codes[:, None].to(device), short_form, path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers
+from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_terms
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
@@ -102,7 +102,7 @@ class TimedConv:
         quantized_seconds: with an integer multiplier, of quantising both operands, the sums, and scaling them;
             ``forward_seconds`` are of the sums alone.
         path: with an integer multiplier, how the sums are computed.
-        share_of_ceiling: ``None`` with an integer multiplier.
+        share_of_ceiling: with an integer multiplier, of the int8 products of its terms; ``None`` for look-ups.
     """
 
     name: str
@@ -125,7 +125,8 @@ class ConvProfile:
     """``profile.json`` of `mbm profile conv`.
 
     Attributes:
-        ceiling_macs_per_second: of the kernels' arithmetic on registers alone; ``None`` with an integer multiplier.
+        ceiling_macs_per_second: of the kernels' arithmetic on registers alone; with an integer multiplier, of int8
+            matrix units, where the device has them, otherwise ``None``.
     """
 
     multiplier: str
@@ -181,7 +182,8 @@ def _measure(
     stopped: Stopped,
 ) -> ConvProfile:
     watch.status("measuring the ceiling")
-    ceiling, convolutions = None if multiplier.is_integer else measure_ceiling(multiplier, device), []
+    ceiling = _int8_ceiling(device) if multiplier.is_integer else measure_ceiling(multiplier, device)
+    convolutions = []
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if stopped():
@@ -202,6 +204,12 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
             whole = _quantized_pass if multiplier.is_integer else lambda *layer: _passes(*layer)["forward"]
             total += _seconds(whole(shape, x, weight, multiplier), device)
     return total
+
+
+def _int8_ceiling(device: torch.device) -> float | None:
+    """Measure the int8 products a second of a device's matrix units; ``None`` without such units."""
+    has_units = device.type == "cuda" and cuda_terms.supported(device.index or 0)
+    return cuda_terms.ceiling(device) if has_units else None
 
 
 def measure_ceiling(multiplier: Multiplier, device: torch.device) -> float:
@@ -261,14 +269,14 @@ def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Mul
     return partial(torch.ops.mbm.quantized_conv2d, x, weight, None, *scales, *arguments)
 
 
-def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> str:
-    """Return the way in which the sums are computed."""
+def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> tuple[str, int]:
+    """Return the way in which the sums are computed, and the products on matrix units that each product takes, or 0."""
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
     out = x.shape[0], len(weight), *[shape.size + 2 * shape.padding - shape.kernel + 1] * 2
     size = list(out) if not shape.is_dense else [*out[:2], 1, 1]
     geometry = forward_geometry(x, weight, size, (1, 1), (shape.padding,) * 2, (1, 1), 1)
-    backend = cuda_integers if x.is_cuda else cpu_integers
-    return backend.chosen_path(geometry, integer_table(multiplier, x.device))
+    table = integer_table(multiplier, x.device)
+    return cuda_integers.chosen_path(geometry, table) if x.is_cuda else (cpu_integers.chosen_path(geometry, table), 0)
 
 
 def _scale(x: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
@@ -303,11 +311,11 @@ def _time_shape(
             {name: _seconds(call, device) for name, call in _passes(shape, x, weight, one).items()}
             for one in (multiplier, EXACT)
         )
-        quantized, path, backward = None, None, {}
+        quantized, path, backward, products = None, None, {}, 0 if multiplier.is_integer else 1
         if multiplier.is_integer:
             exact = {"forward": exact["forward"]}
             quantized = _seconds(_quantized_pass(shape, x, weight, multiplier), device)
-            path = _path(shape, x, weight, multiplier)
+            path, products = _path(shape, x, weight, multiplier)
         elif not shape.is_dense:
             grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
             backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
@@ -324,7 +332,7 @@ def _time_shape(
         gradient_seconds=approximate,
         exact_gradient_seconds=exact,
         macs_per_second=rate,
-        share_of_ceiling=None if ceiling is None else rate / ceiling,
+        share_of_ceiling=rate * products / ceiling if ceiling and products else None,
         quantized_seconds=quantized,
         path=path,
     )

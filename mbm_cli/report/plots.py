@@ -219,14 +219,14 @@ def seed_by_seed(result: Comparison) -> bytes:
 @pictures.register
 @small
 def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
-    """Draw the share of the ceiling that each convolution reaches: a bar a shape; nothing where there is no ceiling."""
-    ceiling = result.ceiling_macs_per_second
-    if ceiling is None:
+    """Draw the share of the ceiling that each convolution reaches: a bar a shape; nothing where there is none."""
+    ceiling, measured = result.ceiling_macs_per_second, [s for s in result.convolutions if s.share_of_ceiling]
+    if ceiling is None or not measured:
         return {}
-    figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(result.convolutions)), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 0.9 + 0.3 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    shares = [100 * (shape.share_of_ceiling or 0.0) for shape in result.convolutions]
-    labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in result.convolutions]
+    shares = [100 * (shape.share_of_ceiling or 0.0) for shape in measured]
+    labels = [f"{shape.name or 'reference'}, batch {shape.batch}\n{shape.shape}" for shape in measured]
     axes.barh(range(len(shares)), shares, height=0.6, color="#0072B2", tick_label=labels)
     axes.axvline(100, color=COLORS[0], linestyle=":", linewidth=1)
     for y, share in enumerate(shares):

@@ -278,7 +278,7 @@ def _(of: ConvProfile) -> Group:
 
     columns = ("layer", "shape", "batch")
     shapes = [(row.name, row.shape, str(row.batch)) for row in of.convolutions]
-    if of.ceiling_macs_per_second is None:
+    if any(row.path for row in of.convolutions) or of.ceiling_macs_per_second is None:
         return Group(_integer_profile(of, where, shapes, time, unit, rate_scale, rate_unit))
     ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
     forward = [
@@ -342,11 +342,15 @@ def _integer_profile(
             f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
             f"{row.macs_per_second / rate_scale:.2f}",
             row.path or "",
+            _number(row.share_of_ceiling, "{:.0f} %", 100),
         )
         for shape, row in zip(shapes, of.convolutions, strict=True)
     ]
-    names = f"sums {unit}", f"all {unit}", f"exact {unit}", "ratio", rate_unit, "by"
+    names = f"sums {unit}", f"all {unit}", f"exact {unit}", "ratio", rate_unit, "by", "of int8"
     title = f"forward: {of.multiplier} on {where}; sums of quantised operands, all with quantisation"
+    if of.ceiling_macs_per_second is None:
+        return table(title, ("layer", "shape", "batch", *names[:-1]), [row[:-1] for row in rows], left=2)
+    title += f"; int8 matrix units: {of.ceiling_macs_per_second / rate_scale:.0f} {rate_unit}"
     return table(title, ("layer", "shape", "batch", *names), rows, left=2)
 
 

@@ -66,7 +66,7 @@ def check(table: Tensor, choose: random.Random, shapes: int) -> None:
         input, weight, arguments = dense(choose) if i % 4 == 3 else random_convolution(choose)
         expected = reference_integers.OPERATORS.integer_conv2d(input, weight, *arguments, table)
         for device, entries in on_device.items():
-            for path in ("auto", "terms", *PATHS[device]):
+            for path in ("auto", *PATHS[device]):
                 if path == "terms" and terms_of(table) is None:
                     continue
                 sums = ops.integer_conv2d(input.to(device), weight.to(device), *arguments, entries, path)
@@ -76,7 +76,7 @@ def check(table: Tensor, choose: random.Random, shapes: int) -> None:
 def check_longest_sums() -> None:
     codes = torch.full((2, 131_071), -128, dtype=torch.int8)
     for device in PATHS if torch.cuda.is_available() else ("cpu",):
-        for path in ("terms", *PATHS[device]):
+        for path in PATHS[device]:
             sums = integer_linear(codes.to(device), codes.to(device), "exact-int8", path)
             assert sums.tolist() == [[131_071 * 16_384] * 2] * 2, (device, path)
 
