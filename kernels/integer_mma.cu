@@ -15,7 +15,8 @@
 //   Limit: memory from 4 terms on (on an H100, 64 channels of 56x56 b64 take 28 us with 4 terms, 2.3 TB/s, and 15 us
 //     with 1), otherwise look-ups and latencies.
 //   Tried: 32 positions a block, bytes loaded one at a time, 45 us; the same with loads that do not wait for each
-//     other, 38; 4 positions a lane in words, 24; packed codes and whole chunks copied out, 15.
+//     other, 38; 4 positions a lane in words, 24; packed codes and whole chunks copied out, 15. Quantising the input
+//     here, 2 to 25 % slower than a kernel of its own: the divisions take registers, and so blocks, from the look-ups.
 //
 // layer multiplies.
 //   Mapping: an implicit matrix product of output channels by pixels, over kernel rows, slabs of a position's chunks,
@@ -57,59 +58,36 @@ constexpr int CODES = 256, COPIERS = 4;                                  // thre
 
 // An operand to expand; backends/cuda_terms.py mirrors the layout. Strides are in elements.
 struct Operand {
-  const void* codes;        // bytes; float32 numbers to quantise where there is a scale
+  const unsigned char* codes;
   unsigned* expanded;       // for each position, `words`
   int* sums;                // for each segment and position, of the constants over its channels; or null
   const unsigned* factors;  // for four terms each, words by code
   const int* constants;     // by code
-  const float *scale, *zero;
-  float* poison;  // scales of the results, which become NaN if a number is not finite
   long long image_stride, group_stride, row_stride, column_stride;
   int channel_stride;
   int channels, terms, words;
-  int in_words;           // 1 where four positions lie in a word (of a float4), 2 where four channels do, or 0
+  int in_words;           // 1 where four positions lie in a word, 2 where four channels do, or 0
   unsigned count, total;  // positions of the operand, and with the one of padding
   unsigned padding_code;
-  float least, most;  // codes
-  int poisoned;
   Divisor batch, plane, width, segments;
 };
 
-template <class Number> struct __align__(4 * sizeof(Number)) Four { Number of[4]; };
-
-// Return a word of codes; numbers are quantised as quantize.cu does.
-DEVICE unsigned codes_of(const Operand&, Four<unsigned char> codes, float, float) {
-  return codes.of[0] | codes.of[1] << 8 | codes.of[2] << 16 | codes.of[3] << 24;
-}
-DEVICE unsigned codes_of(const Operand& o, Four<float> numbers, float scale, float zero) {
-  unsigned word = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (!isfinite(numbers.of[i]))
-      for (int k = 0; k < o.poisoned; k++) o.poison[k] = __int_as_float(0x7FC00000);
-    float code = __fadd_rn(rintf(__fdiv_rn(numbers.of[i], scale)), zero);
-    code = code < o.least ? o.least : code > o.most ? o.most : code;  // NaN stays NaN
-    word |= (static_cast<int>(code) & 255) << 8 * i;
-  }
-  return word;
-}
-
 // What a thread looks up: for each of its blocks of four channels, and for each of those, a word of four positions'
 // codes. Where four channels lie in a word, IN_WORDS == 2, channels and positions change places.
-template <class Number, int IN_WORDS> struct Codes {
+template <int IN_WORDS> struct Codes {
   unsigned words[OF_THREAD][4];
 
   // Load the codes of a segment's channels, at the positions from `first` on.
   DEVICE Codes(const Operand& o, unsigned first, int segment) {
-    const Number* origin[4];
+    const unsigned char* origin[4];
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       unsigned position = min(first + p, o.count - (IN_WORDS == 1 ? 4 - p : 1)), image = o.plane.divide(position);
       unsigned rest = position - image * o.plane.size, group = o.batch.divide(image), row = o.width.divide(rest);
-      origin[p] = static_cast<const Number*>(o.codes) + (image - group * o.batch.size) * o.image_stride +
-                  group * o.group_stride + row * o.row_stride + (rest - row * o.width.size) * o.column_stride;
+      origin[p] = o.codes + (image - group * o.batch.size) * o.image_stride + group * o.group_stride +
+                  row * o.row_stride + (rest - row * o.width.size) * o.column_stride;
     }
-    Four<Number> numbers[OF_THREAD][4];  // loads are unconditional, so that all of them are on their way together
+    unsigned char bytes[OF_THREAD][4][4];  // loads are unconditional, so that all of them are on their way together
 #pragma unroll
     for (int k = 0; k < OF_THREAD; k++) {
       int channel = 4 * min(block(segment, k), (o.channels - 1) / 4);
@@ -118,16 +96,19 @@ template <class Number, int IN_WORDS> struct Codes {
         long long offset = IN_WORDS == 2 ? channel : min(channel + i, o.channels - 1) * (long long)o.channel_stride;
         if constexpr (IN_WORDS == 0)
 #pragma unroll
-          for (int p = 0; p < 4; p++) numbers[k][i].of[p] = __ldg(origin[p] + offset);
+          for (int p = 0; p < 4; p++) bytes[k][i][p] = __ldg(origin[p] + offset);
         else
-          numbers[k][i] = *reinterpret_cast<const Four<Number>*>(origin[IN_WORDS == 1 ? 0 : i] + offset);
+          words[k][i] = *reinterpret_cast<const unsigned*>(origin[IN_WORDS == 1 ? 0 : i] + offset);
       }
     }
-    float scale = o.scale ? *o.scale : 1, zero = o.scale ? *o.zero : 0;
+    if constexpr (IN_WORDS == 0)
 #pragma unroll
-    for (int k = 0; k < OF_THREAD; k++)
+      for (int k = 0; k < OF_THREAD; k++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) words[k][i] = codes_of(o, numbers[k][i], scale, zero);
+        for (int i = 0; i < 4; i++) {
+          const unsigned char* four = bytes[k][i];
+          words[k][i] = four[0] | four[1] << 8 | four[2] << 16 | four[3] << 24;
+        }
     if (first + 4 <= o.count) return;
 #pragma unroll
     for (int k = 0; k < OF_THREAD; k++)
@@ -198,7 +179,7 @@ DEVICE void copy_out(const unsigned* tile, int pitch, int there, int length, con
 }
 
 // Expand every `step`-th item: 128 positions of a segment of the channels.
-template <class Number, int IN_WORDS> DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
+template <int IN_WORDS> DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
   __shared__ unsigned parts[WARPS][POSITIONS];
   int quads = (o.terms + 3) / 4, all_blocks = (o.channels + 3) / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned* factors = reinterpret_cast<unsigned*>(memory);
@@ -211,7 +192,7 @@ template <class Number, int IN_WORDS> DEVICE void expand(const Operand& o, unsig
   for (unsigned tiles = (o.total + POSITIONS - 1) / POSITIONS; item < tiles * o.segments.size; item += step) {
     unsigned start = o.segments.divide(item) * POSITIONS;
     int segment = item - start / POSITIONS * o.segments.size, blocks = min(BLOCKS, all_blocks - segment * BLOCKS);
-    Codes<Number, IN_WORDS> codes(o, start + 4 * lane, segment);
+    Codes<IN_WORDS> codes(o, start + 4 * lane, segment);
     for (int term = 0; term < o.terms; term += 4) {
       int terms = min(4, o.terms - term), there = blocks * terms, pitch = there | 1;  // odd, against bank conflicts
       int from = term * all_blocks + segment * BLOCKS * terms;
@@ -234,10 +215,10 @@ template <class Number, int IN_WORDS> DEVICE void expand(const Operand& o, unsig
   }
 }
 
-template <class Number> DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
-  if (o.in_words == 1) return expand<Number, 1>(o, item, step);
-  if (o.in_words == 2) return expand<Number, 2>(o, item, step);
-  expand<Number, 0>(o, item, step);
+DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
+  if (o.in_words == 1) return expand<1>(o, item, step);
+  if (o.in_words == 2) return expand<2>(o, item, step);
+  expand<0>(o, item, step);
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -445,18 +426,12 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
 }  // namespace terms
 
 // The first blocks expand the weight, and the others the input.
-#define EXPAND(name, Number, blocks)                                                                    \
-  extern "C" __global__ void __launch_bounds__(terms::EXPANDERS, blocks)                                \
-      name(__grid_constant__ const terms::Operand input, __grid_constant__ const terms::Operand weight, \
-           int of_weight) {                                                                             \
-    if constexpr (wanted(#name)) {                                                                      \
-      if (blockIdx.x < of_weight) return terms::expand<unsigned char>(weight, blockIdx.x, of_weight);   \
-      terms::expand<Number>(input, blockIdx.x - of_weight, gridDim.x - of_weight);                      \
-    }                                                                                                   \
-  }
-
-EXPAND(expand, unsigned char, 4)
-EXPAND(expand_quantized, float, 2)
+extern "C" __global__ void __launch_bounds__(terms::EXPANDERS, 4)
+    expand(__grid_constant__ const terms::Operand input, __grid_constant__ const terms::Operand weight, int of_weight) {
+  if (!wanted("expand")) return;
+  if (blockIdx.x < of_weight) return terms::expand(weight, blockIdx.x, of_weight);
+  terms::expand(input, blockIdx.x - of_weight, gridDim.x - of_weight);
+}
 
 #define LAYER(name, blocks, ...)                                                                                      \
   extern "C" __global__ void __launch_bounds__(terms::THREADS, blocks) name(__grid_constant__ const terms::Layer c) { \

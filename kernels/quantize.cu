@@ -27,35 +27,59 @@ __device__ __forceinline__ long long row_of(long long i, long long count, long l
 #define ELEMENTS(i, count) \
   long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < count; i += (long long)gridDim.x * blockDim.x
 
-// What is not finite has no code: then the `poisoned` numbers, by which results are multiplied, become NaN.
-extern "C" __global__ void quantize(const float* x, const float* scale, const float* zero, unsigned char* codes,
-                                    long long count, long long row_length, Format f, float* poison, int poisoned) {
+// The argument of the elementwise kernels; backends/cuda_quantize.py mirrors the layout.
+struct Elementwise {
+  const float *x, *grad, *scale, *zero;
+  void* out;
+  float* poison;  // numbers by which results are multiplied: NaN if an element is not finite, and so has no code
+  long long count, row_length;
+  Format format;
+  int poisoned, in_fours;  // in_fours: four elements can be read and written at once, and share their scale
+};
+
+template <class Number, int N> struct __align__(sizeof(Number) * N) Numbers { Number of[N]; };
+template <int N> using Floats = Numbers<float, N>;
+
+// Call `function` with `Floats<4>`s, or one at a time, of x and of the gradient, and store what it returns.
+template <class Out, class Function, int N> __device__ __forceinline__ void each(const Elementwise& e, Function of) {
+  for (ELEMENTS(i, e.count / N)) {
+    long long row = row_of(i * N, e.count, e.row_length);
+    Floats<N> x = reinterpret_cast<const Floats<N>*>(e.x)[i], grad = {};
+    if (e.grad) grad = reinterpret_cast<const Floats<N>*>(e.grad)[i];
+    Numbers<Out, N> out;
+#pragma unroll
+    for (int k = 0; k < N; k++) out.of[k] = of(x.of[k], e.scale[row], e.zero[row], grad.of[k]);
+    reinterpret_cast<Numbers<Out, N>*>(e.out)[i] = out;
+  }
+}
+
+template <class Out, class Function> __device__ __forceinline__ void each(const Elementwise& e, Function of) {
+  if (e.in_fours) return each<Out, Function, 4>(e, of);
+  each<Out, Function, 1>(e, of);
+}
+
+extern "C" __global__ void quantize(__grid_constant__ const Elementwise e) {
   if (!wanted("quantize")) return;
-  for (ELEMENTS(i, count)) {
-    long long row = row_of(i, count, row_length);
-    if (!isfinite(x[i]))
-      for (int k = 0; k < poisoned; k++) poison[k] = __int_as_float(0x7FC00000);
-    codes[i] = static_cast<unsigned char>(static_cast<int>(clamped(rounded(x[i], scale[row], zero[row]), f)));
-  }
+  each<unsigned char>(e, [&](float x, float scale, float zero, float) {
+    if (!isfinite(x))
+      for (int k = 0; k < e.poisoned; k++) e.poison[k] = __int_as_float(0x7FC00000);
+    return static_cast<unsigned char>(static_cast<int>(clamped(rounded(x, scale, zero), e.format)));
+  });
 }
 
-extern "C" __global__ void fake_quantize(const float* x, const float* scale, const float* zero, float* out,
-                                         long long count, long long row_length, Format f) {
+extern "C" __global__ void fake_quantize(__grid_constant__ const Elementwise e) {
   if (!wanted("fake_quantize")) return;
-  for (ELEMENTS(i, count)) {
-    long long row = row_of(i, count, row_length);
-    out[i] = __fmul_rn(__fsub_rn(clamped(rounded(x[i], scale[row], zero[row]), f), zero[row]), scale[row]);
-  }
+  each<float>(e, [&](float x, float scale, float zero, float) {
+    return __fmul_rn(__fsub_rn(clamped(rounded(x, scale, zero), e.format), zero), scale);
+  });
 }
 
-extern "C" __global__ void quantize_grad(const float* grad, const float* x, const float* scale, const float* zero,
-                                         float* out, long long count, long long row_length, Format f) {
+extern "C" __global__ void quantize_grad(__grid_constant__ const Elementwise e) {
   if (!wanted("quantize_grad")) return;
-  for (ELEMENTS(i, count)) {
-    long long row = row_of(i, count, row_length);
-    float code = rounded(x[i], scale[row], zero[row]);
-    out[i] = code >= f.least && code <= f.most ? grad[i] : 0.0f;
-  }
+  each<float>(e, [&](float x, float scale, float zero, float grad) {
+    float code = rounded(x, scale, zero);
+    return code >= e.format.least && code <= e.format.most ? grad : 0.0f;
+  });
 }
 
 // ---- Ranges and scales ---------------------------------------------------------------------------------------------
@@ -99,7 +123,13 @@ __device__ void write_scale(Range r, float* scale, float* zero, Format f) {
 extern "C" __global__ void range_parts(const float* x, Range* parts, long long count) {
   if (!wanted("range_parts")) return;
   Range mine{__int_as_float(0x7F800000), __int_as_float(0xFF800000)};
-  for (ELEMENTS(i, count)) mine = join(mine, {x[i], x[i]});
+  long long fours = reinterpret_cast<unsigned long long>(x) % sizeof(Floats<4>) == 0 ? count / 4 : 0;
+  for (ELEMENTS(i, fours)) {
+    Floats<4> four = reinterpret_cast<const Floats<4>*>(x)[i];
+#pragma unroll
+    for (int k = 0; k < 4; k++) mine = join(mine, {four.of[k], four.of[k]});
+  }
+  for (ELEMENTS(i, count - 4 * fours)) mine = join(mine, {x[4 * fours + i], x[4 * fours + i]});
   mine = of_block(mine);
   if (threadIdx.x == 0) parts[blockIdx.x] = mine;
 }

@@ -38,7 +38,8 @@ def test_every_kernel_compiles_without_spills(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 def test_quantisation_compiles(architecture):
-    assert not any(local_memory(cuda_quantize.program(), architecture).values())
+    check = f"static_assert(sizeof(Elementwise) == {cuda_quantize._ELEMENTWISE.itemsize});"
+    assert not any(local_memory(cuda_quantize.program(), architecture, check).values())
 
 
 @pytest.mark.parametrize(

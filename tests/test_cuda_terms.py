@@ -10,7 +10,6 @@ from test_cuda_integers import expected_sums, forward, on_gpu, random_codes, ran
 from torch import Tensor
 
 from mbm_cli.backends import cuda_integers, cuda_terms, geometry
-from mbm_cli.backends.integers import Quantize
 from mbm_cli.multipliers.factor import Terms
 
 COUNTS = (0, 1, 2, 3, 4, 5, 7, 8, 12)
@@ -66,7 +65,7 @@ def table_of(terms: Terms) -> Tensor:
     return torch.from_numpy(table.astype(np.int32)).cuda()
 
 
-def sums(input, weight, terms, padding_code=0, scale=None, bias=None, quantize=None, **convolution):
+def sums(input, weight, terms, padding_code=0, scale=None, bias=None, **convolution):
     if isinstance(terms, Terms):
         terms = cuda_terms.on_device(terms, input.device)
     dtype = torch.int32 if scale is None else torch.float32
@@ -76,7 +75,7 @@ def sums(input, weight, terms, padding_code=0, scale=None, bias=None, quantize=N
     else:
         g = forward(tuple(input.shape), tuple(weight.shape), **convolution, strides=input.stride())
         output = torch.empty(g.batch, weight.shape[0], *g.out_size, dtype=dtype, device="cuda")
-    cuda_terms.run(g, input, weight, output, terms, padding_code, scale, bias, quantize=quantize)
+    cuda_terms.run(g, input, weight, output, terms, padding_code, scale, bias)
     return output
 
 
@@ -158,19 +157,6 @@ def test_scaled_sums_round_after_each_operation(has_bias, size):
         expected = expected + bias[:, None, None]
     found = sums(input, weight, terms, scale=scale, bias=bias)
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
-
-
-@on_gpu
-@pytest.mark.parametrize(("bits", "signed"), [(8, True), (8, False), (4, True)])
-def test_inputs_are_quantised_while_they_are_expanded(bits, signed):
-    from mbm_cli.backends import cuda_quantize
-
-    terms, zero = random_terms(3), torch.tensor([0.0 if signed else 7.0], device="cuda")
-    input, scale = torch.randn(3, 5, 17, 18, device="cuda"), torch.tensor([0.013], device="cuda")
-    codes = cuda_quantize.quantize(input, scale, zero, bits, signed)
-    weight = random_codes((20, 5, 3, 3), codes.dtype)
-    found = sums(input, weight, terms, 9, quantize=Quantize(scale, zero, bits, signed), padding=(1, 1))
-    assert torch.equal(found, sums(codes, weight, terms, 9, padding=(1, 1)))
 
 
 @on_gpu

@@ -18,7 +18,7 @@ from mbm_cli.backends import cuda_terms
 from mbm_cli.backends.cuda_programs import Program, address, import_cupy, multiprocessors_of, refuse_capture, source
 from mbm_cli.backends.cuda_terms import DeviceTerms
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.integers import IntegerOperators, Quantize
+from mbm_cli.backends.integers import IntegerOperators
 from mbm_cli.multipliers.factor import factorize
 
 _INDEX_LIMIT, _GRID_LIMIT = 1 << 31, 0xFFFF
@@ -182,31 +182,6 @@ def run(
     program().launch(launch.kernel, device, launch.grid, launch.threads, (conv,), launch.shared_bytes)
 
 
-def run_quantized(
-    geometry: Geometry,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    table: Tensor,
-    quantize: Quantize,
-    scale: Tensor,
-    bias: Tensor | None,
-) -> bool:
-    """Quantise the input while its terms are looked up, and add up table entries; return False where look-ups pay.
-
-    Args:
-        input: float32. Where it is not finite, ``scale`` becomes NaN.
-        quantize: signed.
-
-    The others are as in `run`; the code of padding is zero.
-    """
-    launch, _ = _look_up(geometry, input.device.index, entries(table).wide, True, "auto")
-    terms = _chosen_terms(geometry, table, launch.clocks)
-    if terms is not None:
-        cuda_terms.run(geometry, input, weight, output, terms, 0, scale, bias, quantize)
-    return terms is not None
-
-
 def _look_up(g: Geometry, device: int, wide: bool, aligned: bool, path: str) -> tuple[Launch, Geometry]:
     """Return how table entries are looked up, and the geometry, with transposed strides if the input is transposed."""
     settings = multiprocessors_of(device), _shared_bytes(device), wide, aligned, "auto" if path == "terms" else path
@@ -328,4 +303,4 @@ def chosen_path(geometry: Geometry, table: Tensor) -> tuple[str, int]:
     return (launch.kernel, 0) if terms is None else ("terms", terms.number)
 
 
-IntegerOperators("cuda", run, run_quantized)
+IntegerOperators("cuda", run, scales=True)

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from mbm_cli.backends import integers
-from mbm_cli.backends.cuda_programs import Program, source
+from mbm_cli.backends.cuda_programs import Program, address, source
 
 _THREADS = 256
 _MOST_BLOCKS = 1024
+# As in quantize.cu, field by field.
 _FORMAT = np.dtype([("least", np.float32), ("most", np.float32), ("is_signed", np.int32)])
+_ELEMENTWISE = np.dtype(
+    [(name, np.uint64) for name in ("x", "grad", "scale", "zero", "out", "poison")]
+    + [("count", np.int64), ("row_length", np.int64), ("format", _FORMAT), ("poisoned", np.int32)]
+    + [("in_fours", np.int32)],
+    align=True,
+)
 
 
 @lru_cache(maxsize=1)
@@ -22,16 +29,15 @@ def program() -> Program:
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, poison: Tensor | None = None) -> Tensor:
     codes = torch.empty(x.shape, dtype=torch.int8 if signed else torch.uint8, device=x.device)
-    poisoned = (0, np.int32(0)) if poison is None else (poison, np.int32(poison.numel()))
-    return _elementwise("quantize", codes, [x], scale, zero, bits, signed, *poisoned)
+    return _elementwise("quantize", codes, x, scale, zero, bits, signed, poison=poison)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool) -> Tensor:
-    return _elementwise("fake_quantize", torch.empty(x.shape, device=x.device), [x], scale, zero, bits, signed)
+    return _elementwise("fake_quantize", torch.empty(x.shape, device=x.device), x, scale, zero, bits, signed)
 
 
 def quantize_grad(grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool) -> Tensor:
-    return _elementwise("quantize_grad", torch.empty(x.shape, device=x.device), [grad, x], scale, zero, bits, signed)
+    return _elementwise("quantize_grad", torch.empty(x.shape, device=x.device), x, scale, zero, bits, signed, grad)
 
 
 def update_range(x: Tensor, running: Tensor, momentum: float, bits: int, signed: bool) -> Tensor:
@@ -72,13 +78,27 @@ def scale_sums(
 
 
 def _elementwise(
-    kernel: str, out: Tensor, operands: list[Tensor], scale: Tensor, zero: Tensor, bits: int, signed: bool, *rest: Any
+    kernel: str,
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    signed: bool,
+    grad: Tensor | None = None,
+    poison: Tensor | None = None,
 ) -> Tensor:
-    if out.numel() > 0:
-        values = [one.contiguous() for one in (*operands, scale, zero)]
-        row_length = out.numel() // scale.numel()
-        arguments = *values, out, out.numel(), row_length, _format(bits, signed), *rest
-        _launch(kernel, _blocks(out.numel()), out, arguments)
+    count = out.numel()
+    if count > 0:
+        x, scale, zero = x.contiguous(), scale.contiguous(), zero.contiguous()
+        grad = None if grad is None else grad.contiguous()
+        row_length = count // scale.numel()
+        in_fours = (count | row_length) % 4 == 0 and (address(x) | address(grad) | address(out)) % 16 == 0
+        argument = np.zeros(1, _ELEMENTWISE)
+        argument.view(np.uint64)[:6] = [address(one) for one in (x, grad, scale, zero, out, poison)]
+        argument["count"], argument["row_length"], argument["format"] = count, row_length, _format(bits, signed)
+        argument["poisoned"], argument["in_fours"] = 0 if poison is None else poison.numel(), in_fours
+        _launch(kernel, _blocks(count // 4 if in_fours else count), out, (argument,))
     return out
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mbm_cli.backends.cuda_programs import Program, address, multiprocessors_of, refuse_capture, seconds, source
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.integers import Quantize, code_range
 from mbm_cli.multipliers.factor import Integers, Terms
 
 _INDEX_LIMIT = 1 << 31
@@ -52,11 +51,10 @@ _CEILING_ROUNDS, _CEILING_SUMS = 20_000, 16  # of a warp, each of 16 x 8
 
 # integer_mma.cu's structs Operand and Layer, field by field.
 _OPERAND = np.dtype(
-    [(name, np.uint64) for name in ("codes", "expanded", "sums", "factors", "constants", "scale", "zero", "poison")]
+    [(name, np.uint64) for name in ("codes", "expanded", "sums", "factors", "constants")]
     + [(name, np.int64) for name in ("image_stride", "group_stride", "row_stride", "column_stride")]
     + [(name, np.int32) for name in ("channel_stride", "channels", "terms", "words", "in_words")]
     + [("count", np.uint32), ("total", np.uint32), ("padding_code", np.uint32)]
-    + [("least", np.float32), ("most", np.float32), ("poisoned", np.int32)]
     + [(name, np.uint32, 3) for name in ("batch", "plane", "width", "segments")],
     align=True,
 )
@@ -147,7 +145,6 @@ def run(
     padding_code: int,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    quantize: Quantize | None = None,
 ) -> None:
     """Add up table entries into ``output``, which is contiguous and not empty.
 
@@ -156,8 +153,6 @@ def run(
         output: int32 sums; with a scale, float32.
         padding_code: the code of elements outside the image.
         scale, bias: float32 of each output channel: float(sum) * scale + bias, rounded after each operation.
-        quantize: how to quantise the input, which is float32 then, as `quantize` does. Where it is not finite, the
-            scales become NaN.
 
     Raises:
         RuntimeError, CudaError: as `plan` and `Program.kernel`.
@@ -166,7 +161,7 @@ def run(
     for first in range(0, geometry.batch, of_slice):
         images = slice(first, first + of_slice)
         part = geometry._replace(batch=min(of_slice, geometry.batch - first))
-        _run(part, input[images], weight, output[images], terms, padding_code, (scale, bias), quantize)
+        _run(part, input[images], weight, output[images], terms, padding_code, scale, bias)
 
 
 def _run(
@@ -176,8 +171,8 @@ def _run(
     output: Tensor,
     terms: DeviceTerms,
     padding_code: int,
-    scales: tuple[Tensor | None, Tensor | None],
-    quantize: Quantize | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
     device = input.device.index
     launch = plan(geometry, terms.number, multiprocessors_of(device))
@@ -192,23 +187,17 @@ def _run(
         sums = codes.new_empty(total * int(launch.layer["segments"][0]), dtype=torch.int32) if needed else None
         pointers = [codes.data_ptr(), to.data_ptr(), address(sums), factors.data_ptr(), constants.data_ptr()]
         operand.view(np.uint64)[: len(pointers)] = pointers
-        if codes.data_ptr() % (4 * codes.element_size()) != 0:  # of a view
+        if codes.data_ptr() % 4 != 0:  # of a view
             operand["in_words"] = 0
         operands.append(operand)
         expanded.append(to)
         all_sums.append(sums)
-    operands[0]["padding_code"], expand = padding_code & 255, "expand"
-    if quantize is not None:
-        expand = "expand_quantized"
-        operands[0]["scale"], operands[0]["zero"] = quantize.scale.data_ptr(), quantize.zero.data_ptr()
-        operands[0]["least"], operands[0]["most"] = code_range(quantize.bits, quantize.signed)
-        if scales[0] is not None:
-            operands[0]["poison"], operands[0]["poisoned"] = scales[0].data_ptr(), scales[0].numel()
+    operands[0]["padding_code"] = padding_code & 255
     layer = launch.layer.copy()
-    layer.view(np.uint64)[:7] = [address(one) for one in (*expanded, output, *all_sums, *scales)]
+    layer.view(np.uint64)[:7] = [address(one) for one in (*expanded, output, *all_sums, scale, bias)]
     of_weight = launch.expansions[1]
     arguments = (*operands, np.int32(of_weight))
-    program().launch(expand, device, (sum(launch.expansions),), (_EXPANDERS,), arguments, launch.shared_bytes)
+    program().launch("expand", device, (sum(launch.expansions),), (_EXPANDERS,), arguments, launch.shared_bytes)
     tile = launch.tile
     program().launch(tile.kernel, device, (launch.blocks,), (_THREADS,), (layer,), tile.shared_bytes)
 

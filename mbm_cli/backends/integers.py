@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +27,15 @@ Run = Callable[..., None]
 _ops = torch.ops.mbm
 
 
-class Quantize(NamedTuple):
-    """How an operand is quantised: float32 scale and zero point of one element, and the format of the codes."""
-
-    scale: Tensor
-    zero: Tensor
-    bits: int
-    signed: bool
-
-
 class IntegerOperators:
     """``mbm::integer_conv2d`` and ``mbm::quantized_conv2d`` for a kind of device; ``run`` computes their sums.
 
     Args:
-        run_quantized: computes a signed layer from floats where quantising on the way pays, and returns whether it did:
-            takes a geometry, the input, the weight's codes, the contiguous output, the table, how to quantise the
-            input, the scales of the sums, and the bias. With it, ``run`` takes ``scale`` and ``bias``, too, to write
-            scaled sums to a float32 output.
+        scales: whether ``run`` also takes ``scale`` and ``bias``, to write scaled sums to a float32 output.
     """
 
-    def __init__(self, device: str, run: Run, run_quantized: Callable[..., bool] | None = None) -> None:
-        self._run, self._run_quantized = run, run_quantized
+    def __init__(self, device: str, run: Run, scales: bool = False) -> None:
+        self._run, self._scales = run, scales
         for operator in (self.integer_conv2d, self.quantized_conv2d):
             torch.library.impl(f"mbm::{operator.__name__}", device, operator)
 
@@ -67,10 +55,19 @@ class IntegerOperators:
         if input.dtype != weight.dtype or input.dtype not in (torch.int8, torch.uint8):
             raise RuntimeError(f"codes are int8 or uint8, both the same, not {input.dtype} and {weight.dtype}")
         output = input.new_empty(shape, dtype=torch.int32)
-        arguments = stride, padding, dilation, groups
-        if output.numel() > 0:
-            self._run(*_layer(input, weight, output, arguments), table, padding_code, path)
+        self._compute(input, weight, output, (stride, padding, dilation, groups), table, padding_code, path)
         return output
+
+    def _compute(
+        self, input: Tensor, weight: Tensor, output: Tensor, arguments: tuple[Any, ...], *rest: Any, **scales: Any
+    ) -> None:
+        if output.numel() == 0:
+            return
+        stride, padding, dilation, groups = arguments
+        g = forward_geometry(input, weight, list(output.shape), stride, padding, dilation, groups)
+        if g.is_dense:
+            input = input.flatten(1)
+        self._run(g, input, weight.contiguous(), output, *rest, **scales)
 
     def quantized_conv2d(
         self,
@@ -94,19 +91,15 @@ class IntegerOperators:
             # The code of zero, which pads, is on the device: zeros that are quantised become it.
             input, padding = F.pad(input, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
         shape = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)
-        scale, arguments = input_scale * weight_scale, (stride, padding, dilation, groups)
-        weights = _ops.quantize(weight, weight_scale, weight_zero, bits, signed)
-        output = input.new_empty(shape)
-        run_quantized = self._run_quantized if signed and output.numel() > 0 else None
-        if run_quantized:
-            layer, quantize = _layer(input, weights, output, arguments), Quantize(input_scale, input_zero, bits, signed)
-            if run_quantized(*layer, table, quantize, scale, bias):
-                return output
+        scale = input_scale * weight_scale
         codes = _ops.quantize(input, input_scale, input_zero, bits, signed, scale)  # NaN if the input is not finite
         if scale.device.type == "cpu" and scale[0].isnan():
             raise NotFiniteError
-        if run_quantized:
-            self._run(*_layer(codes, weights, output, arguments), table, 0, "auto", scale, bias)
+        weights = _ops.quantize(weight, weight_scale, weight_zero, bits, signed)
+        arguments = stride, padding, dilation, groups
+        if self._scales and signed:
+            output = input.new_empty(shape)
+            self._compute(codes, weights, output, arguments, table, 0, "auto", scale=scale, bias=bias)
             return output
         sums = self.integer_conv2d(codes, weights, *arguments, 0, table)
         if signed:
@@ -115,15 +108,6 @@ class IntegerOperators:
         of_windows = self.integer_conv2d(codes, weights[:groups], *arguments, 0, _first_operands(codes.device))
         output = _ops.scale_sums(sums, of_windows, weights, input_zero, weight_zero, scale, bias)
         return output
-
-
-def _layer(
-    input: Tensor, weight: Tensor, output: Tensor, arguments: tuple[Any, ...]
-) -> tuple[Geometry, Tensor, Tensor, Tensor]:
-    """Return what ``run`` takes first."""
-    stride, padding, dilation, groups = arguments
-    g = forward_geometry(input, weight, list(output.shape), stride, padding, dilation, groups)
-    return g, input.flatten(1) if g.is_dense else input, weight.contiguous(), output
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
