@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_cli.errors import Interrupted, RunError
+from mbm_cli.turns import Turns, finish
 
 REPORT_INTERVAL = 0.2  # seconds between two reports of the metrics
 # Checks an epoch whether the losses are finite. A result is read one check later, when it is there without waiting.
@@ -145,7 +147,15 @@ class Trainer:
         """Training steps of an epoch."""
         return self._training.steps
 
-    def epoch(
+    def close(self) -> None:
+        """Free the captured steps, whose reference cycle would keep them until Python looks for cycles."""
+        del self._training, self._testing
+
+    def epoch(self, *args: Any, **options: Any) -> Epoch:
+        """Compute an epoch without giving up a turn. Otherwise as `epoch_in_turns`."""
+        return finish(self.epoch_in_turns(*args, **options))
+
+    def epoch_in_turns(
         self,
         order: Tensor,
         learning_rates: Tensor,
@@ -154,8 +164,8 @@ class Trainer:
         keep: Callable[[PartOfEpoch], None] | None = None,
         keep_every: int | None = None,
         part: PartOfEpoch | None = None,
-    ) -> Epoch:
-        """Train on every image once, in the given order, then evaluate.
+    ) -> Turns[Epoch]:
+        """Train on every image once, in the given order, then evaluate; yield after each step.
 
         Args:
             order: int64 (images,), a permutation, on any device.
@@ -188,6 +198,8 @@ class Trainer:
                 self._refuse_losses(check)
 
         for step in self._training.run(first):
+            if step > first:
+                yield
             if stopped():
                 if keep is not None and step > 0:
                     confirm(step)
@@ -267,7 +279,7 @@ class Trainer:
     def _part(self, step: int, start: float) -> PartOfEpoch:
         logits = self._training.logits[: step * self._training.batch_size].clone()
         if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)  # only then have the steps ended
+            torch.cuda.current_stream(logits.device).synchronize()  # only then have the steps ended
         return PartOfEpoch(step, logits, time.perf_counter() - start)
 
     def _losses(self, first: int, steps: int) -> Tensor:
@@ -411,15 +423,19 @@ class _Pass:
         return items[: self._full_steps * self.batch_size].unflatten(0, (self._full_steps, self.batch_size))
 
 
-@lru_cache(maxsize=8)
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """Return the stream of all captures: cuBLAS keeps 32 MiB for every stream that it has seen."""
-    return torch.cuda.Stream(device)
+@lru_cache(maxsize=64)
+def _capture_stream(current: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Return the stream of all captures whose graphs are replayed on a stream.
+
+    cuBLAS keeps 32 MiB for every stream that it has seen, and graphs captured on one stream share them: they must not
+    run at the same time.
+    """
+    return torch.cuda.Stream(current.device)
 
 
 def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callable[[], None]:
     """Capture a step as a CUDA graph, after the trial steps on another stream that PyTorch asks for."""
-    stream = _capture_stream(torch.cuda.current_device())
+    stream = _capture_stream(torch.cuda.current_stream())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import describe_layers
 from mbm_cli.runs import Run, Summary, as_json
 from mbm_cli.training import PartOfEpoch, Progress, Split, Trainer, learning_rates
+from mbm_cli.turns import Turns, finish, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ def train(
         RunError: the data cannot be had, the folder cannot be written, or the loss is not finite.
         Interrupted: ``stopped`` returned true.
     """
+    _forget_earlier_runs()
+    return finish(train_in_turns(config, output, watch, stopped, data))
+
+
+def train_in_turns(
+    config: Config, output: Path, watch: Watch | None, stopped: Stopped, data: tuple[Split, Split] | None = None
+) -> Turns[Trained]:
+    """Train as `train` does; yield after each step."""
     started = time.perf_counter()
     config, device = lifecycle.begin(config)
     about, files = environment(device), dict[str, str | bytes]()
@@ -62,7 +71,8 @@ def train(
     files["summary.json"] = as_json(_summary("running", config, device, [], 0.0))
     run = Run.create(output, config.name, files)
     with run.hold():
-        return _Training(run, config, device, data, watch or Watch(), stopped, started).run_epochs()
+        training = _Training(run, config, device, data, watch or Watch(), stopped, started)
+        return (yield from training.run_epochs())
 
 
 def resume(
@@ -78,6 +88,19 @@ def resume(
     A complete run is returned as it is. ``epochs`` replaces the config's; ``config`` is the run's, where it has been
     read and resolved already. Otherwise as `train`.
     """
+    _forget_earlier_runs()
+    return finish(resume_in_turns(run, epochs, watch, stopped, data, config))
+
+
+def resume_in_turns(
+    run: Run,
+    epochs: int | None,
+    watch: Watch | None,
+    stopped: Stopped,
+    data: tuple[Split, Split] | None,
+    config: Config | None = None,
+) -> Turns[Trained]:
+    """Resume as `resume` does; yield after each step."""
     started = time.perf_counter()
     run.refuse_several()
     with run.hold():  # before anything is read or changed
@@ -95,7 +118,13 @@ def resume(
         data = data or lifecycle.load_data(config, device)
         training = _Training(run, config, device, data, watch or Watch(), stopped, started)
         training.note_resume()
-        return training.run_epochs()
+        return (yield from training.run_epochs())
+
+
+def _forget_earlier_runs() -> None:
+    if torch.cuda.is_initialized():
+        gc.collect()  # the CUDA graphs of an earlier run in this process keep their memory until they are collected
+        torch.cuda.reset_peak_memory_stats()
 
 
 def is_complete(summary: Summary, config: Config) -> bool:
@@ -135,9 +164,6 @@ class _Training:
     ) -> None:
         self.run, self.config, self.device, self.data = run, config, device, data
         self.watch, self.stopped = watch, stopped
-        if device.type == "cuda":
-            gc.collect()  # the CUDA graphs of an earlier run in this process keep their memory until they are collected
-            torch.cuda.reset_peak_memory_stats(device)
         self.trainer = lifecycle.build_trainer(config, device, data, run.folder)
         self.metrics: list[dict[str, Any]] = []  # of the epochs that have ended
         self.part: PartOfEpoch | None = None
@@ -156,19 +182,20 @@ class _Training:
         self.run.write_json("environment.json", {**recorded, "resumed": again})
         self.run.write("config.yaml", configs.dump(self.config))
 
-    def run_epochs(self) -> Trained:
-        """Train the remaining epochs."""
-        with lifecycle.computing(self.run, self.watch, self.summarize, lambda: f"in {self.epoch}"), self._failures():
+    def run_epochs(self) -> Turns[Trained]:
+        """Train the remaining epochs; yield after each step."""
+        computing = lifecycle.computing(self.run, self.watch, self.summarize, lambda: f"in {self.epoch}")
+        with computing, self._failures(), closing(self.trainer):
             train, test = self.data
             what = f"{self.config.name}: {self.config.model.name} with {self.config.model.products} on "
             what += f"{_describe(self.device)}, {len(train):,} training and {len(test):,} test images"
             layers = describe_layers(self.trainer.model, train.images.shape[1:])
             self.watch.begin(what, "epoch", self.config.train.epochs, len(self.metrics), layers)
             for epoch in range(len(self.metrics) + 1, self.config.train.epochs + 1):
-                self._run_epoch(epoch)
+                yield from self._run_epoch(epoch)
             return Trained(self.run, self.summarize("completed"), self.metrics)
 
-    def _run_epoch(self, epoch: int) -> None:
+    def _run_epoch(self, epoch: int) -> Turns[None]:
         train, steps, epochs = self.config.train, self.trainer.steps, self.config.train.epochs
         label = f"epoch {epoch}/{epochs}"
 
@@ -176,7 +203,7 @@ class _Training:
             self.watch.progress(label, progress.step / progress.steps, progress)
 
         optimizer, first = self.config.optimizer, (epoch - 1) * steps
-        result = self.trainer.epoch(
+        result = yield from self.trainer.epoch_in_turns(
             epoch_order(len(self.data[0]), self.config.seed, epoch),
             learning_rates(optimizer.lr, optimizer.schedule, first, steps, epochs * steps),
             report,
@@ -230,7 +257,7 @@ class _Training:
         try:
             yield
         except Exception as error:
-            failure = RunError(_batch_that_fits(self.config, self.device)) if _is_out_of_memory(error) else error
+            failure = RunError(_batch_that_fits(self.config, self.device)) if is_out_of_memory(error) else error
             if not isinstance(failure, RunError):
                 raise
             raise RunError(f"{self.epoch}: {failure} (run: {self.run.folder})") from error
@@ -303,12 +330,6 @@ def _restore(
 # Out of memory
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
 def _batch_that_fits(config: Config, device: torch.device) -> str:
     """Say which batch sizes fit: the largest halves with which a step works, tried out."""
     asked = {"data.batch_size": config.data.batch_size, "data.eval_batch_size": config.data.eval_batch_size}
@@ -329,7 +350,7 @@ def _largest(config: Config, device: torch.device, batch: int, training: bool) -
             _try_step(config, device, batch, training)
             return batch
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             batch //= 2
     return 0

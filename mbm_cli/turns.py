@@ -1,0 +1,161 @@
+"""Several computations in turn, in one process and one thread: on a GPU each has a stream of its own, so they overlap.
+
+A computation is a generator that yields wherever it can give up its turn, and returns its result. On a GPU a turn
+launches work without waiting for it, so that the work of other turns fills what one small network leaves idle.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from mbm_cli.errors import Interrupted
+
+R = TypeVar("R")
+Turns = Generator[None, None, R]
+
+STEPS = 4  # of a turn: changing the random state and the stream takes as long as launching a step
+MOST = 16  # computations at once
+SPARE = 2  # times the memory of one computation that must be free before another begins
+
+
+def finish(turns: Turns[R]) -> R:
+    """Compute to the end without giving up a turn; return the result."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+
+def take_turns(
+    tasks: Sequence[Any],
+    begin: Callable[[Any], Turns[object]],
+    at_once: int | None,
+    device: torch.device,
+    done: Callable[[Any, Exception | None], None],
+) -> None:
+    """Compute all tasks, up to ``at_once`` in turn; one that fails does not stop the others.
+
+    A task computes what it would alone: it has its own random numbers, and its own settings of PyTorch.
+
+    Args:
+        begin: starts to compute a task.
+        at_once: ``None`` is as many as memory allows, up to 16.
+        done: called with a task, and with the error that ended it, if one did.
+
+    Raises:
+        Interrupted: a task was interrupted. The others had their turns until they were, too.
+    """
+    waiting, active, interrupted = deque(tasks), list[_Computation](), False
+    most, memory = at_once or MOST, _Memory(device)
+    slots = [_Slot(device) for _ in range(min(most, len(tasks)))]
+    try:
+        while active or (waiting and not interrupted):
+            if waiting and not interrupted and len(active) < most and (at_once or memory.has_room(len(active))):
+                active.append(_Computation(waiting.popleft(), begin, slots.pop()))
+            for one in active.copy():
+                if one.go_on():
+                    continue
+                active.remove(one)
+                slots.append(one.slot)
+                if isinstance(one.error, Interrupted):
+                    interrupted = True
+                elif one.error is not None and is_out_of_memory(one.error.__cause__ or one.error) and active:
+                    most = len(active)  # which have the memory that it lacked: later it is resumed
+                    waiting.append(one.task)
+                else:
+                    done(one.task, one.error)
+    finally:
+        for one in active:
+            one.turns.close()
+    if interrupted:
+        raise Interrupted("interrupted")
+
+
+class _Computation:
+    """A task that is being computed, and the error that ended it."""
+
+    def __init__(self, task: Any, begin: Callable[[Any], Turns[object]], slot: "_Slot") -> None:
+        self.task, self.turns, self.slot = task, begin(task), slot
+        self.error: Exception | None = None
+
+    def go_on(self) -> bool:
+        """Take a turn; return whether more is to be computed."""
+        with self.slot.turn():
+            try:
+                for _ in range(STEPS):
+                    next(self.turns)
+            except StopIteration:
+                return False
+            except Exception as error:
+                self.error = error
+                return False
+        return True
+
+
+class _Slot:
+    """What a computation has of its own: a stream, random numbers, and the settings of PyTorch that a run can have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._state = _state()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # for what is on the device already
+            self._generator = torch.cuda.default_generators[self._stream.device_index]
+            self._random = self._generator.clone_state()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        shared_state, shared_random = _state(), None
+        _set_state(self._state)
+        if self._stream is not None:
+            # Graphs that are captured in a turn keep this generator state, and advance it when they are replayed.
+            shared_random = self._generator.graphsafe_get_state()
+            self._generator.graphsafe_set_state(self._random)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            if shared_random is not None:
+                self._generator.graphsafe_set_state(shared_random)
+            self._state = _state()
+            _set_state(shared_state)
+
+
+def _state() -> tuple[Any, ...]:
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return torch.get_rng_state(), cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+
+
+def _set_state(state: tuple[Any, ...]) -> None:
+    random, *settings = state
+    torch.set_rng_state(random)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings[:2]
+    torch.backends.cudnn.deterministic = settings[2]
+
+
+class _Memory:
+    """The memory of a GPU, from which computations take equal parts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, self._free() if device.type == "cuda" else 0
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def has_room(self, active: int) -> bool:
+        """Return whether another computation fits beside those that are active."""
+        if active == 0 or self._device.type != "cuda":
+            return True
+        free = self._free()
+        return free * active > SPARE * (self._before - free)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
