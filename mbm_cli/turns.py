@@ -142,7 +142,8 @@ class _Memory:
     """The memory of a GPU, from which computations take equal parts."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._before = device, self._free() if device.type == "cuda" else 0
+        self._device = device
+        self._before = self._free() if device.type == "cuda" else 0
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0]
