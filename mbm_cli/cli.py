@@ -95,33 +95,35 @@ def train(
         _compute(o, partial(experiment.train, config, o.output))
 
 
-@command(compare_app, "exact-vs-mbm", TRAINING, "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
+@command(compare_app, "exact-vs-mbm", f"{TRAINING} jobs on", "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
 
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
-    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards), latex=latex)
+    where = {"jobs": o.jobs or 1, "on": o.on or "local"}
+    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards, **where), latex=latex)
 
 
-@command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
+@command(app, "sweep", f"{TRAINING} jobs on", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
 def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
 ) -> None:
     """Train with every combination of some fields' values."""
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
+    planned = (config_of(o), vary or [], seeds, o.jobs or 1, o.output)
+    _compute(o, partial(experiment, *planned, on=o.on or "local"), latex=latex)
 
 
-@command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
+@command(app, "resume", "epochs jobs on trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
     """Resume what was interrupted: a training run, a comparison or a sweep."""
     from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 
-    _compute(o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs))
+    _compute(o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs, on=o.on))
 
 
 @command(app, "eval", "bits device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")

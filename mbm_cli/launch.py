@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are computed: one after the other in this process, or several at once in others."""
+"""Where the runs of a sweep are computed: one after the other in this process, several at once in others, on Slurm."""
 
 import multiprocessing
 import os
@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mbm_cli import slurm
 from mbm_cli.errors import Interrupted, MbmError
 
 # What a terminal or a batch system sends to every process of a job; only the parent acts on it.
@@ -34,11 +35,13 @@ def launch(
     look: Callable[[Any], None],
     done: Done,
     stopped: Stopped,
+    on: slurm.Slurm | None = None,
 ) -> None:
     """Compute all tasks, up to ``jobs`` at once; a task that fails does not stop the others.
 
     With several jobs each has a process; on several CUDA devices, that of job k uses device k modulo their number. A
-    task whose process dies is computed once more, in a new process.
+    task whose process dies is computed once more, in a new process. On Slurm each of the jobs is a lane of
+    `mbm_cli.slurm`.
 
     Args:
         work: computes a task; called with it, and with what says whether to stop.
@@ -50,8 +53,13 @@ def launch(
     Raises:
         Interrupted: ``stopped`` returned true.
     """
+    permission = folder.absolute() / f".computing-{os.getpid()}"
+    slurm.end_lanes(permission.parent)  # of a process that was killed
+    if on is not None:
+        slurm.launch_lanes(tasks, partial(_attempt, work=work), jobs, permission, look, done, stopped, on)
+        return
     if jobs > 1:
-        _launch_workers(tasks, work, jobs, folder.absolute() / f".computing-{os.getpid()}", look, done, stopped)
+        _launch_workers(tasks, work, jobs, permission, look, done, stopped)
         return
     for task in tasks:
         done(task, _attempt(task, work, stopped))

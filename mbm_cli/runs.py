@@ -89,6 +89,7 @@ class Plan(BaseModel):
     vary: dict[str, list[str]]
     seeds: Count
     jobs: Count
+    on: str = "local"
     combinations: Annotated[list[Combination], Field(min_length=1)]
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from mbm_cli import config as configs
+from mbm_cli import slurm
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
@@ -125,6 +126,7 @@ def sweep(
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
+    on: str = "local",
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -134,9 +136,10 @@ def sweep(
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
         jobs: runs at once, each in a process of its own. A script that asks for several must be importable
             (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
+        on: ``local``, or ``slurm://PARTITION?gpus=1&cpus=4&time=60``: each job is one of a Slurm cluster's then.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
-    among the jobs.
+    among the jobs, and a job of Slurm has as many as CPUs.
 
     Raises:
         RequestError: a field or a value is wrong; nothing is written then.
@@ -144,28 +147,46 @@ def sweep(
         Interrupted: ``stopped`` returned true.
     """
     values = _parse_vary(vary)
-    config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
-    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
+    config = with_threads(config, jobs, on)
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output, on)
     with run.hold():
-        return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude)
+        return carry_out(run, config, plan, varied, watch or Watch(), stopped, conclude)
 
 
-def resume(run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]) -> Finished[R]:
+def with_threads(config: Config, jobs: int, on: str) -> Config:
+    """Return the config with the number of threads that each run is to have.
+
+    Raises:
+        RequestError: ``on`` is wrong, or there is no such cluster.
+    """
+    cluster = slurm.parse(on)
+    threads = cluster.cpus if cluster else max(1, torch.get_num_threads() // jobs)
+    return config.with_train(threads=config.train.threads or threads)
+
+
+def resume(
+    run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: Conclude[R], on: str | None = None
+) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
-    ``jobs`` replaces the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
+    ``jobs`` and ``on`` replace the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
     """
     plan, config = run.plan(), run.config()
+    before, plan = plan, plan.model_copy(update={"jobs": jobs or plan.jobs, "on": on or plan.on})
+    is_local = slurm.parse(plan.on) is None
     where = f"{run.folder / 'plan.json'}, combination"
     varied = [configs.validate(one.config, f"{where} {i}") for i, one in enumerate(plan.combinations, 1)]
     varied = [one.with_train(threads=one.train.threads or config.train.threads) for one in varied]
     config, *varied = lifecycle.resolve([config, *varied], lifecycle.use_device(config))
     for one, combination in zip(varied, plan.combinations, strict=True):
         lifecycle.refuse_other_products(one, combination.keys, run.folder)
-        lifecycle.refuse_other_device(one, run)
+        # What a cluster's lanes compute on, the process that submits them does not see.
+        for begun in (run,) if before.on == "local" else list_runs(run.folder):
+            if is_local:
+                lifecycle.refuse_other_device(one, begun)
     _fetch_data(varied)
     with run.hold():
-        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude)
+        return carry_out(run, config, plan, varied, watch, stopped, conclude)
 
 
 # What is planned
@@ -179,6 +200,7 @@ def create(
     seeds: int,
     jobs: int,
     output: Path,
+    on: str,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -197,6 +219,7 @@ def create(
         vary=vary,
         seeds=seeds,
         jobs=jobs,
+        on=on,
         combinations=[
             Combination(
                 values={field: _value(one, field) for field in vary},
@@ -324,7 +347,6 @@ def carry_out(
     config: Config,
     plan: Plan,
     varied: Sequence[Config],
-    jobs: int,
     watch: Watch,
     stopped: Stopped,
     conclude: Conclude[R],
@@ -367,8 +389,10 @@ def carry_out(
         what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
         watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
         todo = [member for member in members if member.config.name not in rows]
-        work = partial(train_member, watch=watch) if jobs == 1 else train_member
-        launch(todo, work, jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
+        cluster = slurm.parse(plan.on)
+        work = train_member if cluster or plan.jobs > 1 else partial(train_member, watch=watch)
+        look = lambda one: watch.progress(one.label, one.part)  # noqa: E731
+        launch(todo, work, plan.jobs, run.folder, look, done, stopped, cluster)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
@@ -446,7 +470,7 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
     return Summary(
         status=status,
         multiplier=", ".join(dict.fromkeys(config.model.products for config in varied)),
-        device=device.type,
+        device=runs[0].device if runs else device.type,
         epochs=sum(run.epochs for run in runs),
         test_accuracy=None,
         best_test_accuracy=max(best, default=None),
@@ -465,6 +489,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         _over_seeds(one.values, [row for row in rows if row.combination == number])
         for number, one in enumerate(plan.combinations, 1)
     ]
+    devices = [Run(run.folder / row.run).summary().device for row in rows if row.run]
     # What is varied has no single value; the rows have theirs.
     result = Sweep(
         config=config.name,
@@ -474,7 +499,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         combinations=combinations,
         runs=rows,
         model=None if "model.name" in plan.vary else config.model.name,
-        device=None if "device" in plan.vary else lifecycle.use_device(config).type,
+        device=None if "device" in plan.vary or not devices else devices[0],
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
     )
