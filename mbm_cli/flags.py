@@ -73,6 +73,7 @@ NAMES = {
     "autocompletion": _multipliers,
 }
 ON = "Where --jobs compute, for example slurm://PARTITION?gpus=1&cpus=4&time=60 (minutes)."
+PICTURES = "Also draw each run's curves, for example to see which converge."
 DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of integers drum-int8-k4, int8:FILE.c."
 DEVICE = {
@@ -101,6 +102,7 @@ class Options:
     ] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
+    pictures: Annotated[bool, Option("--pictures", help=PICTURES)] = False
     name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
     note: Annotated[str | None, Option(help="A text that lists show, for example 'as in table 2'.")] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False

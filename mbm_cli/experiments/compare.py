@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from mbm_cli import config as configs
-from mbm_cli import slurm
-from mbm_cli.config import Config
+from mbm_cli.config import Cluster, Config
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
@@ -84,7 +83,7 @@ def compare(
     stopped: Stopped = never,
     backwards: Sequence[str] = (),
     jobs: int = 1,
-    on: str = "local",
+    on: Cluster | None = None,
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -121,14 +120,13 @@ def conclude(
     stopped: Stopped, run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]
 ) -> Comparison:
     """Write a comparison's result from its rows; on a cluster in a lane, which has the device that trained."""
-    cluster = slurm.parse(plan.on)
-    if cluster is None:
-        return _conclude((run, config, plan, varied, rows))
-    failures: list[str] = []
-    task = (run, config, plan, varied, rows)
-    launch([task], _conclude, 1, run.folder, lambda _: None, lambda _, why: failures.extend([why] * bool(why)), stopped, cluster)
-    if failures:
-        raise RunError(failures[0])
+    task, failures = (run, config, plan, varied, rows), list[str | None]()
+    if plan.on is None:
+        return _conclude(task)
+    done = lambda task, reason: failures.append(reason)  # noqa: E731
+    launch([task], _conclude, 1, run.folder, lambda task: None, done, stopped, plan.on)
+    if failures != [None]:
+        raise RunError(str(failures[0]))
     return run.read(Comparison, "compare.json")
 
 

@@ -23,7 +23,8 @@ def resume(
 
     Args:
         epochs: of a training run, instead of its config's.
-        jobs, on: of a comparison or a sweep, instead of its plan's.
+        jobs: of a comparison or a sweep, instead of its plan's.
+        on: the same; ``local``, or a cluster as `mbm_cli.config.cluster` reads it.
 
     Raises:
         RequestError: the run cannot be resumed here, or takes no epochs or jobs.
@@ -38,5 +39,5 @@ def resume(
     if epochs is not None:
         raise RequestError(f"--epochs is for a training run, but {run.folder} is a {kind}")
     if kind == "sweep":
-        return sweep.resume(run, jobs, watch, stopped, sweep.conclude, on)
-    return sweep.resume(run, jobs, watch, stopped, partial(compare.conclude, stopped), on)
+        return sweep.resume(run, jobs, on, watch, stopped, sweep.conclude)
+    return sweep.resume(run, jobs, on, watch, stopped, partial(compare.conclude, stopped))

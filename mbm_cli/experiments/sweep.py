@@ -18,7 +18,7 @@ import yaml
 
 from mbm_cli import config as configs
 from mbm_cli import slurm
-from mbm_cli.config import Config
+from mbm_cli.config import Cluster, Config
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
@@ -126,7 +126,7 @@ def sweep(
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
-    on: str = "local",
+    on: Cluster | None = None,
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -136,10 +136,10 @@ def sweep(
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
         jobs: runs at once, each in a process of its own. A script that asks for several must be importable
             (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
-        on: ``local``, or ``slurm://PARTITION?gpus=1&cpus=4&time=60``: each job is one of a Slurm cluster's then.
+        on: a Slurm cluster, whose jobs compute the runs.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
-    among the jobs, and a job of Slurm has as many as CPUs.
+    among the jobs, and a cluster's have as many as CPUs.
 
     Raises:
         RequestError: a field or a value is wrong; nothing is written then.
@@ -153,37 +153,39 @@ def sweep(
         return carry_out(run, config, plan, varied, watch or Watch(), stopped, conclude)
 
 
-def with_threads(config: Config, jobs: int, on: str) -> Config:
+def with_threads(config: Config, jobs: int, on: Cluster | None) -> Config:
     """Return the config with the number of threads that each run is to have.
 
     Raises:
-        RequestError: ``on`` is wrong, or there is no such cluster.
+        RequestError: there is no such cluster.
     """
-    cluster = slurm.parse(on)
-    threads = cluster.cpus if cluster else max(1, torch.get_num_threads() // jobs)
+    if on is not None:
+        slurm.check(on)
+    threads = max(1, torch.get_num_threads() // jobs) if on is None else on.cpus
     return config.with_train(threads=config.train.threads or threads)
 
 
 def resume(
-    run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: Conclude[R], on: str | None = None
+    run: Run, jobs: int | None, on: str | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]
 ) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
-    ``jobs`` and ``on`` replace the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
+    ``jobs`` and ``on`` (the command line's text) replace the plan's; ``conclude`` is the experiment's own. Otherwise as
+    `sweep`.
     """
     plan, config = run.plan(), run.config()
-    before, plan = plan, plan.model_copy(update={"jobs": jobs or plan.jobs, "on": on or plan.on})
-    is_local = slurm.parse(plan.on) is None
+    members = [run] if plan.on is None else list_runs(run.folder)  # a cluster's device is not this process's
+    plan = plan.model_copy(update={"jobs": jobs or plan.jobs, "on": configs.cluster(on) if on else plan.on})
+    if plan.on is not None:
+        slurm.check(plan.on)
     where = f"{run.folder / 'plan.json'}, combination"
     varied = [configs.validate(one.config, f"{where} {i}") for i, one in enumerate(plan.combinations, 1)]
     varied = [one.with_train(threads=one.train.threads or config.train.threads) for one in varied]
     config, *varied = lifecycle.resolve([config, *varied], lifecycle.use_device(config))
     for one, combination in zip(varied, plan.combinations, strict=True):
         lifecycle.refuse_other_products(one, combination.keys, run.folder)
-        # What a cluster's lanes compute on, the process that submits them does not see.
-        for begun in (run,) if before.on == "local" else list_runs(run.folder):
-            if is_local:
-                lifecycle.refuse_other_device(one, begun)
+        for begun in members if plan.on is None else []:
+            lifecycle.refuse_other_device(one, begun)
     _fetch_data(varied)
     with run.hold():
         return carry_out(run, config, plan, varied, watch, stopped, conclude)
@@ -200,7 +202,7 @@ def create(
     seeds: int,
     jobs: int,
     output: Path,
-    on: str,
+    on: Cluster | None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -389,10 +391,10 @@ def carry_out(
         what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
         watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
         todo = [member for member in members if member.config.name not in rows]
-        cluster = slurm.parse(plan.on)
-        work = train_member if cluster or plan.jobs > 1 else partial(train_member, watch=watch)
-        look = lambda one: watch.progress(one.label, one.part)  # noqa: E731
-        launch(todo, work, plan.jobs, run.folder, look, done, stopped, cluster)
+        work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
+        launch(
+            todo, work, plan.jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped, plan.on
+        )
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
