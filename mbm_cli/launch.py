@@ -1,5 +1,6 @@
 """Where the runs of a sweep are computed: one after the other in this process, several at once in others, on Slurm."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -146,9 +147,7 @@ def _begin(environment: dict[str, str]) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(environment)
-
-    def end_with_parent() -> None:  # at once: a resume computes what this process holds
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    gc.set_threshold(100_000)  # as `mbm_cli.cli.main` does, for a quick start
+    # It ends at once when the parent is gone: a resume computes what it holds.
+    gone = multiprocessing.parent_process().join  # type: ignore[union-attr]
+    threading.Thread(target=lambda: os._exit(gone() or 1), daemon=True).start()

@@ -18,7 +18,7 @@ Look = Callable[[Any], None]
 Done = Callable[[Any, str | None], None]
 Stop = Callable[[], bool]
 Attempt = Callable[[Any, Stop], str | None]  # computes a task; returns the reason if it fails
-LOOK_INTERVAL, ASK_INTERVAL, PATIENCE = 0.3, 5, 30  # seconds: looks at the folder, asks Slurm, waits for an answer
+LOOK_INTERVAL, ASK_INTERVAL, PATIENCE = 0.3, 3, 30  # seconds: looks at the folder, asks Slurm, waits for an answer
 DEATHS = 2  # of lanes, after which their run is given up
 PLACE = "slurm"  # in a sweep's folder: what the lanes print, and a log of each run: its lane, then lines of these
 BEGUN, STOPPED, ENDED = "begun\n", "stopped\n", "ended: "
@@ -71,7 +71,7 @@ def launch_lanes(
                     done(left[index], f"{left.pop(index)}: its lane died {DEATHS} times: see {folder}")
     finally:
         permission.unlink(missing_ok=True)
-        end_lanes(permission.parent, keep=bool(left) or max(deaths) >= DEATHS)
+        end_lanes(permission.parent, keep=bool(left) or max(deaths, default=0) >= DEATHS)
 
 
 def end_lanes(folder: Path, keep: bool = False) -> None:
@@ -131,4 +131,4 @@ def _compute_lane(tasks: dict[int, Any], attempt: Attempt, permission: Path, cou
                 file.write(STOPPED)
     if signal.SIGUSR2 in signals and permission.exists():
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
-        os._exit(0)
+    os._exit(0)  # nobody reads what submitit would write, and to tear down PyTorch's modules takes a second
