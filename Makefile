@@ -5,7 +5,7 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-docs docs-figures stress test-wheel test-notebook notebook lint types clean
+.PHONY: train test test-docs test-engines docs-figures stress test-wheel test-notebook notebook lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
@@ -17,6 +17,11 @@ test: $(VENV)/installed
 test-docs: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest tests/docs
+
+# Sweeps whose processes die, in worker processes and on a Slurm of one node (as root, where it is installed).
+test-engines: $(VENV)/installed
+	$(VENV)/bin/mbm data fetch
+	$(VENV)/bin/python -m pytest -rs tests/engines
 
 # The pictures of the documents; those that show a GPU are drawn only where there is one.
 docs-figures: $(VENV)/installed

@@ -1,5 +1,7 @@
 """The command line: commands and flags, nothing else."""
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -95,33 +97,39 @@ def train(
         _compute(o, partial(experiment.train, config, o.output))
 
 
-@command(compare_app, "exact-vs-mbm", TRAINING, "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
+@command(
+    compare_app, "exact-vs-mbm", f"{TRAINING} jobs on pictures", "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8"
+)
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
+    from mbm_cli.config import cluster
     from mbm_cli.experiments.compare import compare as experiment
 
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
-    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards), latex=latex)
+    jobs, on = o.jobs or 1, cluster(o.on or "local")
+    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards, jobs=jobs, on=on), latex=latex)
 
 
-@command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
+@command(app, "sweep", f"{TRAINING} jobs on pictures", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
 def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
 ) -> None:
     """Train with every combination of some fields' values."""
+    from mbm_cli.config import cluster
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
+    planned = (config_of(o), vary or [], seeds, o.jobs or 1, o.output)
+    _compute(o, partial(experiment, *planned, on=cluster(o.on or "local")), latex=latex)
 
 
-@command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
+@command(app, "resume", "epochs jobs on pictures trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
     """Resume what was interrupted: a training run, a comparison or a sweep."""
     from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 
-    _compute(o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs))
+    _compute(o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs, on=o.on))
 
 
 @command(app, "eval", "bits device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")
@@ -368,6 +376,9 @@ def main() -> None:
     """Run a command; turn an error into a line on standard error and an exit code."""
     arguments = sys.argv[1:]
     set_waiting()
+    # What is imported stays: to look for garbage in it takes a third of a start, and again as long at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     # While libraries are being imported, they would catch an exception.
     signal.signal(signal.SIGINT, lambda number, frame: leave_at_once())
     make_writable("stdout")
@@ -433,8 +444,15 @@ def _show(o: Options, made: Any, draw: bool) -> None:
     if draw:
         from mbm_cli.report.plots import pictures
 
-        for name, picture in pictures(made.result, made).items():
-            made.run.write(name, picture)
+        drawn = [made]
+        if o.pictures and made.run.has_several:
+            from mbm_cli.experiments.train import Trained
+            from mbm_cli.runs import list_runs
+
+            drawn += [Trained(run, run.summary(), run.metrics()) for run in list_runs(made.run.folder) if run.metrics()]
+        for one in drawn:
+            for name, picture in pictures(one.result, one).items():
+                one.run.write(name, picture)
 
 
 def _print_json(value: object) -> None:

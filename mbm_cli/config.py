@@ -1,8 +1,10 @@
 """The typed experiment: YAML in, checked, overridden, written out again."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -223,6 +225,21 @@ class TrainConfig(_Section):
     cuda_graph: Annotated[Literal["auto", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = "auto"
 
 
+class Cluster(_Section):
+    """Where the runs of a sweep are computed on Slurm: a partition, and what each lane gets of it.
+
+    Attributes:
+        partition: the cluster's default, if it has no name.
+        gpus, cpus: of a lane.
+        time: minutes of a lane; a run that takes longer goes on in the next.
+    """
+
+    partition: str = ""
+    gpus: Annotated[int, _whole(0, 1024)] = 0
+    cpus: Annotated[int, _whole(1, 4096)] = 1
+    time: Annotated[int, _whole(1, _COUNT)] = 60
+
+
 class Config(_Section):
     """One experiment, complete: what ``config.yaml`` in a run's folder holds."""
 
@@ -301,6 +318,24 @@ def backward(name: str) -> Backward:
         return _to_backward(name)
     except ValueError as error:
         raise RequestError(f"--backward: {error}") from None
+
+
+def cluster(on: str) -> Cluster | None:
+    """Parse ``slurm://PARTITION?gpus=1&cpus=4&time=60`` of the command line; ``local`` is no cluster.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if on == "local":
+        return None
+    with suppress(ValueError):
+        url = urlsplit(on)
+        fields = {name: int(value) for name, value in parse_qsl(url.query, keep_blank_values=True)}
+        if (url.scheme, url.path, url.fragment) == ("slurm", "", ""):
+            return Cluster.model_validate({"partition": url.netloc, **fields})
+    raise RequestError(
+        f"--on {on}: write local, or slurm://PARTITION?gpus=1&cpus=4&time=60, a lane's share, in minutes"
+    )
 
 
 def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--set") -> Config:

@@ -3,15 +3,17 @@
 import gzip
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +35,14 @@ from mbm_cli.training import Split
 # Seconds without an answer. Short, because the addresses of a host are tried one after the other.
 MIRROR_TIMEOUT = 5
 NPM_TIMEOUT = 300
+SETTLED_NS = 2_000_000_000  # a file that was changed later than this could change again within its time's resolution
 
 # Failures of a network, of npm, or of a proxy that sends a page instead of an archive.
 SOURCE_FAILURES = (OSError, EOFError, KeyError, zlib.error, HTTPException, SubprocessError, tarfile.TarError)
+
+
+# Returns the MD5 of a file, which has this state and this content, uncompressed.
+_DigestOf = Callable[[Path, os.stat_result, bytes], str]
 
 
 class Dataset(Protocol):
@@ -109,7 +116,7 @@ class IdxFiles:
         train_limit: int | None = None,
         test_limit: int | None = None,
     ) -> tuple[Split, Split]:
-        contents = self._fetched(root).contents
+        contents = self._fetched(root, _hash_once).contents
         return self._split(contents, "train", device, train_limit), self._split(contents, "t10k", device, test_limit)
 
     def _split(self, contents: dict[str, bytes], prefix: str, device: torch.device | str, limit: int | None) -> Split:
@@ -137,10 +144,10 @@ class IdxFiles:
         located = self._locate(root)
         return located.folder, [name for name in self.md5 if name not in located.contents]
 
-    def _fetched(self, root: Path | None) -> _Located:
+    def _fetched(self, root: Path | None, digest_of: _DigestOf | None = None) -> _Located:
         folder = data_root(root)
         try:
-            located = self._locate(root)
+            located = self._locate(root, digest_of)
             folder, faults = located.folder, located.faults
             wanted = [name for name in self.md5 if name not in located.contents]
             if wanted and faults and _named_root(root):
@@ -158,7 +165,8 @@ class IdxFiles:
                 "or name another folder (data.root or MBM_DATA_DIR)"
             ) from error
 
-    def _locate(self, root: Path | None) -> _Located:
+    def _locate(self, root: Path | None, digest_of: _DigestOf | None = None) -> _Located:
+        digest_of = digest_of or _hash
         base = data_root(root)
         default = base / self.name / "raw"
         folders, contents, faults = [], dict[str, bytes](), []
@@ -168,10 +176,11 @@ class IdxFiles:
                 if name in contents or not path.is_file():
                     continue
                 folders.append(folder)
-                content = path.read_bytes()
+                with open(path, "rb") as file:
+                    state, content = os.fstat(file.fileno()), file.read()
                 with suppress(OSError, EOFError, zlib.error):
                     content = gzip.decompress(content) if gz else content
-                if _md5(content) == digest:
+                if digest_of(path, state, content) == digest:
                     contents[name] = content
                 else:
                     faults.append(f"{path} has other content than {name}")
@@ -248,6 +257,34 @@ def _named_root(root: Path | None) -> Path | None:
 
 def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _hash(path: Path, state: os.stat_result, content: bytes) -> str:
+    return _md5(content)
+
+
+def _hash_once(path: Path, state: os.stat_result, content: bytes) -> str:
+    """Return the MD5 of a file's content, uncompressed; remember it until the file's size or one of its times changes.
+
+    The time of the last change of any kind (ctime) cannot be set back.
+    """
+    memory, known = platformdirs.user_cache_path("mbm") / "verified.json", dict[str, list[int | str]]()
+    with suppress(OSError, ValueError, AttributeError):
+        known = dict(json.loads(memory.read_text()).items())
+    file = [state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    match known.get(str(path.absolute())):
+        case [*before, str(digest)] if before == file:
+            return digest
+    digest = _md5(content)
+    if time.time_ns() - state.st_ctime_ns > SETTLED_NS:
+        known = {name: kept for name, kept in known.items() if os.path.exists(name)}
+        known[str(path.absolute())] = [*file, digest]
+        with suppress(OSError):  # nothing is remembered
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            whole = memory.with_name(f".verified-{os.getpid()}.json")
+            whole.write_text(json.dumps(known))
+            os.replace(whole, memory)
+    return digest
 
 
 def _say(message: str) -> None:

@@ -72,6 +72,8 @@ NAMES = {
     "help": "One or several multipliers, for example exact,mbm-t16-r7.",
     "autocompletion": _multipliers,
 }
+ON = "Where --jobs compute, for example slurm://PARTITION?gpus=1&cpus=4&time=60 (minutes)."
+PICTURES = "Also draw each run's curves, for example to see which converge."
 DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of integers drum-int8-k4, int8:FILE.c."
 DEVICE = {
@@ -92,6 +94,7 @@ class Options:
     bits: Annotated[int | None, Option(**BITS)] = None
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
+    on: Annotated[str | None, Option(metavar="local|slurm://...", help=ON)] = None
     device: Annotated[str | None, Option(**DEVICE)] = None
     seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
     init: Annotated[
@@ -99,6 +102,7 @@ class Options:
     ] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
+    pictures: Annotated[bool, Option("--pictures", help=PICTURES)] = False
     name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
     note: Annotated[str | None, Option(help="A text that lists show, for example 'as in table 2'.")] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False

@@ -1,83 +1,61 @@
-"""Where the runs of a sweep are computed: one after the other in this process, or several at once in others."""
+"""Where the runs of a sweep are computed: one after the other in this process, several at once in others, on Slurm."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mbm_cli import slurm
+from mbm_cli.config import Cluster
 from mbm_cli.errors import Interrupted, MbmError
+from mbm_cli.slurm import Attempt, Done, Look, Stop
 
-# What a terminal or a batch system sends to every process of a job; only the parent acts on it.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal sends them to all; only the parent acts on them
 LOOK_INTERVAL = 0.1  # seconds between two looks at what the workers have written
-
-Stopped = Callable[[], bool]
-# Computes a task. Worker processes import it by its name, and get tasks by pickling.
-Work = Callable[[Any, Stopped], object]
-Done = Callable[[Any, str | None], None]
+Work = Callable[[Any, Stop], object]  # computes a task; workers import it by its name, and get tasks by pickling
 
 
 def launch(
-    tasks: Sequence[Any],
-    work: Work,
-    jobs: int,
-    folder: Path,
-    look: Callable[[Any], None],
-    done: Done,
-    stopped: Stopped,
+    tasks: list, work: Work, jobs: int, folder: Path, look: Look, done: Done, stopped: Stop, on: Cluster | None = None
 ) -> None:
     """Compute all tasks, up to ``jobs`` at once; a task that fails does not stop the others.
 
-    With several jobs each has a process; on several CUDA devices, that of job k uses device k modulo their number. A
-    task whose process dies is computed once more, in a new process.
-
-    Args:
-        work: computes a task; called with it, and with what says whether to stop.
-        folder: where worker processes see a file for as long as they are to go on.
-        look: called in this process, a few times a second, with each task that another process computes.
-        done: called in this process with a task and, if it failed, the reason.
-        stopped: called before every step, with several jobs several times a second.
-
-    Raises:
-        Interrupted: ``stopped`` returned true.
+    With several jobs each has a process, or a lane of a cluster (`mbm_cli.slurm`); that of job k uses CUDA device k
+    modulo their number. A task whose process dies is computed once more. Processes see a file in ``folder`` for as long
+    as they are to go on. ``look`` is called a few times a second with each task that another process computes, ``done``
+    with a task and, if it failed, the reason. Raise `Interrupted` when ``stopped`` has returned true.
     """
-    if jobs > 1:
-        _launch_workers(tasks, work, jobs, folder.absolute() / f".computing-{os.getpid()}", look, done, stopped)
-        return
+    permission = folder.absolute() / f".computing-{os.getpid()}"
+    slurm.end_lanes(permission.parent)  # of a process that was killed
+    if on is not None or jobs > 1:
+        begin = partial(slurm.launch_lanes, on=on) if on else _launch_workers
+        return begin(tasks, partial(_attempt, work), jobs, permission, look, done, stopped)
     for task in tasks:
-        done(task, _attempt(task, work, stopped))
+        done(task, _attempt(work, task, stopped))
 
 
-def _attempt(task: Any, work: Work, stopped: Stopped) -> str | None:
+def _attempt(work: Work, task: Any, stopped: Stop) -> str | None:
     """Compute a task; return the reason if it fails."""
     try:
         work(task, stopped)
-    except Interrupted:
-        raise
-    except MbmError as error:
-        return str(error)
+        return None
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        if isinstance(error, Interrupted):
+            raise
+        return str(error) if isinstance(error, MbmError) else f"{type(error).__name__}: {error}"
 
 
 def _launch_workers(
-    tasks: Sequence[Any],
-    work: Work,
-    jobs: int,
-    permission: Path,
-    look: Callable[[Any], None],
-    done: Done,
-    stopped: Stopped,
+    tasks: list[Any], attempt: Attempt, jobs: int, permission: Path, look: Look, done: Done, stopped: Stop
 ) -> None:
     """Compute tasks in worker processes, which stop when the file ``permission`` is gone."""
     waiting = deque((task, 1) for task in tasks)  # with the number of the attempt
@@ -90,17 +68,15 @@ def _launch_workers(
     try:
         while running or (waiting and not revoked()):
             while waiting and idle and not revoked():
-                slot, (task, attempt) = idle.pop(), waiting.popleft()
-                running[slot.submit(_attempt, task, work, revoked)] = slot, task, attempt
+                slot, (task, number) = idle.pop(), waiting.popleft()
+                running[slot.submit(attempt, task, revoked)] = slot, task, number
             for future in wait(running, LOOK_INTERVAL, FIRST_COMPLETED).done:
-                slot, task, attempt = running.pop(future)
+                slot, task, number = running.pop(future)
                 idle.append(slot)
                 error = future.exception()
                 died = slot.close() if isinstance(error, BrokenProcessPool) else None
-                if isinstance(error, Interrupted):  # its worker sees no file: stop the others, too
-                    permission.unlink(missing_ok=True)
-                if isinstance(error, Interrupted) or (died and attempt == 1):
-                    waiting.append((task, attempt + 1))
+                if isinstance(error, Interrupted) or (died and number == 1):
+                    waiting.append((task, number + 1))
                 else:
                     done(task, f"{task}: its process {died}" if died else future.result())
                 if not waiting:
@@ -125,9 +101,14 @@ class _Slot:
     """A pool of one process, so that its death concerns one task; a new one follows it."""
 
     def __init__(self, number: int) -> None:
-        self.environment = _device_environment(number)
+        import torch  # not at the top: a worker first sets which one of several CUDA devices it sees
+
+        count = torch.cuda.device_count()
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = listed.split(",") if listed else [str(k) for k in range(count)]
+        self.environment = {} if count < 2 else {"CUDA_VISIBLE_DEVICES": names[number % count].strip()}
         self.pool: ProcessPoolExecutor | None = None
-        self.born: set[BaseProcess] = set()
+        self.born: set[Any] = set()
 
     def submit(self, *call: Any) -> Future[str | None]:
         if self.pool is not None:
@@ -135,11 +116,14 @@ class _Slot:
                 return self.pool.submit(*call)
             self.close()
         # Spawned: OpenMP's threads and a CUDA context do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, _begin, (self.environment,))
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (self.environment,))
         before = set(multiprocessing.active_children())
-        with _signals_blocked():
+        # A process inherits what is blocked: no signal reaches it before it ignores them, and none is lost.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
             future = self.pool.submit(*call)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self.born = set(multiprocessing.active_children()) - before
         return future
 
@@ -154,32 +138,8 @@ class _Slot:
         code = next((process.exitcode for process in self.born), None)
         if code is None:  # it ended before it was listed
             return "ended at once"
-        if code >= 0:
-            return f"ended with exit code {code}"
         killed = " (is there enough memory?)" if code == -signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-code).name}{killed}"
-
-
-def _device_environment(number: int) -> dict[str, str]:
-    """Return the variables with which worker ``number`` sees one CUDA device of several."""
-    import torch  # not at the top: a worker sets these variables before
-
-    count = torch.cuda.device_count()
-    if count < 2:
-        return {}
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in listed.split(",")] if listed else [str(k) for k in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": names[number % count]}
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block signals, which a process started here inherits: none reaches it before it ignores them, none is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}{killed}"
 
 
 def _begin(environment: dict[str, str]) -> None:
@@ -187,12 +147,7 @@ def _begin(environment: dict[str, str]) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(environment)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End at once when the parent is gone: a resume computes what this process holds."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    gc.set_threshold(100_000)  # as `mbm_cli.cli.main` does, for a quick start
+    # It ends at once when the parent is gone: a resume computes what it holds.
+    gone = multiprocessing.parent_process().join  # type: ignore[union-attr]
+    threading.Thread(target=lambda: os._exit(gone() or 1), daemon=True).start()

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from mbm_cli import config as configs
-from mbm_cli.config import Config
+from mbm_cli.config import Cluster, Config
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 
 # Of commands that train nothing, and what they are called in lists.
@@ -83,12 +83,13 @@ class Combination(BaseModel):
 
 
 class Plan(BaseModel):
-    """``plan.json``: what a comparison or a sweep trains."""
+    """``plan.json``: what a comparison or a sweep trains, and whether on a cluster."""
 
     kind: Literal["comparison", "sweep"]
     vary: dict[str, list[str]]
     seeds: Count
     jobs: Count
+    on: Cluster | None = None
     combinations: Annotated[list[Combination], Field(min_length=1)]
 
 

@@ -319,8 +319,11 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     # runs
     "resume zzz": "no run 'zzz'.*mbm runs list",
     "resume": "RUN",
-    "resume one --jobs 2": "--jobs is for a sweep, but runs/one is a training run",
-    "resume compared --jobs 2": "--jobs is for a sweep, but runs/compared is a comparison",
+    "resume one --jobs 2": "--jobs and --on are for several runs, but runs/one is a training run",
+    "sweep --vary optimizer.lr=1,2 --on slurm": "--on slurm: write local, or slurm://PARTITION",
+    "sweep --vary optimizer.lr=1,2 --on slurm://a?gpu=1": "--on .*: write local, or slurm://PARTITION",
+    "sweep --vary optimizer.lr=1,2 --on slurm://a?cpus=0": "--on .*: write local, or slurm://PARTITION",
+    "compare exact-vs-mbm --on slurm://a/b": "--on .*: write local, or slurm://PARTITION",
     "resume compared --epochs 2": "--epochs is for a training run, but runs/compared is a comparison",
     "resume swept --epochs 2": "--epochs is for a training run, but runs/swept is a sweep",
     "resume swept --multiplier mbm": "No such option.*--multiplier",

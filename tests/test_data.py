@@ -4,6 +4,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import os
 import struct
 import sys
 import tarfile
@@ -265,6 +266,27 @@ def test_limits_keep_the_first_images(cache, tmp_path):
     assert (len(train), len(test)) == (2, SIZES["t10k"])
     assert torch.equal(train.images, whole.images[:2])
     assert torch.equal(train.labels, whole.labels[:2])
+
+
+def test_hash_is_remembered_until_the_file_changes(cache, tmp_path, monkeypatch):
+    path = place(tmp_path) / IMAGES
+    data.MNIST.load("cpu", tmp_path)  # remembers nothing: so young a file could change without another time
+    monkeypatch.setattr(data, "SETTLED_NS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_md5", lambda content: "another")
+        with pytest.raises(RunError, match="damaged"):
+            data.MNIST.load("cpu", tmp_path)
+    data.MNIST.load("cpu", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_md5", lambda content: "another")
+        data.MNIST.load("cpu", tmp_path)
+        with pytest.raises(RunError, match="damaged"):
+            data.MNIST.fetch(tmp_path)
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(RunError, match=f"damaged MNIST file: {path}"):
+        data.MNIST.load("cpu", tmp_path)
 
 
 def test_real_mnist():

@@ -34,8 +34,8 @@ EXPERIMENT = f"{COMPUTE} --seed --set --config --multiplier"
 PROMISED = {  # in design.md, section 5
     "train": f"{EXPERIMENT} --epochs",
     "compare exact-vs-mbm": f"{EXPERIMENT} --epochs --seeds",
-    "sweep": f"{EXPERIMENT} --epochs --seeds --vary --jobs",
-    "resume": "--epochs --jobs --trust --output --json --quiet --debug",
+    "sweep": f"{EXPERIMENT} --epochs --seeds --vary --jobs --on --pictures",
+    "resume": "--epochs --jobs --on --pictures --trust --output --json --quiet --debug",
     "eval": f"{COMPUTE} --multiplier --plot --trust",
     "profile conv": EXPERIMENT,
     "profile epoch": EXPERIMENT,

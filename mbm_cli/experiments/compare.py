@@ -5,18 +5,20 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mbm_cli import config as configs
-from mbm_cli.config import Config
+from mbm_cli.config import Cluster, Config
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.profile_conv import convolution_seconds
 from mbm_cli.experiments.sweep import Row
+from mbm_cli.launch import launch
 from mbm_cli.multipliers.names import Backward
 from mbm_cli.runs import Plan, Run
 from mbm_cli.training import Split, evaluate
@@ -80,6 +82,8 @@ def compare(
     watch: Watch | None = None,
     stopped: Stopped = never,
     backwards: Sequence[str] = (),
+    jobs: int = 1,
+    on: Cluster | None = None,
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -90,11 +94,13 @@ def compare(
         multipliers: names, as a config can have them; the config's without any.
         backwards: multipliers of the gradients, each of which is combined with each multiplier; the config's without
             any.
+        jobs, on: as ``mbm_cli.experiments.sweep.sweep``. Runs that share a machine take longer, which their times show.
 
     Raises:
         RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
         RunError, Interrupted: as ``mbm_cli.experiments.sweep.sweep``.
     """
+    config = sweep.with_threads(config, jobs, on)
     named = [configs.multiplier(name) for name in multipliers] or [config.model.multiplier]
     exact = configs.multiplier(EXACT)
     if exact in named:
@@ -105,13 +111,27 @@ def compare(
     vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
     if backwards:
         vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
-    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output)
+    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, jobs, output, on)
     with run.hold():
-        return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude)
+        return sweep.carry_out(run, config, plan, varied, watch or Watch(), stopped, partial(conclude, stopped))
 
 
-def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]) -> Comparison:
-    """Write a comparison's result from its rows."""
+def conclude(
+    stopped: Stopped, run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]
+) -> Comparison:
+    """Write a comparison's result from its rows; on a cluster in a lane, which has the device that trained."""
+    task, failures = (run, config, plan, varied, rows), list[str | None]()
+    if plan.on is None:
+        return _conclude(task)
+    done = lambda task, reason: failures.append(reason)  # noqa: E731
+    launch([task], _conclude, 1, run.folder, lambda task: None, done, stopped, plan.on)
+    if failures != [None]:
+        raise RunError(str(failures[0]))
+    return run.read(Comparison, "compare.json")
+
+
+def _conclude(task: Any, stopped: Stopped = never) -> Comparison:
+    run, config, plan, varied, rows = task
     device = lifecycle.use_device(config)
     data = sweep.shared_data(config, device)
     steps = math.ceil(len(data[0]) / config.data.batch_size)

@@ -1,5 +1,7 @@
 """`mbm resume`: continue what was interrupted, be it a training run, a comparison or a sweep."""
 
+from functools import partial
+
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import compare, sweep, train
 from mbm_cli.experiments.compare import Comparison
@@ -10,13 +12,19 @@ from mbm_cli.runs import Run
 
 
 def resume(
-    run: Run, epochs: int | None = None, jobs: int | None = None, watch: Watch | None = None, stopped: Stopped = never
+    run: Run,
+    epochs: int | None = None,
+    jobs: int | None = None,
+    watch: Watch | None = None,
+    stopped: Stopped = never,
+    on: str | None = None,
 ) -> Trained | Finished[Comparison] | Finished[Sweep]:
     """Resume a run of any kind; what is complete is returned as it is.
 
     Args:
         epochs: of a training run, instead of its config's.
-        jobs: of a sweep, instead of its plan's.
+        jobs: of a comparison or a sweep, instead of its plan's.
+        on: the same; ``local``, or a cluster as `mbm_cli.config.cluster` reads it.
 
     Raises:
         RequestError: the run cannot be resumed here, or takes no epochs or jobs.
@@ -24,14 +32,12 @@ def resume(
     """
     watch = watch or Watch()
     if not run.has_several:
-        if jobs is not None:
-            raise RequestError(f"--jobs is for a sweep, but {run.folder} is a training run")
+        if (jobs, on) != (None, None):
+            raise RequestError(f"--jobs and --on are for several runs, but {run.folder} is a training run")
         return train.resume(run, epochs, watch, stopped)
     kind = run.plan().kind
     if epochs is not None:
         raise RequestError(f"--epochs is for a training run, but {run.folder} is a {kind}")
     if kind == "sweep":
-        return sweep.resume(run, jobs, watch, stopped, sweep.conclude)
-    if jobs is not None:
-        raise RequestError(f"--jobs is for a sweep, but {run.folder} is a comparison")
-    return sweep.resume(run, None, watch, stopped, compare.conclude)
+        return sweep.resume(run, jobs, on, watch, stopped, sweep.conclude)
+    return sweep.resume(run, jobs, on, watch, stopped, partial(compare.conclude, stopped))

@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from mbm_cli import config as configs
-from mbm_cli.config import Config
+from mbm_cli import slurm
+from mbm_cli.config import Cluster, Config
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
@@ -125,6 +126,7 @@ def sweep(
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
+    on: Cluster | None = None,
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -134,9 +136,10 @@ def sweep(
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
         jobs: runs at once, each in a process of its own. A script that asks for several must be importable
             (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
+        on: a Slurm cluster, whose jobs compute the runs.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
-    among the jobs.
+    among the jobs, and a cluster's have as many as CPUs.
 
     Raises:
         RequestError: a field or a value is wrong; nothing is written then.
@@ -144,28 +147,48 @@ def sweep(
         Interrupted: ``stopped`` returned true.
     """
     values = _parse_vary(vary)
-    config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
-    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
+    config = with_threads(config, jobs, on)
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output, on)
     with run.hold():
-        return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude)
+        return carry_out(run, config, plan, varied, watch or Watch(), stopped, conclude)
 
 
-def resume(run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]) -> Finished[R]:
+def with_threads(config: Config, jobs: int, on: Cluster | None) -> Config:
+    """Return the config with the number of threads that each run is to have.
+
+    Raises:
+        RequestError: there is no such cluster.
+    """
+    if on is not None:
+        slurm.check(on)
+    threads = max(1, torch.get_num_threads() // jobs) if on is None else on.cpus
+    return config.with_train(threads=config.train.threads or threads)
+
+
+def resume(
+    run: Run, jobs: int | None, on: str | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]
+) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
-    ``jobs`` replaces the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
+    ``jobs`` and ``on`` (the command line's text) replace the plan's; ``conclude`` is the experiment's own. Otherwise as
+    `sweep`.
     """
     plan, config = run.plan(), run.config()
+    members = [run] if plan.on is None else list_runs(run.folder)  # a cluster's device is not this process's
+    plan = plan.model_copy(update={"jobs": jobs or plan.jobs, "on": configs.cluster(on) if on else plan.on})
+    if plan.on is not None:
+        slurm.check(plan.on)
     where = f"{run.folder / 'plan.json'}, combination"
     varied = [configs.validate(one.config, f"{where} {i}") for i, one in enumerate(plan.combinations, 1)]
     varied = [one.with_train(threads=one.train.threads or config.train.threads) for one in varied]
     config, *varied = lifecycle.resolve([config, *varied], lifecycle.use_device(config))
     for one, combination in zip(varied, plan.combinations, strict=True):
         lifecycle.refuse_other_products(one, combination.keys, run.folder)
-        lifecycle.refuse_other_device(one, run)
+        for begun in members if plan.on is None else []:
+            lifecycle.refuse_other_device(one, begun)
     _fetch_data(varied)
     with run.hold():
-        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude)
+        return carry_out(run, config, plan, varied, watch, stopped, conclude)
 
 
 # What is planned
@@ -179,6 +202,7 @@ def create(
     seeds: int,
     jobs: int,
     output: Path,
+    on: Cluster | None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -197,6 +221,7 @@ def create(
         vary=vary,
         seeds=seeds,
         jobs=jobs,
+        on=on,
         combinations=[
             Combination(
                 values={field: _value(one, field) for field in vary},
@@ -324,7 +349,6 @@ def carry_out(
     config: Config,
     plan: Plan,
     varied: Sequence[Config],
-    jobs: int,
     watch: Watch,
     stopped: Stopped,
     conclude: Conclude[R],
@@ -367,8 +391,10 @@ def carry_out(
         what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
         watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
         todo = [member for member in members if member.config.name not in rows]
-        work = partial(train_member, watch=watch) if jobs == 1 else train_member
-        launch(todo, work, jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
+        work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
+        launch(
+            todo, work, plan.jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped, plan.on
+        )
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
@@ -446,7 +472,7 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
     return Summary(
         status=status,
         multiplier=", ".join(dict.fromkeys(config.model.products for config in varied)),
-        device=device.type,
+        device=runs[0].device if runs else device.type,
         epochs=sum(run.epochs for run in runs),
         test_accuracy=None,
         best_test_accuracy=max(best, default=None),
@@ -465,6 +491,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         _over_seeds(one.values, [row for row in rows if row.combination == number])
         for number, one in enumerate(plan.combinations, 1)
     ]
+    devices = [Run(run.folder / row.run).summary().device for row in rows if row.run]
     # What is varied has no single value; the rows have theirs.
     result = Sweep(
         config=config.name,
@@ -474,7 +501,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         combinations=combinations,
         runs=rows,
         model=None if "model.name" in plan.vary else config.model.name,
-        device=None if "device" in plan.vary else lifecycle.use_device(config).type,
+        device=None if "device" in plan.vary or not devices else devices[0],
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
     )

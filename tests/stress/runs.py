@@ -28,8 +28,8 @@ import yaml
 os.environ |= {"GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1"}
 os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would warn of what killed processes leave
 FORKS = multiprocessing.get_context("forkserver")
-# An optimizer's first step imports torch._dynamo, the end of a run draws.
-PRELOADED = ["torch._dynamo", "matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
+# The end of a run draws.
+PRELOADED = ["matplotlib.backends.backend_agg", "mbm_cli.cli", "mbm_cli.experiments.resume"]
 PRELOADED += ["mbm_cli.report.plots", "mbm_cli.report.progress"]
 FORKS.set_forkserver_preload(PRELOADED)
 
