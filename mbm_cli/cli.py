@@ -98,38 +98,45 @@ def train(
 
 
 @command(
-    compare_app, "exact-vs-mbm", f"{TRAINING} jobs on pictures", "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8"
+    compare_app,
+    "exact-vs-mbm",
+    f"{TRAINING} jobs on at_once pictures",
+    "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8",
 )
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
-    from mbm_cli.config import cluster
+    from mbm_cli.config import Engine
     from mbm_cli.experiments.compare import compare as experiment
 
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
-    jobs, on = o.jobs or 1, cluster(o.on or "local")
-    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards, jobs=jobs, on=on), latex=latex)
+    engine = Engine().with_flags(o.jobs, o.on, o.at_once)
+    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards, engine=engine), latex=latex)
 
 
-@command(app, "sweep", f"{TRAINING} jobs on pictures", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
+@command(
+    app, "sweep", f"{TRAINING} jobs on at_once pictures", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3"
+)
 def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
 ) -> None:
     """Train with every combination of some fields' values."""
-    from mbm_cli.config import cluster
+    from mbm_cli.config import Engine
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    planned = (config_of(o), vary or [], seeds, o.jobs or 1, o.output)
-    _compute(o, partial(experiment, *planned, on=cluster(o.on or "local")), latex=latex)
+    engine = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
+    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.output, engine=engine), latex=latex)
 
 
-@command(app, "resume", "epochs jobs on pictures trust output json quiet", "mbm resume RUN")
+@command(app, "resume", "epochs jobs on at_once pictures trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
     """Resume what was interrupted: a training run, a comparison or a sweep."""
     from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 
-    _compute(o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs, on=o.on))
+    _compute(
+        o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs, on=o.on, at_once=o.at_once)
+    )
 
 
 @command(app, "eval", "bits device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")

@@ -240,6 +240,37 @@ class Cluster(_Section):
     time: Annotated[int, _whole(1, _COUNT)] = 60
 
 
+class Engine(BaseModel):
+    """Where runs are computed, and how many at once.
+
+    Attributes:
+        jobs: processes, or lanes of a cluster.
+        on: the cluster.
+        at_once: runs that take turns in a process; ``None`` is one on a CPU, and up to 16 on a GPU, as many as fit.
+    """
+
+    jobs: Annotated[int, _whole(1, _COUNT)] = 1
+    on: Cluster | None = None
+    at_once: Annotated[int, _whole(1, _COUNT)] | None = 1
+
+    def with_flags(self, jobs: int | None, on: str | None, at_once: str | None) -> Self:
+        """Return the engine with what the command line names.
+
+        Raises:
+            RequestError: it names something else than there is.
+        """
+        named: dict[str, Any] = {"jobs": jobs or self.jobs, "on": cluster(on) if on else self.on}
+        if at_once is not None:
+            if at_once != "auto" and not (at_once.isdecimal() and int(at_once) > 0):
+                raise RequestError(f"--at-once {at_once}: write auto, or a number from 1 on")
+            named["at_once"] = None if at_once == "auto" else int(at_once)
+        if named["on"] and at_once not in (None, "1"):
+            raise RequestError(
+                "--at-once is for runs on this machine: a lane of a cluster computes one after the other"
+            )
+        return self.model_copy(update=named)
+
+
 class Config(_Section):
     """One experiment, complete: what ``config.yaml`` in a run's folder holds."""
 

@@ -73,6 +73,7 @@ NAMES = {
     "autocompletion": _multipliers,
 }
 ON = "Where --jobs compute, for example slurm://PARTITION?gpus=1&cpus=4&time=60 (minutes)."
+AT_ONCE = "Runs that take turns on a GPU, in each process, for example 8; auto: as many as fit."
 PICTURES = "Also draw each run's curves, for example to see which converge."
 DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of integers drum-int8-k4, int8:FILE.c."
@@ -95,6 +96,7 @@ class Options:
     epochs: Annotated[int | None, Option(min=1, max=COUNT, help="Epochs of the whole schedule, for example 5.")] = None
     jobs: Annotated[int | None, Option(min=1, max=1024, help="Runs at once, for example 4, each a process.")] = None
     on: Annotated[str | None, Option(metavar="local|slurm://...", help=ON)] = None
+    at_once: Annotated[str | None, Option(metavar="auto|N", help=AT_ONCE)] = None
     device: Annotated[str | None, Option(**DEVICE)] = None
     seed: Annotated[int | None, Option(min=0, max=2**63 - 1, help="Decides what is random, for example 7.")] = None
     init: Annotated[

@@ -11,56 +11,68 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mbm_cli import slurm
-from mbm_cli.config import Cluster
+from mbm_cli.config import Engine
 from mbm_cli.errors import Interrupted, MbmError
-from mbm_cli.slurm import Attempt, Done, Look, Stop
+from mbm_cli.slurm import Done, Look, Stop
+from mbm_cli.turns import MOST, Turns, take_turns
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal sends them to all; only the parent acts on them
 LOOK_INTERVAL = 0.1  # seconds between two looks at what the workers have written
-Work = Callable[[Any, Stop], object]  # computes a task; workers import it by its name, and get tasks by pickling
+Work = Callable[[Any, Stop], Turns]  # computes a task; workers import it by its name, and get tasks by pickling
 
 
-def launch(
-    tasks: list, work: Work, jobs: int, folder: Path, look: Look, done: Done, stopped: Stop, on: Cluster | None = None
-) -> None:
-    """Compute all tasks, up to ``jobs`` at once; a task that fails does not stop the others.
+def launch(tasks: list, work: Work, engine: Engine, folder: Path, look: Look, done: Done, stopped: Stop) -> None:
+    """Compute all tasks, several at once; a task that fails does not stop the others.
 
     With several jobs each has a process, or a lane of a cluster (`mbm_cli.slurm`); that of job k uses CUDA device k
-    modulo their number. A task whose process dies is computed once more. Processes see a file in ``folder`` for as long
-    as they are to go on. ``look`` is called a few times a second with each task that another process computes, ``done``
-    with a task and, if it failed, the reason. Raise `Interrupted` when ``stopped`` has returned true.
+    modulo their number. In a process, several tasks can take turns (`mbm_cli.turns`). A task whose process dies is
+    computed once more. Processes see a file in ``folder`` for as long as they are to go on. ``look`` is called a few
+    times a second with each task that another process computes, ``done`` with a task and, if it failed, the reason.
+    Raise `Interrupted` when ``stopped`` has returned true.
     """
     permission = folder.absolute() / f".computing-{os.getpid()}"
     slurm.end_lanes(permission.parent)  # of a process that was killed
-    if on is not None or jobs > 1:
-        begin = partial(slurm.launch_lanes, on=on) if on else _launch_workers
-        return begin(tasks, partial(_attempt, work), jobs, permission, look, done, stopped)
-    for task in tasks:
-        done(task, _attempt(work, task, stopped))
+    if engine.on is not None:
+        slurm.launch_lanes(tasks, partial(_attempt, work), engine.jobs, permission, look, done, stopped, engine.on)
+    elif engine.jobs > 1:
+        size = min(engine.at_once or MOST, -(-len(tasks) // engine.jobs))
+        groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+        _launch_workers(groups, partial(_attempt_all, work, engine), permission, look, done, stopped, engine.jobs)
+    else:
+        _take_turns(tasks, work, engine, done, stopped)
+
+
+def _take_turns(tasks: list, work: Work, engine: Engine, done: Done, stopped: Stop) -> None:
+    def end(task: Any, error: Exception | None) -> None:
+        unknown = error is not None and not isinstance(error, MbmError)
+        done(task, f"{type(error).__name__}: {error}" if unknown else None if error is None else str(error))
+
+    take_turns(tasks, lambda task: work(task, stopped), engine.at_once, end)
+
+
+def _attempt_all(work: Work, engine: Engine, tasks: list, stopped: Stop) -> list[str | None]:
+    """Compute tasks; return the reason for each that fails."""
+    reasons: dict[int, str | None] = {}
+    _take_turns(tasks, work, engine, lambda task, reason: reasons.update({id(task): reason}), stopped)
+    return [reasons[id(task)] for task in tasks]
 
 
 def _attempt(work: Work, task: Any, stopped: Stop) -> str | None:
-    """Compute a task; return the reason if it fails."""
-    try:
-        work(task, stopped)
-        return None
-    except Exception as error:
-        if isinstance(error, Interrupted):
-            raise
-        return str(error) if isinstance(error, MbmError) else f"{type(error).__name__}: {error}"
+    return _attempt_all(work, Engine(), [task], stopped)[0]
 
 
 def _launch_workers(
-    tasks: list[Any], attempt: Attempt, jobs: int, permission: Path, look: Look, done: Done, stopped: Stop
+    groups: list[list], attempt: Callable, permission: Path, look: Look, done: Done, stopped: Stop, jobs: int
 ) -> None:
-    """Compute tasks in worker processes, which stop when the file ``permission`` is gone."""
-    waiting = deque((task, 1) for task in tasks)  # with the number of the attempt
-    slots = [_Slot(number) for number in range(min(jobs, len(tasks)))]
-    idle, running = slots.copy(), dict[Future[str | None], tuple[_Slot, Any, int]]()
+    """Compute groups of tasks in worker processes, which stop when the file ``permission`` is gone."""
+    waiting = deque((group, 1) for group in groups)  # with the number of the attempt
+    slots = [_Slot(number) for number in range(min(jobs, len(groups)))]
+    idle, running = slots.copy(), dict[Future[list[str | None]], tuple[_Slot, list, int]]()
     revoked = partial(_is_gone, permission)
     # After a kill Python's resource tracker removes the pools' semaphores, and would warn of them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -68,20 +80,22 @@ def _launch_workers(
     try:
         while running or (waiting and not revoked()):
             while waiting and idle and not revoked():
-                slot, (task, number) = idle.pop(), waiting.popleft()
-                running[slot.submit(attempt, task, revoked)] = slot, task, number
+                slot, (group, number) = idle.pop(), waiting.popleft()
+                running[slot.submit(attempt, group, revoked)] = slot, group, number
             for future in wait(running, LOOK_INTERVAL, FIRST_COMPLETED).done:
-                slot, task, number = running.pop(future)
+                slot, group, number = running.pop(future)
                 idle.append(slot)
                 error = future.exception()
                 died = slot.close() if isinstance(error, BrokenProcessPool) else None
                 if isinstance(error, Interrupted) or (died and number == 1):
-                    waiting.append((task, number + 1))
+                    waiting.extend(([task], number + 1) for task in group)
                 else:
-                    done(task, f"{task}: its process {died}" if died else future.result())
+                    reasons = [f"{task}: its process {died}" for task in group] if died else future.result()
+                    for task, reason in zip(group, reasons, strict=True):
+                        done(task, reason)
                 if not waiting:
                     slot.close()  # which frees its memory
-            for _, task, _ in running.values():
+            for task in chain.from_iterable(group for _, group, _ in running.values()):
                 look(task)
             if stopped():
                 permission.unlink(missing_ok=True)
@@ -110,7 +124,7 @@ class _Slot:
         self.pool: ProcessPoolExecutor | None = None
         self.born: set[Any] = set()
 
-    def submit(self, *call: Any) -> Future[str | None]:
+    def submit(self, *call: Any) -> Future[list[str | None]]:
         if self.pool is not None:
             with suppress(BrokenProcessPool):  # its process died between two tasks
                 return self.pool.submit(*call)

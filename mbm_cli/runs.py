@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from mbm_cli import config as configs
-from mbm_cli.config import Cluster, Config
+from mbm_cli.config import Config, Engine
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 
 # Of commands that train nothing, and what they are called in lists.
@@ -82,14 +82,12 @@ class Combination(BaseModel):
     keys: list[str]
 
 
-class Plan(BaseModel):
-    """``plan.json``: what a comparison or a sweep trains, and whether on a cluster."""
+class Plan(Engine):
+    """``plan.json``: what a comparison or a sweep trains, and where."""
 
     kind: Literal["comparison", "sweep"]
     vary: dict[str, list[str]]
     seeds: Count
-    jobs: Count
-    on: Cluster | None = None
     combinations: Annotated[list[Combination], Field(min_length=1)]
 
 

@@ -35,12 +35,12 @@ def take_turns(
     tasks: Sequence[Any],
     begin: Callable[[Any], Turns[object]],
     at_once: int | None,
-    device: torch.device,
     done: Callable[[Any, Exception | None], None],
 ) -> None:
     """Compute all tasks, up to ``at_once`` in turn; one that fails does not stop the others.
 
-    A task computes what it would alone: it has its own random numbers, and its own settings of PyTorch.
+    A task computes what it would alone: of several at once, each has its own random numbers, and its own settings of
+    PyTorch, and on the current CUDA device a stream.
 
     Args:
         begin: starts to compute a task.
@@ -51,11 +51,15 @@ def take_turns(
         Interrupted: a task was interrupted. The others had their turns until they were, too.
     """
     waiting, active, interrupted = deque(tasks), list[_Computation](), False
-    most, memory = at_once or MOST, _Memory(device)
-    slots = [_Slot(device) for _ in range(min(most, len(tasks)))]
+    most, device = at_once or MOST, None
+    if most > 1 and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    memory, slots = _Memory(device), [_Slot(device) for _ in range(min(most, len(tasks)))]
     try:
         while active or (waiting and not interrupted):
             if waiting and not interrupted and len(active) < most and (at_once or memory.has_room(len(active))):
+                if not active and torch.cuda.is_initialized():
+                    torch.cuda.reset_peak_memory_stats()
                 active.append(_Computation(waiting.popleft(), begin, slots.pop()))
             for one in active.copy():
                 if one.go_on():
@@ -100,8 +104,8 @@ class _Computation:
 class _Slot:
     """What a computation has of its own: a stream, random numbers, and the settings of PyTorch that a run can have."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device | None) -> None:
+        self._stream = torch.cuda.Stream(device) if device else None
         self._state = _state()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # for what is on the device already
@@ -141,17 +145,17 @@ def _set_state(state: tuple[Any, ...]) -> None:
 class _Memory:
     """The memory of a GPU, from which computations take equal parts."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self._device = device
-        self._before = self._free() if device.type == "cuda" else 0
+        self._before = self._free() if device else 0
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0]
 
     def has_room(self, active: int) -> bool:
         """Return whether another computation fits beside those that are active."""
-        if active == 0 or self._device.type != "cuda":
-            return True
+        if active == 0 or self._device is None:
+            return active == 0
         free = self._free()
         return free * active > SPARE * (self._before - free)
 

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from mbm_cli.config import Engine
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.launch import launch
+from mbm_cli.turns import Turns
 
 WAIT = "wait"  # the task that ends only when it is stopped
 KILLED = "its process was ended by SIGKILL (is there enough memory?)"
 
 
-def work(task, stopped) -> None:
+def work(task, stopped) -> Turns[None]:
     """Do what the task says; leave a file with its name, the process and the device."""
+    yield
     match task:
         case "fail":
             raise RunError("the loss is nan")
@@ -55,8 +58,8 @@ class Log:
         self.reasons: list[tuple[str, str | None]] = []
         self.looks: set[str] = set()
 
-    def launch(self, tasks: list[str], jobs: int, stopped=lambda: False) -> None:
-        launch(tasks, work, jobs, Path(), self.looks.add, lambda *one: self.reasons.append(one), stopped)
+    def launch(self, tasks: list[str], engine: Engine, stopped=lambda: False) -> None:
+        launch(tasks, work, engine, Path(), self.looks.add, lambda *one: self.reasons.append(one), stopped)
 
 
 @pytest.fixture
@@ -67,10 +70,11 @@ def log(tmp_path, monkeypatch):
     assert list(tmp_path.glob(".*")) == []
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_failed_task_does_not_stop_the_others(log, jobs):
+def test_failed_task_does_not_stop_the_others(log, jobs, at_once):
     tasks = ["a", "fail", "crash", "b"] + ["signal"] * (jobs > 1)
-    log.launch(tasks, jobs)
+    log.launch(tasks, Engine(jobs=jobs, at_once=at_once))
     reasons = dict(log.reasons)
     assert reasons == dict.fromkeys(tasks) | {"fail": "the loss is nan", "crash": "KeyError: 'x'"}
     left = {path.name.split()[0]: int(path.name.split()[2]) for path in Path().iterdir()}
@@ -78,20 +82,21 @@ def test_failed_task_does_not_stop_the_others(log, jobs):
     assert (os.getpid() in left.values()) == (jobs == 1)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("others", [[], ["a", "b", "c"]], ids=["one slot", "two slots"])
 @pytest.mark.parametrize(
     ("task", "reason"),
     [("kill", f"kill: {KILLED}"), ("exit", "exit: its process ended with exit code 3"), ("kill once", None)],
 )
-def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others):
-    log.launch([task, *others], jobs=2)
+def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others, at_once):
+    log.launch([task, *others], Engine(jobs=2, at_once=at_once))
     assert sorted(log.reasons) == sorted([(task, reason), *((other, None) for other in others)])
 
 
 @pytest.mark.parametrize(("jobs", "tasks"), [(1, ["a", WAIT, "b"]), (2, ["a", WAIT, WAIT])])
 def test_interrupt_keeps_what_is_done(log, jobs, tasks):
     with pytest.raises(Interrupted):
-        log.launch(tasks, jobs, stopped=lambda: len(list(Path().glob("waiting *"))) == jobs)
+        log.launch(tasks, Engine(jobs=jobs), stopped=lambda: len(list(Path().glob("waiting *"))) == jobs)
     assert log.reasons == [("a", None)]
     assert (WAIT in log.looks) == (jobs > 1)
 
@@ -105,7 +110,7 @@ def test_removed_file_stops_the_workers(log, tmp_path):
             path.unlink()
 
     with pytest.raises(Interrupted):
-        launch([WAIT, WAIT, "a"], work, 2, folder, remove, lambda *_: None, lambda: False)
+        launch([WAIT, WAIT, "a"], work, Engine(jobs=2), folder, remove, lambda *_: None, lambda: False)
 
 
 def test_failing_callback_stops_the_workers(log):
@@ -113,7 +118,7 @@ def test_failing_callback_stops_the_workers(log):
         raise RunError("the disk is full")
 
     with pytest.raises(RunError, match="the disk is full"):
-        launch(["a", WAIT], work, 2, Path(), log.looks.add, fail, lambda: False)
+        launch(["a", WAIT], work, Engine(jobs=2), Path(), log.looks.add, fail, lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +130,13 @@ def test_worker_k_sees_device_k(log, monkeypatch, count, listed, devices):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    log.launch(["device"] * len(devices), jobs=4)
+    log.launch(["device"] * len(devices), Engine(jobs=4))
     assert sorted(path.name.split()[-1] for path in Path().iterdir()) == sorted(devices)
 
 
 def test_worker_ends_with_its_parent(tmp_path):
     """At once, not at its next step: what it holds is free for a resume."""
-    script = "from test_launch import *; Log().launch(['hold'], jobs=2)"
+    script = "from test_launch import *; Log().launch(['hold'], Engine(jobs=2))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     held = tmp_path / "held"
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment) as parent:

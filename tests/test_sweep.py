@@ -96,12 +96,19 @@ def test_members_are_ordinary_runs():
     assert mbm("eval", member.folder, "--multiplier", "exact", "--quiet") == SILENT
 
 
+def test_runs_in_turn_come_to_what_they_do_one_after_the_other():
+    assert mbm(*SWEEP, *EPOCH, "--quiet") == SILENT
+    assert mbm(*SWEEP, *EPOCH, "--at-once", 2, "--output", "turns", "--quiet") == SILENT
+    check_same(made("turns").folder, state(made().folder))
+    assert made("turns").plan().at_once == 2
+
+
 @pytest.mark.parametrize(("available", "jobs", "threads"), [(2, 1, 2), (7, 3, 2), (2, 8, 1)])
 def test_threads_are_shared_among_jobs_and_kept(available, jobs, threads, monkeypatch):
     asked = []
 
-    def launch(tasks, work, jobs, *more):
-        asked.append((jobs, {task.config.train.threads for task in tasks}))
+    def launch(tasks, work, engine, *more):
+        asked.append((engine.jobs, {task.config.train.threads for task in tasks}))
         raise Interrupted("interrupted")
 
     monkeypatch.setattr(sweep, "launch", launch)

@@ -48,8 +48,7 @@ def in_turns(configs: list[Config], stopped=never, at_once: int = 3) -> dict[str
     def begin(config: Config):
         return train_in_turns(config, Path("turns"), Watch(), stopped)
 
-    device = torch.device(configs[0].device)
-    take_turns(configs, begin, at_once, device, lambda config, error: ended.update({config.name: error}))
+    take_turns(configs, begin, at_once, lambda config, error: ended.update({config.name: error}))
     return ended
 
 
@@ -93,8 +92,8 @@ def test_interrupted_runs_are_resumed_in_other_company(device):
     def begin(run: Run):
         return resume_in_turns(run, None, Watch(), never, None)
 
-    take_turns([runs[1], runs[0]], begin, 2, torch.device(device), lambda run, error: ended.append(error))
-    take_turns([runs[2]], begin, 2, torch.device(device), lambda run, error: ended.append(error))
+    take_turns([runs[1], runs[0]], begin, 2, lambda run, error: ended.append(error))
+    take_turns([runs[2]], begin, 2, lambda run, error: ended.append(error))
     assert ended == [None] * 3
     for config, run in zip(configs, runs, strict=True):
         check_same(run.folder, alone(config))

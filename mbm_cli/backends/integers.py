@@ -140,7 +140,7 @@ def scale_sums(
 @lru_cache(maxsize=8)
 def _first_operands(device: torch.device) -> Tensor:
     """Return the table whose products are their first operands, uint8."""
-    return torch.arange(256, dtype=torch.int32, device=device)[:, None].repeat(1, 256)
+    return torch.arange(256, dtype=torch.int32)[:, None].repeat(1, 256).to(device)  # waits: other streams read it, too
 
 
 def forward_geometry(

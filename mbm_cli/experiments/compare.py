@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbm_cli import config as configs
-from mbm_cli.config import Cluster, Config
+from mbm_cli.config import Config, Engine
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
@@ -22,6 +22,7 @@ from mbm_cli.launch import launch
 from mbm_cli.multipliers.names import Backward
 from mbm_cli.runs import Plan, Run
 from mbm_cli.training import Split, evaluate
+from mbm_cli.turns import Turns, finish
 
 EXACT = "exact"
 GOALS = (0.98, 0.99)  # test accuracies; a column says how many epochs each took
@@ -82,8 +83,7 @@ def compare(
     watch: Watch | None = None,
     stopped: Stopped = never,
     backwards: Sequence[str] = (),
-    jobs: int = 1,
-    on: Cluster | None = None,
+    engine: Engine | None = None,
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -94,13 +94,14 @@ def compare(
         multipliers: names, as a config can have them; the config's without any.
         backwards: multipliers of the gradients, each of which is combined with each multiplier; the config's without
             any.
-        jobs, on: as ``mbm_cli.experiments.sweep.sweep``. Runs that share a machine take longer, which their times show.
+        engine: where, and how many runs at once; one by default, because epochs that share a device take longer.
 
     Raises:
         RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
         RunError, Interrupted: as ``mbm_cli.experiments.sweep.sweep``.
     """
-    config = sweep.with_threads(config, jobs, on)
+    engine = engine or Engine()
+    config = sweep.with_threads(config, engine)
     named = [configs.multiplier(name) for name in multipliers] or [config.model.multiplier]
     exact = configs.multiplier(EXACT)
     if exact in named:
@@ -111,7 +112,7 @@ def compare(
     vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
     if backwards:
         vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
-    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, jobs, output, on)
+    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, engine, output)
     with run.hold():
         return sweep.carry_out(run, config, plan, varied, watch or Watch(), stopped, partial(conclude, stopped))
 
@@ -122,15 +123,17 @@ def conclude(
     """Write a comparison's result from its rows; on a cluster in a lane, which has the device that trained."""
     task, failures = (run, config, plan, varied, rows), list[str | None]()
     if plan.on is None:
-        return _conclude(task)
+        return finish(_conclude(task))
     done = lambda task, reason: failures.append(reason)  # noqa: E731
-    launch([task], _conclude, 1, run.folder, lambda task: None, done, stopped, plan.on)
+    launch([task], _conclude, Engine(on=plan.on), run.folder, lambda task: None, done, stopped)
     if failures != [None]:
         raise RunError(str(failures[0]))
     return run.read(Comparison, "compare.json")
 
 
-def _conclude(task: Any, stopped: Stopped = never) -> Comparison:
+def _conclude(task: Any, stopped: Stopped = never) -> Turns[Comparison]:
+    """Write the result in one turn."""
+    yield
     run, config, plan, varied, rows = task
     device = lifecycle.use_device(config)
     data = sweep.shared_data(config, device)

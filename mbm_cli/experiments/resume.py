@@ -18,13 +18,14 @@ def resume(
     watch: Watch | None = None,
     stopped: Stopped = never,
     on: str | None = None,
+    at_once: str | None = None,
 ) -> Trained | Finished[Comparison] | Finished[Sweep]:
     """Resume a run of any kind; what is complete is returned as it is.
 
     Args:
         epochs: of a training run, instead of its config's.
         jobs: of a comparison or a sweep, instead of its plan's.
-        on: the same; ``local``, or a cluster as `mbm_cli.config.cluster` reads it.
+        on, at_once: the same, as the command line takes them.
 
     Raises:
         RequestError: the run cannot be resumed here, or takes no epochs or jobs.
@@ -32,12 +33,12 @@ def resume(
     """
     watch = watch or Watch()
     if not run.has_several:
-        if (jobs, on) != (None, None):
-            raise RequestError(f"--jobs and --on are for several runs, but {run.folder} is a training run")
+        if (jobs, on, at_once) != (None, None, None):
+            raise RequestError(f"--jobs, --on and --at-once are for several runs: {run.folder} is a training run")
         return train.resume(run, epochs, watch, stopped)
     kind = run.plan().kind
     if epochs is not None:
         raise RequestError(f"--epochs is for a training run, but {run.folder} is a {kind}")
     if kind == "sweep":
-        return sweep.resume(run, jobs, on, watch, stopped, sweep.conclude)
-    return sweep.resume(run, jobs, on, watch, stopped, partial(compare.conclude, stopped))
+        return sweep.resume(run, (jobs, on, at_once), watch, stopped, sweep.conclude)
+    return sweep.resume(run, (jobs, on, at_once), watch, stopped, partial(compare.conclude, stopped))

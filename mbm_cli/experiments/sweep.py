@@ -18,7 +18,7 @@ import yaml
 
 from mbm_cli import config as configs
 from mbm_cli import slurm
-from mbm_cli.config import Cluster, Config
+from mbm_cli.config import Config, Engine
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
@@ -27,6 +27,7 @@ from mbm_cli.experiments.lifecycle import Finished, RunsFailed, Stopped, Watch, 
 from mbm_cli.launch import launch
 from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
 from mbm_cli.training import Progress, Split
+from mbm_cli.turns import Turns
 
 MULTIPLIER, BACKWARD = "model.multiplier", "model.backward"
 ELSEWHERE = {"seed": "use --seeds N, and --seed for the first", "name": "runs are named after their values"}
@@ -122,11 +123,10 @@ def sweep(
     config: Config,
     vary: Sequence[str],
     seeds: int,
-    jobs: int,
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
-    on: Cluster | None = None,
+    engine: Engine | None = None,
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -134,9 +134,8 @@ def sweep(
 
     Args:
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
-        jobs: runs at once, each in a process of its own. A script that asks for several must be importable
-            (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
-        on: a Slurm cluster, whose jobs compute the runs.
+        engine: where, and how many runs at once; by default in turn on a GPU. A script that asks for several processes
+            must be importable (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
     among the jobs, and a cluster's have as many as CPUs.
@@ -146,36 +145,36 @@ def sweep(
         RunError: a run failed, its process died twice, or something cannot be written.
         Interrupted: ``stopped`` returned true.
     """
-    values = _parse_vary(vary)
-    config = with_threads(config, jobs, on)
-    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output, on)
+    values, engine = _parse_vary(vary), engine or Engine(at_once=None)
+    config = with_threads(config, engine)
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, engine, output)
     with run.hold():
         return carry_out(run, config, plan, varied, watch or Watch(), stopped, conclude)
 
 
-def with_threads(config: Config, jobs: int, on: Cluster | None) -> Config:
+def with_threads(config: Config, engine: Engine) -> Config:
     """Return the config with the number of threads that each run is to have.
 
     Raises:
         RequestError: there is no such cluster.
     """
-    if on is not None:
-        slurm.check(on)
-    threads = max(1, torch.get_num_threads() // jobs) if on is None else on.cpus
+    if engine.on is not None:
+        slurm.check(engine.on)
+    threads = max(1, torch.get_num_threads() // engine.jobs) if engine.on is None else engine.on.cpus
     return config.with_train(threads=config.train.threads or threads)
 
 
 def resume(
-    run: Run, jobs: int | None, on: str | None, watch: Watch, stopped: Stopped, conclude: Conclude[R]
+    run: Run, flags: tuple[int | None, str | None, str | None], watch: Watch, stopped: Stopped, conclude: Conclude[R]
 ) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
-    ``jobs`` and ``on`` (the command line's text) replace the plan's; ``conclude`` is the experiment's own. Otherwise as
+    ``flags`` are those of the command line that change the engine; ``conclude`` is the experiment's own. Otherwise as
     `sweep`.
     """
     plan, config = run.plan(), run.config()
     members = [run] if plan.on is None else list_runs(run.folder)  # a cluster's device is not this process's
-    plan = plan.model_copy(update={"jobs": jobs or plan.jobs, "on": configs.cluster(on) if on else plan.on})
+    plan = plan.with_flags(*flags)
     if plan.on is not None:
         slurm.check(plan.on)
     where = f"{run.folder / 'plan.json'}, combination"
@@ -200,9 +199,8 @@ def create(
     vary: dict[str, list[str]],
     varied: Sequence[Config],
     seeds: int,
-    jobs: int,
+    engine: Engine,
     output: Path,
-    on: Cluster | None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -220,8 +218,7 @@ def create(
         kind=kind,
         vary=vary,
         seeds=seeds,
-        jobs=jobs,
-        on=on,
+        **engine.model_dump(),
         combinations=[
             Combination(
                 values={field: _value(one, field) for field in vary},
@@ -391,10 +388,9 @@ def carry_out(
         what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
         watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
         todo = [member for member in members if member.config.name not in rows]
+        look = lambda one: watch.progress(one.label, one.part)  # noqa: E731
         work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
-        launch(
-            todo, work, plan.jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped, plan.on
-        )
+        launch(todo, work, _engine(plan, device, varied), run.folder, look, done, stopped)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
@@ -411,14 +407,19 @@ def carry_out(
     return finished
 
 
-def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -> None:
-    """Train a member, or resume it. ``watch`` is the sweep's, where this is its process."""
+def _engine(plan: Plan, device: torch.device, varied: Sequence[Config]) -> Engine:
+    """Return the plan's engine; runs take turns on one GPU alone, unless a number of them was asked for."""
+    alone = device.type == "cpu" or len({config.device for config in varied}) > 1
+    return plan.model_copy(update={"at_once": 1}) if plan.at_once is None and alone else plan
+
+
+def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -> Turns[object]:
+    """Train a member, or resume it; yield after each step. ``watch`` is the sweep's, where this is its process."""
     own = _MemberWatch(member, watch) if watch else None
     data = shared_data(member.config, lifecycle.use_device(member.config))
     if (run := member.run) is None:
-        train.train(member.config, member.folder, own, stopped, data)
-    else:
-        train.resume(run, None, own, stopped, data, member.config)
+        return (yield from train.train_in_turns(member.config, member.folder, own, stopped, data))
+    return (yield from train.resume_in_turns(run, None, own, stopped, data, member.config))
 
 
 def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
@@ -431,7 +432,10 @@ def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
 def _load(
     dataset: str, device: torch.device, root: str | None, train_limit: int | None, test_limit: int | None
 ) -> tuple[Split, Split]:
-    return DATASETS[dataset].load(device, Path(root) if root else None, train_limit, test_limit)
+    data = DATASETS[dataset].load(device, Path(root) if root else None, train_limit, test_limit)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # other streams read it, too
+    return data
 
 
 class _MemberWatch(Watch):

@@ -120,6 +120,8 @@ def exchange(table: Tensor) -> Tensor:
     """Return an operator's table with its operands exchanged, for as long as the table lives."""
     if table not in _exchanged:
         _exchanged[table] = torch.cat([table[:-1].t(), table[-1:]]).contiguous()
+        if table.is_cuda:
+            torch.cuda.current_stream(table.device).synchronize()  # other streams read it, too
     made: Tensor = _exchanged[table]
     return made
 
