@@ -81,6 +81,7 @@ class Sweep:
     vary: dict[str, list[str]]
     seeds: int
     jobs: int
+    at_once: int | None
     combinations: list[CombinationResult]
     runs: list[Row]
     model: str | None = None
@@ -356,8 +357,10 @@ def carry_out(
         RunsFailed: some did; a sweep concludes without them, a comparison cannot.
         Interrupted: ``stopped`` returned true.
     """
-    members = _members(run, plan, varied)
     device = lifecycle.use_device(config)
+    if plan.at_once is None and (device.type == "cpu" or len({one.device for one in varied}) > 1):
+        plan = plan.model_copy(update={"at_once": 1})  # only on one GPU do turns save time
+    members = _members(run, plan, varied)
     rows: dict[str, Row] = {}
     summaries: list[Summary] = []
 
@@ -390,7 +393,7 @@ def carry_out(
         todo = [member for member in members if member.config.name not in rows]
         look = lambda one: watch.progress(one.label, one.part)  # noqa: E731
         work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
-        launch(todo, work, _engine(plan, device, varied), run.folder, look, done, stopped)
+        launch(todo, work, plan, run.folder, look, done, stopped)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
         finished = (
@@ -405,12 +408,6 @@ def carry_out(
         summarize("completed")
     assert finished is not None
     return finished
-
-
-def _engine(plan: Plan, device: torch.device, varied: Sequence[Config]) -> Engine:
-    """Return the plan's engine; runs take turns on one GPU alone, unless a number of them was asked for."""
-    alone = device.type == "cpu" or len({config.device for config in varied}) > 1
-    return plan.model_copy(update={"at_once": 1}) if plan.at_once is None and alone else plan
 
 
 def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -> Turns[object]:
@@ -502,6 +499,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         vary=plan.vary,
         seeds=plan.seeds,
         jobs=plan.jobs,
+        at_once=plan.at_once,
         combinations=combinations,
         runs=rows,
         model=None if "model.name" in plan.vary else config.model.name,

@@ -189,7 +189,8 @@ def _sweep_table(of: Sweep) -> TextTable:
     columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "runs")
     names = short if len(set(short)) == len(short) else fields
     common = [part for part in (of.model, of.device, of.epochs and _count(of.epochs, "epoch")) if part]
-    at_once = f", {of.jobs} runs at once" if of.jobs > 1 else ""
+    at_once = f", {of.jobs} processes" if of.jobs > 1 else ""
+    at_once += "" if of.at_once == 1 else ", runs in turn, whose epochs take longer than alone"
     title = f"{of.config}: {', '.join(common)}, {_count(of.seeds, 'seed')}{at_once}"
     return table(title, (*names, *columns), rows, left=len(fields))
 
