@@ -271,11 +271,11 @@ def test_limits_keep_the_first_images(cache, tmp_path):
 def test_hash_is_remembered_until_the_file_changes(cache, tmp_path, monkeypatch):
     path = place(tmp_path) / IMAGES
     data.MNIST.load("cpu", tmp_path)  # remembers nothing: so young a file could change without another time
-    monkeypatch.setattr(data, "SETTLED_NS", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_md5", lambda content: "another")
         with pytest.raises(RunError, match="damaged"):
             data.MNIST.load("cpu", tmp_path)
+    monkeypatch.setattr(data, "SETTLED_NS", 0)
     data.MNIST.load("cpu", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_md5", lambda content: "another")

@@ -76,3 +76,12 @@ def test_nothing_unused_is_loaded(module, unused):
     script = f"import mbm_cli.{module}, sys; print(*set({unused}) & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_training_loads_no_compiler(tmp_path):
+    """torch.optim would import torch._dynamo, which takes a second."""
+    command = ["train", "--device", "cpu", "--set", "data.train_limit=64", "--set", "data.test_limit=64", "--quiet"]
+    script = f"import atexit, sys; sys.argv = ['mbm', *{command}]; from mbm_cli import cli\n"
+    script += "atexit.register(lambda: print(*{'torch._dynamo', 'sympy', 'scipy'} & sys.modules.keys())); cli.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == []

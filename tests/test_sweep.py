@@ -189,6 +189,11 @@ def test_long_names_of_values_stay_apart():
     assert max(map(len, names)) <= 64
 
 
+def test_curves_of_members_are_drawn_on_request():
+    assert mbm(*SWEEP, *EPOCH, "--pictures", "--quiet", draw=True) == SILENT
+    assert [(one.folder / "curves.png").read_bytes()[:6] for one in list_runs(made().folder)] == [PNG, PNG]
+
+
 def test_exact_members_have_exact_gradients():
     """Check that a multiplier of the gradients acts on the members that have a layer for it."""
     vary = ["--vary", "model.multiplier=exact,mbm", "--backward", "mbm"]
