@@ -16,7 +16,7 @@ from mbm_cli.errors import Interrupted
 R = TypeVar("R")
 Turns = Generator[None, None, R]
 
-STEPS = 4  # of a turn: changing the random state and the stream takes as long as launching a step
+STEPS = 16  # of a turn: changing the stream and the random state takes longer than launching a step
 MOST = 16  # computations at once
 SPARE = 2  # times the memory of one computation that must be free before another begins
 
