@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.operators import Operators
 from mbm_cli.errors import RunError
 from mbm_cli.multipliers.code import Function, first_compiler_error
 from mbm_cli.multipliers.content import TABLE, exchange, of_handle
@@ -427,4 +426,3 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
 
 
 torch.library.impl("mbm::multiply", "cuda", multiply)
-Operators("cuda", run)

@@ -1,0 +1,364 @@
+"""Float multipliers on CUDA's bfloat16 matrix units: the kernels of kernels/matrix.cu, where they are allowed."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mbm_cli.backends import cuda
+from mbm_cli.backends.cuda import CudaError, address, current_stream, import_cupy, multiprocessors_of, refuse_capture
+from mbm_cli.backends.geometry import Geometry
+from mbm_cli.backends.operators import Operators
+from mbm_cli.multipliers.content import TABLE, of_handle
+from mbm_cli.multipliers.float32 import FRACTION_BITS, reference_product
+
+_INDEX_LIMIT = 1 << 31
+_MOST_EXPANDED = 1 << 28  # bytes of a weight
+_MOST_BITS, _SLOTS = 7, (1, 4, 8, 16, 32)  # fraction bits that are looked at; the kernels' numbers of slots
+# As in matrix.cu: of an expansion, threads, positions of a block and chunks of a segment; of a chunk, bytes and
+# channels; of a block of products, threads and stages.
+_EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS, _STAGES = 256, 128, 8, 16, 8, 128, 3
+_EXPANSIONS = 2  # blocks of a multiprocessor
+
+
+class Tile(NamedTuple):
+    """Channels and pixels of a block, and how many blocks a multiprocessor holds."""
+
+    channels: int
+    pixels: int
+    resident: int
+
+    @property
+    def kernel(self) -> str:
+        return f"layer_{self.channels}x{self.pixels}"
+
+
+_TILES = (Tile(64, 256, 2), Tile(64, 128, 3), Tile(32, 128, 4))
+_KERNELS = ("expand", *(tile.kernel for tile in _TILES))
+
+# matrix.cu's structs Operands and Layer, field by field.
+_OPERANDS = np.dtype(
+    [(name, np.uint64) for name in ("input", "weight", "codes", "expanded", "activations", "weights")]
+    + [(name, np.int32) for name in ("dropped", "keeps_subnormals")]
+    + [(name, np.int64) for name in ("image_stride", "group_stride", "channel_stride", "row_stride", "column_stride")]
+    + [(name, np.int64) for name in ("weight_group_stride", "weight_row_stride", "weight_channel_stride")]
+    + [(name, np.int32) for name in ("channels", "chunks", "slab", "slabs")]
+    + [("kernel", np.int32, 2), ("in_words", np.int32), ("weight_blocks", np.int32)]
+    + [("positions", np.uint32), ("entries", np.uint32)]
+    + [(name, np.uint32, 3) for name in ("batch", "plane", "width", "segments", "whole", "out_channels", "of_chunk")],
+    align=True,
+)
+_LAYER = np.dtype(
+    [(name, np.uint64) for name in ("codes", "weight", "bias", "output")]
+    + [(name, np.int32) for name in ("chunks", "slab", "slabs", "length", "steps", "out_channels", "groups", "batch")]
+    + [(name, np.int32, 2) for name in ("size", "kernel", "stride", "padding", "dilation")]
+    + [("pixels", np.uint32)]
+    + [(name, np.uint32, 3) for name in ("plane", "width", "channel_tiles", "pixel_tiles")],
+    align=True,
+)
+
+_allowed: ContextVar[bool] = ContextVar("matrix units are allowed", default=False)
+_of_tables = WeakTensorKeyDictionary()
+
+
+@contextmanager
+def allowed(on: bool) -> Iterator[None]:
+    """Let forward passes use matrix units, or not, in this thread; elsewhere than on a suitable GPU nothing changes."""
+    token = _allowed.set(on)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+class Factors(NamedTuple):
+    """The significand products of a multiplier as ``u[a] v[slot[a], b]``, all exact in bfloat16.
+
+    Attributes:
+        slot, u: int64 and float32 (2^m,), by the m leading bits of the first operand's fraction.
+        v: float32 (slots, 2^m); u is 1 where there are several slots.
+        keeps_subnormals: whether subnormal operands do not count as zero.
+    """
+
+    slot: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    keeps_subnormals: bool
+
+    @property
+    def slots(self) -> int:
+        return len(self.v)
+
+    @property
+    def bits(self) -> int:
+        return len(self.u).bit_length() - 1
+
+
+class DeviceFactors(NamedTuple):
+    """Factors as the kernels read them: the bits of u with the slot in the lowest ones, and v."""
+
+    activations: Tensor
+    weights: Tensor
+    slots: int
+    bits: int
+    keeps_subnormals: bool
+
+
+class Launch(NamedTuple):
+    """How a layer is launched: the tile, the blocks of both kernels, and arguments with their pointers left open."""
+
+    tile: Tile
+    blocks: int
+    expansions: int
+    operands: np.ndarray
+    layer: np.ndarray
+
+
+def factorize(handle: str, table: Tensor | None = None) -> Factors | None:
+    """Factor the significand products of a multiplier; ``None`` where matrix units cannot compute them exactly.
+
+    Args:
+        handle, table: as the operators take them, the table on the CPU.
+    """
+    multiplier = of_handle(handle)
+    if handle.startswith("c:"):
+        return None
+    bits = FRACTION_BITS - multiplier.truncate
+    if handle == TABLE:
+        assert table is not None
+        bits = table.shape[1].bit_length() - 1
+    if bits > _MOST_BITS:
+        return None
+    significands = 1 + torch.arange(1 << bits) / (1 << bits)
+    products = reference_product(significands[:, None], significands, multiplier, table).numpy()
+    subnormal = torch.tensor([2.0**-127])
+    keeps_subnormals = bool(reference_product(subnormal, torch.ones(1), multiplier, table) != 0)
+
+    integers = (products.astype(np.float64) * (1 << FRACTION_BITS)).astype(np.int64)
+    u = integers[:, 0] // np.gcd.reduce(integers[:, 0])
+    if np.array_equal(np.outer(u, integers[0]), u[0] * integers):
+        power = 2.0 ** math.floor(math.log2(u[0]))
+        one = Factors(np.zeros(len(u), np.int64), (u / power).astype(np.float32), products[:1] * power / u[0], False)
+        one = one._replace(v=one.v.astype(np.float32), keeps_subnormals=keeps_subnormals)
+        if _is_bfloat16(one.u) and _is_bfloat16(one.v):
+            return one
+    rows, slot = np.unique(products, axis=0, return_inverse=True)
+    slots = next((n for n in _SLOTS[1:] if n >= len(rows)), None)
+    if slots is None or keeps_subnormals or not _is_bfloat16(rows):
+        return None
+    v = np.zeros((slots, len(u)), np.float32)
+    v[: len(rows)] = rows
+    return Factors(slot.reshape(-1), np.ones(len(u), np.float32), v, False)
+
+
+def _is_bfloat16(values: np.ndarray) -> bool:
+    return not (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any()
+
+
+def factors_of(handle: str, table: Tensor | None, device: int) -> DeviceFactors | None:
+    """Return a multiplier's factors on a device, found when they are first asked for.
+
+    Raises:
+        CudaError: they are first asked for in a capture.
+    """
+    if table is None:
+        return _of_name(handle, device)
+    if table not in _of_tables:
+        refuse_capture("the multiplier's factors")
+        _of_tables[table] = _on_device(factorize(handle, table.cpu()), device)
+    made: DeviceFactors | None = _of_tables[table]
+    return made
+
+
+@lru_cache(maxsize=256)
+def _of_name(handle: str, device: int) -> DeviceFactors | None:
+    refuse_capture("the multiplier's factors")
+    return _on_device(factorize(handle), device)
+
+
+def _on_device(factors: Factors | None, device: int) -> DeviceFactors | None:
+    if factors is None:
+        return None
+    activations = factors.u.view(np.int32) | factors.slot.astype(np.int32)
+    arrays = (np.ascontiguousarray(one) for one in (activations, factors.v))
+    u, v = (torch.from_numpy(one).to(torch.device("cuda", device)) for one in arrays)
+    made = DeviceFactors(u, v, factors.slots, factors.bits, factors.keeps_subnormals)
+    torch.cuda.current_stream(device).synchronize()  # other streams read it, too
+    return made
+
+
+@lru_cache(maxsize=64)
+def supported(device: int) -> bool:
+    """Return whether a device has the matrix units that the kernels use, those of compute capability 8.0."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def program(slots: int) -> tuple[str, tuple[str, ...]]:
+    """Return what NVRTC compiles for a number of slots, and its options."""
+    source = files("mbm_cli").joinpath("kernels", "matrix.cu").read_text(encoding="utf-8")
+    return source, ("-std=c++17", f"-DSLOTS={slots}")
+
+
+@lru_cache(maxsize=64)
+def kernels(slots: int, device: int) -> dict[str, Any]:
+    """Return the kernels by name, ready to launch on the device with this index. CuPy keeps them on disk.
+
+    Raises:
+        CudaError: CuPy is missing, does not fit, or fails.
+    """
+    refuse_capture("the kernels for matrix units")
+    cupy = import_cupy()
+    try:
+        with torch.cuda.device(device), cupy.cuda.Device(device):
+            most = int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+            source, options = program(slots)
+            module = cupy.RawModule(code=source, options=options)
+            loaded = {kernel: module.get_function(kernel) for kernel in _KERNELS}
+            for kernel in loaded.values():
+                kernel.compile()
+                kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
+            return loaded
+    except Exception as error:  # of many kinds: the compiler's, the driver's, missing libraries
+        line = (str(error).splitlines() or [""])[0]
+        raise CudaError(
+            f"the CUDA kernels for matrix units do not compile or load ({type(error).__name__}: {line}): "
+            "check that the NVIDIA driver is new enough for CuPy's CUDA"
+        ) from error
+
+
+def run(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    multiplier: str,
+    table: Tensor | None,
+) -> None:
+    """Compute a convolution into ``output``, which is contiguous: on matrix units where that is allowed and pays.
+
+    Raises:
+        RuntimeError, CudaError: as `cuda.run`, `factors_of` and `kernels`.
+    """
+    device = input.device.index
+    launch = None
+    if _allowed.get() and supported(device) and (geometry.is_dense or not geometry.divisible):
+        factors = factors_of(multiplier, table, device)
+        if factors is not None:
+            launch = plan(geometry, factors.slots, multiprocessors_of(device))
+    if launch is None:
+        return cuda.run(geometry, input, weight, bias, output, multiplier, table)
+    assert factors is not None
+    operands, layer = launch.operands.copy(), launch.layer.copy()
+    codes = input.new_empty(int(operands["positions"][0]) * int(operands["chunks"][0]) * _CHUNK, dtype=torch.uint8)
+    expanded = input.new_empty(int(operands["entries"][0]) * factors.slots * _CHUNK, dtype=torch.uint8)
+    pointers = [address(one) for one in (input, weight, codes, expanded, factors.activations, factors.weights)]
+    operands.view(np.uint64)[: len(pointers)] = pointers
+    operands["dropped"], operands["keeps_subnormals"] = FRACTION_BITS - factors.bits, factors.keeps_subnormals
+    if input.data_ptr() % 16 != 0:  # of a view
+        operands["in_words"] = 0
+    layer.view(np.uint64)[:4] = [address(one) for one in (codes, expanded, bias, output)]
+    loaded = kernels(factors.slots, device)
+    shared = _step_bytes(launch.tile, factors.slots) * _STAGES
+    with torch.cuda.device(device), current_stream(device):
+        loaded["expand"]((launch.expansions,), (_EXPANDERS,), (operands,))
+        loaded[launch.tile.kernel]((launch.blocks,), (_THREADS,), (layer,), shared_mem=shared)
+
+
+def _chunks_of_step(slots: int) -> int:
+    return 4 if slots <= 4 else 2 if slots <= 8 else 1
+
+
+def _step_bytes(tile: Tile, slots: int) -> int:
+    return (tile.channels * slots + tile.pixels) * _chunks_of_step(slots) * _CHUNK
+
+
+@lru_cache(maxsize=1024)
+def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
+    """Choose the tile for a layer, and lay out the arguments; ``None`` where the scalar kernels are to compute it."""
+    plane, elements, pixels = math.prod(g.size), math.prod(g.kernel), g.batch * math.prod(g.out_size)
+    positions, rows = g.groups * g.batch * plane, g.groups * g.out_channels
+    chunks, of_step = -(-g.channels // _CHANNELS), _chunks_of_step(slots)
+    slab = math.gcd(chunks, of_step)
+    steps = -(-elements * chunks // of_step)
+    entries = rows * steps * of_step
+    tile = _TILES[0]
+    channel_tiles, pixel_tiles = -(-g.out_channels // tile.channels), -(-pixels // tile.pixels)
+    blocks = g.groups * channel_tiles * pixel_tiles
+    reach = math.prod(g.size[i] + 2 * g.padding[i] + g.dilation[i] * g.kernel[i] for i in range(2))
+    most = max(positions + _POSITIONS, positions * chunks, pixels + tile.pixels, reach, entries * slots, blocks)
+    if most >= _INDEX_LIMIT or entries * slots * _CHUNK > _MOST_EXPANDED or not _pays(g):
+        return None
+    segments = -(-chunks // _SEGMENT)
+    of_input = min(-(-positions // _POSITIONS) * segments, 2 * _EXPANSIONS * multiprocessors)
+    of_weight = min(-(-entries * slots // _EXPANDERS), _EXPANSIONS * multiprocessors)
+    common = {"chunks": chunks, "slab": slab, "slabs": chunks // slab, "kernel": g.kernel}
+    names = ("image_stride", "group_stride", "channel_stride", "row_stride", "column_stride")
+    of_weights = ("weight_group_stride", "weight_row_stride", "weight_channel_stride")
+    operands = _filled(
+        _OPERANDS,
+        **common,
+        **dict(zip(names + of_weights, g.input_strides + g.weight_strides, strict=True)),
+        channels=g.channels,
+        in_words=_in_words(g.channels, plane, g.size[1], g.input_strides),
+        weight_blocks=of_weight,
+        positions=positions,
+        entries=entries,
+        batch=_divisor(g.batch),
+        plane=_divisor(plane),
+        width=_divisor(g.size[1]),
+        segments=_divisor(segments),
+        whole=_divisor(steps * of_step),
+        out_channels=_divisor(g.out_channels),
+        of_chunk=_divisor(chunks),
+    )
+    layer = _filled(
+        _LAYER,
+        **common,
+        **{name: getattr(g, name) for name in ("out_channels", "groups", "batch")},
+        **{name: getattr(g, name) for name in ("size", "stride", "padding", "dilation")},
+        length=elements * chunks // slab,
+        steps=steps,
+        pixels=pixels,
+        plane=_divisor(math.prod(g.out_size)),
+        width=_divisor(g.out_size[1]),
+        channel_tiles=_divisor(channel_tiles),
+        pixel_tiles=_divisor(pixel_tiles),
+    )
+    return Launch(tile, blocks, of_weight + of_input, operands, layer)
+
+
+def _pays(g: Geometry) -> bool:
+    return g.products > 1 << 26
+
+
+def _in_words(channels: int, plane: int, width: int, strides: tuple[int, ...]) -> int:
+    """Return 1 where four positions lie together in memory, 2 where eight channels do, aligned each, else 0."""
+    image, group, channel, row, column = strides
+    if (column, row) == (1, width) and (plane | image | group | channel) % 4 == 0:
+        return 1
+    return 2 if channel == 1 and channels % 8 == 0 and (image | group | row | column) % 4 == 0 else 0
+
+
+def _filled(layout: np.dtype, **values: object) -> np.ndarray:
+    struct = np.zeros(1, layout)
+    for field, value in values.items():
+        struct[field] = value
+    return struct
+
+
+def _divisor(size: int) -> tuple[int, int, int]:
+    """Return a size, a reciprocal and a shift: n // size is the upper 32 bits of n * reciprocal, shifted."""
+    shift = max(0, (size - 1).bit_length() - 1)
+    return size, -(-(1 << 32 + shift) // size) % (1 << 32), shift
+
+
+Operators("cuda", run)
