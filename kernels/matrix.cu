@@ -44,21 +44,33 @@ constexpr int EXPANDERS = 256, POSITIONS = 128, SEGMENT = 8;  // threads and pos
 constexpr int PITCH = SEGMENT + 1;                            // chunks of the tile's rows; odd, against bank conflicts
 constexpr unsigned FRACTION = 0x7FFFFF, INFINITE = 0x7F800000;
 
-// What a multiplier makes of a fraction's leading bits.
+// What a multiplier makes of an operand.
 struct Factors {
-  const unsigned* activations;  // for each fraction, the bits of u, with the slot in the lowest ones
+  const unsigned* activations;  // for each fraction, the bits of u, with the slot in the lowest ones; or null
   const float* weights;         // v, for each slot by fraction
+  unsigned kept, set;           // without `activations`: the bits of u that are the operand's, and those that are set
+  int slot_shift;               // and the fraction's bits that are not the slot's
   int dropped;                  // bits of a fraction that are not looked at
   int keeps_subnormals;         // they count as zero otherwise
 
+  DEVICE unsigned fraction(unsigned bits) const { return (bits & FRACTION) >> dropped; }
   // Return a number's power of two, infinite where the number is not finite, times a factor of its significand.
   DEVICE unsigned scaled(unsigned bits, float factor) const {
     float product;  // with a subnormal number's power, which is zero, it is zero
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(__uint_as_float(bits & ~FRACTION)), "f"(factor));
-    bool kept = keeps_subnormals && (bits & INFINITE) == 0;
-    return (kept ? bits >> dropped << dropped : __float_as_uint(product)) >> 16;
+    bool whole = keeps_subnormals && (bits & INFINITE) == 0;
+    return (whole ? bits >> dropped << dropped : __float_as_uint(product)) >> 16;
   }
-  DEVICE unsigned fraction(unsigned bits) const { return (bits & FRACTION) >> dropped; }
+  DEVICE unsigned code(float activation, const unsigned* table) const {
+    unsigned bits = __float_as_uint(activation), exponent = bits & INFINITE;
+    if (table) {
+      unsigned entry = table[fraction(bits)];
+      return scaled(bits, __uint_as_float(entry & ~0xFFFFu)) | (SLOTS == 1 ? 0 : entry & (SLOTS - 1));
+    }
+    unsigned cut = bits & kept | set;
+    if (exponent == INFINITE || exponent == 0 && !keeps_subnormals) cut = bits & ~FRACTION;
+    return cut >> 16 | (SLOTS == 1 ? 0 : (bits & FRACTION) >> slot_shift);
+  }
 };
 
 // The layer's operands; backends/cuda_matrix.py mirrors the layout. Strides are in elements.
@@ -68,7 +80,7 @@ struct Operands {
   Factors factors;
   long long image_stride, group_stride, channel_stride, row_stride, column_stride;
   long long weight_group_stride, weight_row_stride, weight_channel_stride;
-  int channels, chunks, slab, slabs, kernel[2];
+  int channels, chunks, slab, kernel[2];
   int in_words;        // 1 where four positions lie in a float4, 2 where eight channels lie in two, or 0
   int weight_blocks;   // the first ones, which expand the weight
   unsigned positions;  // of the input
@@ -84,49 +96,56 @@ struct Operands {
 };
 
 // Return the codes of eight channels as a chunk.
-DEVICE uint4 codes_of(const float (&numbers)[CHANNELS], const Factors& factors, const unsigned* activations) {
+DEVICE uint4 codes_of(const float (&numbers)[CHANNELS], const Factors& factors, const unsigned* table) {
   unsigned codes[CHANNELS];
 #pragma unroll
-  for (int i = 0; i < CHANNELS; i++) {
-    unsigned bits = __float_as_uint(numbers[i]), entry = activations[factors.fraction(bits)];
-    unsigned slot = SLOTS == 1 ? 0 : entry & (SLOTS - 1);
-    codes[i] = factors.scaled(bits, __uint_as_float(entry & ~0xFFFFu)) | slot;
-  }
+  for (int i = 0; i < CHANNELS; i++) codes[i] = factors.code(numbers[i], table);
   return make_uint4(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16, codes[4] | codes[5] << 16,
                     codes[6] | codes[7] << 16);
 }
 
-// Expand every `step`-th tile: 128 positions of a segment of the channels.
-template <bool IN_WORDS> DEVICE void expand_tiles(const Operands& o, const unsigned* activations, uint4* tile) {
+// The chunks of four positions from `first` on, a multiple of 4. Past the last position, they are others.
+template <bool IN_WORDS> struct Four {
+  uint4 chunks[4];
+
+  DEVICE Four(const Operands& o, unsigned first, int chunk, const unsigned* table) {
+    float numbers[4][CHANNELS];
+    const float* origin[4];
+#pragma unroll
+    for (int p = 0; p < (IN_WORDS ? 1 : 4); p++)
+      origin[p] = o.origin(min(first + p, o.positions - (IN_WORDS ? 4 : 1)));
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) {
+      long long offset = min(chunk * CHANNELS + i, o.channels - 1) * o.channel_stride;
+      if constexpr (IN_WORDS) {
+        float4 four = __ldg(reinterpret_cast<const float4*>(origin[0] + offset));
+        numbers[0][i] = four.x, numbers[1][i] = four.y, numbers[2][i] = four.z, numbers[3][i] = four.w;
+      } else {
+#pragma unroll
+        for (int p = 0; p < 4; p++) numbers[p][i] = __ldg(origin[p] + offset);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++)
+      if (chunk * CHANNELS + i >= o.channels)
+#pragma unroll
+        for (int p = 0; p < 4; p++) numbers[p][i] = 0;
+#pragma unroll
+    for (int p = 0; p < 4; p++) chunks[p] = codes_of(numbers[p], o.factors, table);
+  }
+};
+
+// Expand tiles of 128 positions by a segment of the channels.
+template <bool IN_WORDS> DEVICE void expand_tiles(const Operands& o, const unsigned* table, uint4* tile) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned tiles = (o.positions + POSITIONS - 1) / POSITIONS * o.segments.size;
   for (unsigned item = blockIdx.x - o.weight_blocks; item < tiles; item += gridDim.x - o.weight_blocks) {
     unsigned of_positions = o.segments.divide(item), start = of_positions * POSITIONS;
-    int first_chunk = (item - of_positions * o.segments.size) * SEGMENT, chunk = first_chunk + warp;
-    if (chunk < o.chunks) {
-      float numbers[4][CHANNELS];
-      const float* origin[4];
+    int first_chunk = (item - of_positions * o.segments.size) * SEGMENT;
+    if (first_chunk + warp < o.chunks) {
+      Four<IN_WORDS> four(o, start + 4 * lane, first_chunk + warp, table);
 #pragma unroll
-      for (int p = 0; p < (IN_WORDS ? 1 : 4); p++)
-        origin[p] = o.origin(min(start + 4 * lane + p, o.positions - (IN_WORDS ? 4 : 1)));
-#pragma unroll
-      for (int i = 0; i < CHANNELS; i++) {
-        long long offset = min(chunk * CHANNELS + i, o.channels - 1) * o.channel_stride;
-        if constexpr (IN_WORDS) {
-          float4 four = __ldg(reinterpret_cast<const float4*>(origin[0] + offset));
-          numbers[0][i] = four.x, numbers[1][i] = four.y, numbers[2][i] = four.z, numbers[3][i] = four.w;
-        } else {
-#pragma unroll
-          for (int p = 0; p < 4; p++) numbers[p][i] = __ldg(origin[p] + offset);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < CHANNELS; i++)
-        if (chunk * CHANNELS + i >= o.channels)
-          for (int p = 0; p < 4; p++) numbers[p][i] = 0;
-#pragma unroll
-      for (int p = 0; p < 4; p++)
-        tile[(p * 32 + lane) * PITCH + warp] = codes_of(numbers[p], o.factors, activations);
+      for (int p = 0; p < 4; p++) tile[(p * 32 + lane) * PITCH + warp] = four.chunks[p];
     }
     __syncthreads();
 #pragma unroll 4
@@ -142,14 +161,14 @@ template <bool IN_WORDS> DEVICE void expand_tiles(const Operands& o, const unsig
 }
 
 // The same where channels lie next to each other.
-DEVICE void expand_rows(const Operands& o, const unsigned* activations) {
+DEVICE void expand_rows(const Operands& o, const unsigned* table) {
   long long chunks = o.positions * (long long)o.chunks, threads = (gridDim.x - o.weight_blocks) * (long long)EXPANDERS;
   long long first = (blockIdx.x - o.weight_blocks) * (long long)EXPANDERS + threadIdx.x;
   for (long long i = first; i < chunks; i += threads) {
     unsigned position = o.of_chunk.divide(i);
     const float4* from = reinterpret_cast<const float4*>(o.origin(position)) + (i - position * o.chunks) * 2;
     float4 a = __ldg(from), b = __ldg(from + 1);
-    o.codes[i] = codes_of({a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}, o.factors, activations);
+    o.codes[i] = codes_of({a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}, o.factors, table);
   }
 }
 
@@ -157,12 +176,10 @@ DEVICE void expand_rows(const Operands& o, const unsigned* activations) {
 DEVICE void expand_weight(const Operands& o) {
   for (unsigned i = blockIdx.x * EXPANDERS + threadIdx.x; i < o.entries * SLOTS; i += o.weight_blocks * EXPANDERS) {
     unsigned entry = i / SLOTS, row = o.whole.divide(entry), at = entry - row * o.whole.size;
-    int piece = i % SLOTS, group = o.out_channels.divide(row), in_slab = at % o.slab, rest = at / o.slab;
-    int column = rest % o.kernel[1];
-    rest /= o.kernel[1];
-    int chunk = rest % o.slabs * o.slab + in_slab, y = rest / o.slabs;
+    int piece = i % SLOTS, group = o.out_channels.divide(row), elements = o.kernel[0] * o.kernel[1];
+    int slab = at / (o.slab * elements), element = at / o.slab % elements, chunk = slab * o.slab + at % o.slab;
     const float* weight = o.weight + group * o.weight_group_stride +
-                          (row - group * o.out_channels.size) * o.weight_row_stride + y * o.kernel[1] + column;
+                          (row - group * o.out_channels.size) * o.weight_row_stride + element;
     unsigned numbers[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -171,7 +188,7 @@ DEVICE void expand_weight(const Operands& o) {
       int parity = piece / 2 / STEPS, slot = SLOTS == 1 ? 0 : piece / 2 % STEPS * 4 + piece % 2 * 2 + j % 2;
       int channel = chunk * CHANNELS + (SLOTS == 1 ? j : j / 2 * 2 + parity);
       numbers[j] = 0;
-      if (y < o.kernel[0] && channel < o.channels) {
+      if (channel < o.channels) {
         unsigned bits = __float_as_uint(weight[channel * o.weight_channel_stride]);
         float factor = __ldg(o.factors.weights + (slot << 23 - o.factors.dropped) + o.factors.fraction(bits));
         numbers[j] = o.factors.scaled(bits, factor);
@@ -191,8 +208,9 @@ struct Layer {
   const char *codes, *weight;
   const float* bias;  // or null
   float* output;
-  int chunks, slab, slabs;  // of a position; of a slab, which lies within a step; slabs of a position
-  int length, steps;        // slabs and steps of a whole sum
+  int chunks, slab;   // of a position; of a slab, of which a step has some, or which has some steps
+  int length, steps;  // slabs and steps of a whole sum
+  int capacity;       // positions in shared memory
   int out_channels, groups, batch;
   int size[2], kernel[2], stride[2], padding[2], dilation[2];
   unsigned pixels;                                   // batch * output height * output width
@@ -216,15 +234,15 @@ struct Window {
   }
 };
 
-// A slab of the sum. The kernel's columns change first: their windows overlap, so that L1 has most of the next slab.
+// A slab of the sum. The kernel's elements change first: their windows overlap, so that L1 has most of the next slab.
 struct Walk {
   int row = 0, column = 0, slab = 0;
 
   DEVICE void advance(const Layer& c, int slabs) {
     for (column += slabs; column >= c.kernel[1]; column -= c.kernel[1]) {
-      if (++slab < c.slabs) continue;
-      slab = 0;
-      row++;
+      if (++row < c.kernel[0]) continue;
+      row = 0;
+      slab++;
     }
   }
 };
@@ -266,96 +284,40 @@ DEVICE float add(float a, float b) {  // subnormals survive CuPy's option -ftz=t
   return sum;
 }
 
-// A block of 4 warps, DOWN by ACROSS, computes DOWN * TILES * 16 channels by ACROSS * 64 pixels.
-template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
-  constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, CODES = ROWS * WEIGHT_ROW;
-  constexpr int STAGE = CODES + PIXELS * CODE_ROW;
-  constexpr int WEIGHT_CHUNKS = WEIGHT_ROW / CHUNK, WEIGHT_LOADERS = THREADS / WEIGHT_CHUNKS;
-  constexpr int CODE_LOADERS = THREADS / CHUNKS;  // rows that are copied at once
-  static_assert(DOWN * ACROSS * 32 == THREADS);
-
-  unsigned tile = c.channel_tiles.divide(blockIdx.x), group = c.pixel_tiles.divide(tile);
-  int first_channel = (blockIdx.x - tile * c.channel_tiles.size) * ROWS;
-  unsigned first_pixel = (tile - group * c.pixel_tiles.size) * PIXELS;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-  // A thread copies the same chunk of the step for several rows.
-  unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory));
-  int weight_row = threadIdx.x / WEIGHT_CHUNKS, weight_chunk = threadIdx.x % WEIGHT_CHUNKS;
-  int code_row = threadIdx.x / CHUNKS, code_chunk = threadIdx.x % CHUNKS;
-  unsigned code_slot = start + CODES + code_row * CODE_ROW + (code_chunk ^ swapped<CODE_ROW>(code_row)) * CHUNK;
-  const char* weights = c.weight + group * c.out_channels * (long long)c.steps * WEIGHT_ROW + weight_chunk * CHUNK;
-  Window windows[PIXELS / CODE_LOADERS];
-#pragma unroll
-  for (int i = 0; i < PIXELS / CODE_LOADERS; i++)
-    windows[i] = {c, int(group), first_pixel + code_row + i * CODE_LOADERS};
-  Walk walk;
-  int at_once = CHUNKS / c.slab, in_slab = code_chunk % c.slab, next = code_chunk / c.slab, fetched = 0;
-  walk.advance(c, next);
-
-  auto fetch = [&](int stage) {
-    if (fetched < c.steps) {
-#pragma unroll
-      for (int i = 0; i < ROWS / WEIGHT_LOADERS; i++) {
-        int row = weight_row + i * WEIGHT_LOADERS, channel = min(first_channel + row, c.out_channels - 1);
-        unsigned to = start + stage * STAGE + row * WEIGHT_ROW + (weight_chunk ^ swapped<WEIGHT_ROW>(row)) * CHUNK;
-        copy(to, weights + (channel * (long long)c.steps + fetched) * WEIGHT_ROW, true);
-      }
-      int at = (walk.slab * c.slab + in_slab) * CHUNK, pitch = c.chunks * CHUNK;
-      int down = walk.row * c.dilation[0], right = walk.column * c.dilation[1], shift = down * c.size[1] + right;
-#pragma unroll
-      for (int i = 0; i < PIXELS / CODE_LOADERS; i++) {
-        bool exists = next < c.length && windows[i].inside(c, down, right);
-        long long position = exists ? windows[i].origin + shift : 0;
-        copy(code_slot + stage * STAGE + i * CODE_LOADERS * CODE_ROW, c.codes + at + position * pitch, exists);
-      }
-      next += at_once;
-      fetched++;
-      walk.advance(c, at_once);
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-
-  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
-
+// The outputs of a warp, TILES * 16 channels by 64 pixels, from a channel and a pixel of the block's on.
+template <int TILES> struct Products {
+  static constexpr int GROUPS = SLOTS == 1 ? 4 : 2;  // of pixels whose rows ldmatrix reads together
   float sums[TILES][OF_WARP / 8][4] = {};
-  int channel = warp / ACROSS * TILES * 16, pixel = warp % ACROSS * OF_WARP;
-  unsigned a_row = start + (channel + lane % 16) * WEIGHT_ROW, a_swap = swapped<WEIGHT_ROW>(lane % 16);
-  auto load_weights = [&](unsigned (&a)[TILES][4], unsigned stage, int chunk) {
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-      load(a[i], a_row + stage + i * 16 * WEIGHT_ROW + ((lane / 16 + chunk) ^ a_swap) * CHUNK);
-  };
+  int lane, channel, pixel;
 
-  int stage = 0;
-  for (int step = 0; step < c.steps; step++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-    __syncthreads();
-    fetch(stage == 0 ? STAGES - 1 : stage - 1);
-    unsigned at = stage * STAGE;
-    if constexpr (SLOTS == 1) {
-      int row = lane % 8 + lane / 16 * 8, swap = swapped<CODE_ROW>(row);
-      unsigned b_row = start + at + CODES + (pixel + row) * CODE_ROW;
+  DEVICE Products(int channel, int pixel) : lane(threadIdx.x % 32), channel(channel), pixel(pixel) {}
+
+  // Return the pixel, and of its codes the chunk, that a lane reads for a group.
+  DEVICE int pixel_of(int j) const { return pixel + (SLOTS == 1 ? j * 16 + lane % 8 + lane / 16 * 8 : j * 32 + lane); }
+  DEVICE int chunk_of(int chunk) const { return SLOTS == 1 ? chunk + lane / 8 % 2 : chunk; }
+
+  DEVICE void load_weights(unsigned (&a)[TILES][4], unsigned from, int chunk) const {
+    unsigned row = channel + lane % 16, at = (lane / 16 + chunk) ^ swapped<WEIGHT_ROW>(lane % 16);
 #pragma unroll
-      for (int k = 0; k < CHUNKS; k += 2) {
-        unsigned a[TILES][4], b[OF_WARP / 16][4];
-        load_weights(a, at, k);
+    for (int i = 0; i < TILES; i++) load(a[i], from + (row + i * 16) * WEIGHT_ROW + at * CHUNK);
+  }
+
+  // Add a step, with the addresses of its weights and of the chunk for a group of pixels.
+  template <class Address> DEVICE void step(unsigned weights, const Address& address) {
 #pragma unroll
-        for (int j = 0; j < OF_WARP / 16; j++)
-          load(b[j], b_row + j * 16 * CODE_ROW + ((lane / 8 % 2 + k) ^ swap) * CHUNK);
+    for (int k = 0; k < CHUNKS; k += SLOTS == 1 ? 2 : 1) {
+      unsigned codes[GROUPS][4];  // of each 8 pixels, those of a lane's two channels
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) load(codes[j], address(j, chunk_of(k)));
+      if constexpr (SLOTS == 1) {
+        unsigned a[TILES][4];
+        load_weights(a, weights, k);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-          for (int j = 0; j < OF_WARP / 8; j++) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-      }
-    } else {
-      unsigned b_row = start + at + CODES + (pixel + lane) * CODE_ROW;
-#pragma unroll
-      for (int k = 0; k < CHUNKS; k++) {
-        unsigned codes[2][4];  // of each 8 pixels, those of a lane's two channels
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-          load(codes[j], b_row + j * 32 * CODE_ROW + (k ^ swapped<CODE_ROW>(lane)) * CHUNK);
+          for (int j = 0; j < OF_WARP / 8; j++)
+            multiply(sums[i][j], a[i], codes[j / 2][j % 2 * 2], codes[j / 2][j % 2 * 2 + 1]);
+      } else {
 #pragma unroll
         for (int parity = 0; parity < 2; parity++) {
           unsigned power[OF_WARP / 8], place[OF_WARP / 8];
@@ -367,7 +329,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
 #pragma unroll
           for (int quad = 0; quad < SLOTS / 4; quad++) {
             unsigned a[TILES][4];
-            load_weights(a, at, ((k * 2 + parity) * (SLOTS / 4) + quad) * 2);
+            load_weights(a, weights, ((k * 2 + parity) * (SLOTS / 4) + quad) * 2);
 #pragma unroll
             for (int j = 0; j < OF_WARP / 8; j++) {
               unsigned low, high;
@@ -379,58 +341,240 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
         }
       }
     }
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
 
   // A thread has two neighbouring pixels of a channel, four lanes a sector of 32 bytes of the output.
+  DEVICE void write(const Layer& c, unsigned group, int first_channel, unsigned first_pixel) const {
 #pragma unroll
-  for (int j = 0; j < OF_WARP / 8; j++) {
-    unsigned number = first_pixel + pixel + j * 8 + lane % 4 * 2;
-    unsigned image = c.plane.divide(number), rest = number - image * c.plane.size;
-    long long of_image = (long long)c.groups * c.out_channels * c.plane.size;
-    float* to = c.output + image * of_image + (long long)group * c.out_channels * c.plane.size + rest;
-    long long next_pixel = rest + 1 < c.plane.size ? 1 : of_image - rest;
+    for (int j = 0; j < OF_WARP / 8; j++) {
+      unsigned number = first_pixel + pixel + j * 8 + lane % 4 * 2;
+      unsigned image = c.plane.divide(number), rest = number - image * c.plane.size;
+      long long of_image = (long long)c.groups * c.out_channels * c.plane.size;
+      float* to = c.output + image * of_image + (long long)group * c.out_channels * c.plane.size + rest;
+      long long next_pixel = rest + 1 < c.plane.size ? 1 : of_image - rest;
 #pragma unroll
-    for (int i = 0; i < TILES * 2; i++) {
-      int of_group = first_channel + channel + i * 8 + lane / 4;
-      if (of_group >= c.out_channels || number >= c.pixels) continue;
-      float values[2] = {sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
-      if (c.bias) {
-        float bias = c.bias[group * c.out_channels + of_group];
-        values[0] = add(values[0], bias), values[1] = add(values[1], bias);
-      }
-      float* first = to + (long long)of_group * c.plane.size;
-      if (c.plane.size % 2 == 0) {
-        *reinterpret_cast<float2*>(first) = make_float2(values[0], values[1]);
-      } else {
-        first[0] = values[0];
-        if (number + 1 < c.pixels) first[next_pixel] = values[1];
+      for (int i = 0; i < TILES * 2; i++) {
+        int of_group = first_channel + channel + i * 8 + lane / 4;
+        if (of_group >= c.out_channels || number >= c.pixels) continue;
+        float values[2] = {sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
+        if (c.bias) {
+          float bias = c.bias[group * c.out_channels + of_group];
+          values[0] = add(values[0], bias), values[1] = add(values[1], bias);
+        }
+        float* first = to + (long long)of_group * c.plane.size;
+        if (c.plane.size % 2 == 0) {
+          *reinterpret_cast<float2*>(first) = make_float2(values[0], values[1]);
+        } else {
+          first[0] = values[0];
+          if (number + 1 < c.pixels) first[next_pixel] = values[1];
+        }
       }
     }
   }
+};
+
+// A block's tile of ROWS channels by PIXELS pixels, and its weights.
+template <int ROWS, int PIXELS> struct Block {
+  static constexpr int OF_ROW = WEIGHT_ROW / CHUNK, LOADERS = THREADS / OF_ROW;  // chunks; rows copied at once
+  unsigned group, first_pixel;
+  int first_channel, row, chunk;
+  const char* weights;
+
+  DEVICE Block(const Layer& c) : row(threadIdx.x / OF_ROW), chunk(threadIdx.x % OF_ROW) {
+    unsigned tile = c.channel_tiles.divide(blockIdx.x);
+    group = c.pixel_tiles.divide(tile);
+    first_channel = (blockIdx.x - tile * c.channel_tiles.size) * ROWS;
+    first_pixel = (tile - group * c.pixel_tiles.size) * PIXELS;
+    weights = c.weight + group * c.out_channels * (long long)c.steps * WEIGHT_ROW + chunk * CHUNK;
+  }
+  // A thread copies the same chunk of a step for several rows.
+  DEVICE void fetch_weights(const Layer& c, int step, unsigned to) const {
+#pragma unroll
+    for (int i = 0; i < ROWS / LOADERS; i++) {
+      int in_tile = row + i * LOADERS, channel = min(first_channel + in_tile, c.out_channels - 1);
+      copy(to + in_tile * WEIGHT_ROW + (chunk ^ swapped<WEIGHT_ROW>(in_tile)) * CHUNK,
+           weights + (channel * (long long)c.steps + step) * WEIGHT_ROW, true);
+    }
+  }
+};
+
+// Wait until a step's operands are there, and until all warps are done with the step before.
+DEVICE void await_step() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+  __syncthreads();
+}
+
+// A block of 4 warps, DOWN by ACROSS, computes DOWN * TILES * 16 channels by ACROSS * 64 pixels of expanded operands.
+template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
+  constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, CODES = ROWS * WEIGHT_ROW;
+  constexpr int STAGE = CODES + PIXELS * CODE_ROW, LOADERS = THREADS / CHUNKS;  // rows of codes copied at once
+  static_assert(DOWN * ACROSS * 32 == THREADS);
+
+  Block<ROWS, PIXELS> block(c);
+  unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory));
+  int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  unsigned slot = start + CODES + row * CODE_ROW + (chunk ^ swapped<CODE_ROW>(row)) * CHUNK;
+  Window windows[PIXELS / LOADERS];
+#pragma unroll
+  for (int i = 0; i < PIXELS / LOADERS; i++) windows[i] = {c, int(block.group), block.first_pixel + row + i * LOADERS};
+  Walk walk;
+  int at_once = CHUNKS / c.slab, in_slab = chunk % c.slab, next = chunk / c.slab, fetched = 0;
+  walk.advance(c, next);
+
+  auto fetch = [&](int stage) {
+    if (fetched < c.steps) {
+      block.fetch_weights(c, fetched++, start + stage * STAGE);
+      int at = (walk.slab * c.slab + in_slab) * CHUNK, pitch = c.chunks * CHUNK;
+      int down = walk.row * c.dilation[0], right = walk.column * c.dilation[1], shift = down * c.size[1] + right;
+#pragma unroll
+      for (int i = 0; i < PIXELS / LOADERS; i++) {
+        bool exists = next < c.length && windows[i].inside(c, down, right);
+        long long position = exists ? windows[i].origin + shift : 0;
+        copy(slot + stage * STAGE + i * LOADERS * CODE_ROW, c.codes + (exists ? at : 0) + position * pitch, exists);
+      }
+      next += at_once;
+      walk.advance(c, at_once);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+
+  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+  int warp = threadIdx.x / 32;
+  Products<TILES> products(warp / ACROSS * TILES * 16, warp % ACROSS * OF_WARP);
+  for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == STAGES - 1 ? 0 : stage + 1) {
+    await_step();
+    fetch(stage == 0 ? STAGES - 1 : stage - 1);
+    unsigned at = start + stage * STAGE;
+    products.step(at, [&](int j, int chunk) {
+      int row = products.pixel_of(j);
+      return at + CODES + row * CODE_ROW + (chunk ^ swapped<CODE_ROW>(row)) * CHUNK;
+    });
+  }
+  products.write(c, block.group, block.first_channel, block.first_pixel);
+}
+
+// The same from activations that the block expands: all positions under its pixels' windows, a slab at a time.
+template <int TILES, int DOWN, int ACROSS, bool IN_WORDS>
+DEVICE void layer_of_positions(const Layer& c, const Operands& o, const unsigned* table) {
+  constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, STAGE = ROWS * WEIGHT_ROW, WARPS = THREADS / 32;
+  constexpr int GROUPS = Products<TILES>::GROUPS;
+  static_assert(DOWN * ACROSS * 32 == THREADS);
+
+  Block<ROWS, PIXELS> block(c);
+  unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory)), codes = start + STAGES * STAGE;
+  uint4* expanded = memory + STAGES * STAGE / CHUNK;  // for each position, 8 chunks
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fetched = 0;
+  auto fetch = [&](int stage) {
+    if (fetched < c.steps) block.fetch_weights(c, fetched++, start + stage * STAGE);
+    asm volatile("cp.async.commit_group;");
+  };
+  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+
+  // From the first row under the first pixel's window, to the last one under the last pixel's.
+  Window first(c, block.group, block.first_pixel), last(c, block.group, block.first_pixel + PIXELS - 1);
+  int top = max(min(first.row, c.size[0] - 1), 0);
+  int bottom = max(min(last.row + (c.kernel[0] - 1) * c.dilation[0], c.size[0] - 1), 0);
+  int low = (first.origin - first.column + (top - first.row) * c.size[1]) & ~3;
+  int quads = (last.origin - last.column + (bottom - last.row + 1) * c.size[1] - low + 3) / 4;
+  Products<TILES> products(warp / ACROSS * TILES * 16, warp % ACROSS * OF_WARP);
+  Window windows[GROUPS];
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    windows[j] = {c, int(block.group), block.first_pixel + products.pixel_of(j)};
+    windows[j].origin -= low;
+  }
+  if (threadIdx.x < SEGMENT) expanded[c.capacity * SEGMENT + threadIdx.x] = make_uint4(0, 0, 0, 0);  // padding
+
+  Walk walk;
+  int in_slab = 0;
+  for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == STAGES - 1 ? 0 : stage + 1) {
+    if (in_slab == 0 && walk.row == 0 && walk.column == 0) {
+      if (step > 0) __syncthreads();
+      for (int chunk = warp; chunk < c.slab; chunk += WARPS)
+#pragma unroll 1
+        for (int quad = lane; quad < quads; quad += 32) {
+          Four<IN_WORDS> four(o, low + 4 * quad, walk.slab * c.slab + chunk, table);
+          // Every second lane begins with another position, against bank conflicts.
+          int turn = quad / 2 % 4;
+          if (turn & 1) {
+            uint4 first = four.chunks[0];
+            four.chunks[0] = four.chunks[1], four.chunks[1] = four.chunks[2], four.chunks[2] = four.chunks[3];
+            four.chunks[3] = first;
+          }
+#pragma unroll
+          for (int p = 0; p < 4; p++) {
+            uint4 of_position = turn & 2 ? four.chunks[p ^ 2] : four.chunks[p];
+            int position = 4 * quad + (p + turn) % 4;
+            expanded[position * SEGMENT + (chunk ^ position % 8)] = of_position;
+          }
+        }
+    }
+    await_step();
+    fetch(stage == 0 ? STAGES - 1 : stage - 1);
+    int down = walk.row * c.dilation[0], right = walk.column * c.dilation[1], shift = down * c.size[1] + right;
+    int positions[GROUPS];
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++)
+      positions[j] = windows[j].inside(c, down, right) ? windows[j].origin + shift : c.capacity;
+    products.step(start + stage * STAGE, [&](int j, int chunk) {
+      return codes + (positions[j] * SEGMENT + ((in_slab + chunk) ^ positions[j] % 8)) * CHUNK;
+    });
+    in_slab += CHUNKS;
+    if (in_slab == c.slab) {
+      in_slab = 0;
+      walk.advance(c, 1);
+    }
+  }
+  products.write(c, block.group, block.first_channel, block.first_pixel);
+}
+
+// Copy the table of activations to shared memory, where there is one.
+DEVICE const unsigned* shared_table(const Factors& factors, unsigned (&table)[128]) {
+  if (!factors.activations) return nullptr;
+  for (int i = threadIdx.x; i < 1 << 23 - factors.dropped; i += blockDim.x) table[i] = factors.activations[i];
+  __syncthreads();
+  return table;
 }
 
 }  // namespace matrix
 
+// The first blocks expand the weight, and the others the input.
 extern "C" __global__ void __launch_bounds__(matrix::EXPANDERS, 2)
     expand(__grid_constant__ const matrix::Operands operands) {
-  if (blockIdx.x < operands.weight_blocks) return matrix::expand_weight(operands);
   __shared__ unsigned activations[128];
   __shared__ uint4 tile[matrix::POSITIONS * matrix::PITCH];
-  for (int i = threadIdx.x; i < 1 << 23 - operands.factors.dropped; i += matrix::EXPANDERS)
-    activations[i] = operands.factors.activations[i];
-  __syncthreads();
-  if (operands.in_words == 2) return matrix::expand_rows(operands, activations);
-  if (operands.in_words == 1) return matrix::expand_tiles<true>(operands, activations, tile);
-  matrix::expand_tiles<false>(operands, activations, tile);
+  if (blockIdx.x < operands.weight_blocks) return matrix::expand_weight(operands);
+  const unsigned* table = matrix::shared_table(operands.factors, activations);
+  if (operands.in_words == 2) return matrix::expand_rows(operands, table);
+  if (operands.in_words == 1) return matrix::expand_tiles<true>(operands, table, tile);
+  matrix::expand_tiles<false>(operands, table, tile);
 }
 
-#define LAYER(name, blocks, ...)                                                                 \
-  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                          \
-      name(__grid_constant__ const matrix::Layer c) {                                            \
-    matrix::layer<__VA_ARGS__>(c);                                                               \
+#define LAYER(name, blocks, ...)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                                               \
+      layer_##name(__grid_constant__ const matrix::Layer c, __grid_constant__ const matrix::Operands) {               \
+    matrix::layer<__VA_ARGS__>(c);                                                                                    \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                                               \
+      positions_##name(__grid_constant__ const matrix::Layer c, __grid_constant__ const matrix::Operands operands) {  \
+    __shared__ unsigned activations[128];                                                                             \
+    const unsigned* table = matrix::shared_table(operands.factors, activations);                                      \
+    if (operands.in_words == 1) return matrix::layer_of_positions<__VA_ARGS__, true>(c, operands, table);             \
+    matrix::layer_of_positions<__VA_ARGS__, false>(c, operands, table);                                               \
   }
 
-LAYER(layer_64x256, 2, 4, 1, 4)
-LAYER(layer_64x128, 3, 2, 2, 2)
-LAYER(layer_32x128, 4, 1, 2, 2)
+LAYER(64x256, 2, 4, 1, 4)
+LAYER(64x128, 3, 2, 2, 2)
+LAYER(32x128, 3, 1, 2, 2)
+
+// Measure the matrix units alone, all operands in registers.
+extern "C" __global__ void __launch_bounds__(matrix::THREADS, 3) ceiling(float* output, int rounds) {
+  unsigned a[4] = {threadIdx.x, 1, 2, 3};
+  float sums[16][4] = {};
+  for (int round = 0; round < rounds; round++)
+#pragma unroll
+    for (int i = 0; i < 16; i++) matrix::multiply(sums[i], a, round, i);
+  float sum = 0;
+  for (int i = 0; i < 64; i++) sum += sums[i / 4][i % 4];
+  output[blockIdx.x * matrix::THREADS + threadIdx.x] = sum;
+}

@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from operands import in_pairs
 from sums import float64_sums, same_bits
 from test_cuda_integers import compile_log, on_gpu
 from torch import Tensor
 
+from mbm_cli import ops
 from mbm_cli.backends import cuda_matrix
-from mbm_cli.multipliers.content import TABLE, operands, resolve
+from mbm_cli.multipliers.content import operands
 from mbm_cli.multipliers.float32 import reference_product
 from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.multipliers.tables import Table
@@ -49,10 +49,15 @@ def test_other_multipliers_have_no_factors(name):
 
 
 def test_tables_have_factors_where_few_rows_are_distinct():
-    found = {(bits, rows): cuda_matrix.factorize(*operands(random_table(bits, rows), torch.device("cpu")))
-             for bits, rows in ((5, 32), (5, 5), (7, 3), (6, 64))}
+    found = {
+        (bits, rows): cuda_matrix.factorize(*operands(random_table(bits, rows), torch.device("cpu")))
+        for bits, rows in ((5, 32), (5, 5), (7, 3), (6, 64))
+    }
     assert {key: factors and factors.slots for key, factors in found.items()} == {
-        (5, 32): 32, (5, 5): 8, (7, 3): 4, (6, 64): None,
+        (5, 32): 32,
+        (5, 5): 8,
+        (7, 3): 4,
+        (6, 64): None,
     }
 
 
@@ -82,9 +87,7 @@ def always(monkeypatch):
 
 
 def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments) -> Tensor:
-    *arguments, groups, multiplier = arguments
-    product = operands(multiplier, input.device)
-    return torch.ops.mbm.conv2d(input, weight, bias, *in_pairs(*arguments), groups, *product)
+    return ops.conv2d(input, weight, bias, *arguments)
 
 
 def on_matrix_units(*layer) -> Tensor:
@@ -155,7 +158,9 @@ def test_operands_of_any_size_and_kind(always, multiplier):
     input[:, 3, 2] = 0
     weight[3:5, 2] = 0
     input[1, 2, 3, :4] = torch.tensor([2.0**-127, -(2.0**-140), 0.0, -0.0], device="cuda")
-    assert_near(on_matrix_units(input, weight, None, 1, 1, 1, 1, multiplier), input, weight, None, 1, 1, 1, 1, multiplier)
+    assert_near(
+        on_matrix_units(input, weight, None, 1, 1, 1, 1, multiplier), input, weight, None, 1, 1, 1, 1, multiplier
+    )
     for one in (input[0, 0, 4], weight[7, 7, 1]):
         one[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan], device="cuda")
     output = on_matrix_units(input, weight, None, 1, 0, 1, 1, multiplier)
@@ -168,10 +173,10 @@ def test_operands_of_any_size_and_kind(always, multiplier):
 def test_sums_of_dense_layers(always, images, length, rows, multiplier):
     torch.manual_seed(length)
     whole, weight = torch.randn(images, 2 * length + 1, device="cuda"), torch.randn(rows, length, device="cuda")
-    bias, product = torch.randn(rows, device="cuda"), operands(multiplier, whole.device)
+    bias = torch.randn(rows, device="cuda")
     for input in (whole[:, :length].contiguous(), whole[:, 1 : length + 1], whole[:, : 2 * length : 2]):
         with cuda_matrix.allowed(True):
-            output = torch.ops.mbm.linear(input, weight, bias, *product)
+            output = ops.linear(input, weight, bias, multiplier)
         layer = input[..., None, None], weight[..., None, None], bias, 1, 0, 1, 1, multiplier
         assert_near(output[..., None, None], *layer)
 
@@ -192,10 +197,9 @@ def test_captured_graphs_replay_the_same_sums(always):
 @pytest.mark.parametrize("name", ["drum-k6", "mbm-t18-r5"])
 def test_gradients_do_not_use_matrix_units(always, name):
     layer = torch.nn.Linear(64, 32, device="cuda")
-    product = operands(resolve(name), torch.device("cuda"))
     input, found = torch.randn(50, 64, device="cuda", requires_grad=True), []
     for on in (False, True):
         with cuda_matrix.allowed(on):
-            output = torch.ops.mbm.linear(input, layer.weight, None, *product, *product, *product)
+            output = ops.linear(input, layer.weight, None, name, backward=name)
         found.append(torch.autograd.grad(output, input, torch.ones_like(output))[0])
     assert same_bits(*found)

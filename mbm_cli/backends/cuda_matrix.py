@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from importlib.resources import files
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbm_cli.backends import cuda
@@ -23,34 +24,42 @@ from mbm_cli.multipliers.float32 import FRACTION_BITS, reference_product
 _INDEX_LIMIT = 1 << 31
 _MOST_EXPANDED = 1 << 28  # bytes of a weight
 _MOST_BITS, _SLOTS = 7, (1, 4, 8, 16, 32)  # fraction bits that are looked at; the kernels' numbers of slots
+_SHARED = 229_376  # bytes of a multiprocessor's shared memory for all blocks, 3 KiB less than an H100 has
 # As in matrix.cu: of an expansion, threads, positions of a block and chunks of a segment; of a chunk, bytes and
 # channels; of a block of products, threads and stages.
 _EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS, _STAGES = 256, 128, 8, 16, 8, 128, 3
-_EXPANSIONS = 2  # blocks of a multiprocessor
 
 
 class Tile(NamedTuple):
-    """Channels and pixels of a block, and how many blocks a multiprocessor holds."""
+    """A kernel: channels and pixels of a block, and how many blocks a multiprocessor holds.
+
+    Attributes:
+        of_positions: whether blocks expand the input themselves.
+    """
 
     channels: int
     pixels: int
     resident: int
+    of_positions: bool
 
     @property
     def kernel(self) -> str:
-        return f"layer_{self.channels}x{self.pixels}"
+        return f"{'positions' if self.of_positions else 'layer'}_{self.channels}x{self.pixels}"
 
 
-_TILES = (Tile(64, 256, 2), Tile(64, 128, 3), Tile(32, 128, 4))
-_KERNELS = ("expand", *(tile.kernel for tile in _TILES))
+_TILES = tuple(
+    Tile(*tile, of_positions) for of_positions in (True, False) for tile in ((64, 256, 2), (64, 128, 3), (32, 128, 3))
+)
+_KERNELS = ("expand", "ceiling", *(tile.kernel for tile in _TILES))
 
 # matrix.cu's structs Operands and Layer, field by field.
 _OPERANDS = np.dtype(
     [(name, np.uint64) for name in ("input", "weight", "codes", "expanded", "activations", "weights")]
-    + [(name, np.int32) for name in ("dropped", "keeps_subnormals")]
+    + [("kept", np.uint32), ("set", np.uint32)]
+    + [(name, np.int32) for name in ("slot_shift", "dropped", "keeps_subnormals")]
     + [(name, np.int64) for name in ("image_stride", "group_stride", "channel_stride", "row_stride", "column_stride")]
     + [(name, np.int64) for name in ("weight_group_stride", "weight_row_stride", "weight_channel_stride")]
-    + [(name, np.int32) for name in ("channels", "chunks", "slab", "slabs")]
+    + [(name, np.int32) for name in ("channels", "chunks", "slab")]
     + [("kernel", np.int32, 2), ("in_words", np.int32), ("weight_blocks", np.int32)]
     + [("positions", np.uint32), ("entries", np.uint32)]
     + [(name, np.uint32, 3) for name in ("batch", "plane", "width", "segments", "whole", "out_channels", "of_chunk")],
@@ -58,7 +67,10 @@ _OPERANDS = np.dtype(
 )
 _LAYER = np.dtype(
     [(name, np.uint64) for name in ("codes", "weight", "bias", "output")]
-    + [(name, np.int32) for name in ("chunks", "slab", "slabs", "length", "steps", "out_channels", "groups", "batch")]
+    + [
+        (name, np.int32)
+        for name in ("chunks", "slab", "length", "steps", "capacity", "out_channels", "groups", "batch")
+    ]
     + [(name, np.int32, 2) for name in ("size", "kernel", "stride", "padding", "dilation")]
     + [("pixels", np.uint32)]
     + [(name, np.uint32, 3) for name in ("plane", "width", "channel_tiles", "pixel_tiles")],
@@ -77,6 +89,13 @@ def allowed(on: bool) -> Iterator[None]:
         yield
     finally:
         _allowed.reset(token)
+
+
+def allow_in(model: nn.Module) -> None:
+    """Let all forward passes of a model use matrix units, and its backward passes not."""
+    tokens: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: tokens.append(_allowed.set(True)))
+    model.register_forward_hook(lambda *_: _allowed.reset(tokens.pop()), always_call=True)
 
 
 class Factors(NamedTuple):
@@ -103,13 +122,19 @@ class Factors(NamedTuple):
 
 
 class DeviceFactors(NamedTuple):
-    """Factors as the kernels read them: the bits of u with the slot in the lowest ones, and v."""
+    """Factors as the kernels read them.
 
-    activations: Tensor
+    Attributes:
+        activations: the bits of u with the slot in the lowest ones; ``None`` where u and the slot are bits of the
+            operand.
+        weights: v.
+        arithmetic: the values of the struct's fields.
+    """
+
+    activations: Tensor | None
     weights: Tensor
     slots: int
-    bits: int
-    keeps_subnormals: bool
+    arithmetic: dict[str, int]
 
 
 class Launch(NamedTuple):
@@ -118,6 +143,7 @@ class Launch(NamedTuple):
     tile: Tile
     blocks: int
     expansions: int
+    shared_bytes: int
     operands: np.ndarray
     layer: np.ndarray
 
@@ -187,10 +213,21 @@ def _of_name(handle: str, device: int) -> DeviceFactors | None:
 def _on_device(factors: Factors | None, device: int) -> DeviceFactors | None:
     if factors is None:
         return None
-    activations = factors.u.view(np.int32) | factors.slot.astype(np.int32)
-    arrays = (np.ascontiguousarray(one) for one in (activations, factors.v))
-    u, v = (torch.from_numpy(one).to(torch.device("cuda", device)) for one in arrays)
-    made = DeviceFactors(u, v, factors.slots, factors.bits, factors.keeps_subnormals)
+
+    def copy(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(torch.device("cuda", device))
+
+    fractions, dropped = np.arange(len(factors.u)), FRACTION_BITS - factors.bits
+    u = factors.u.view(np.uint32)
+    set_bits = int(np.bitwise_and.reduce(u)) & (1 << FRACTION_BITS) - 1
+    kept = 0xFF800000 | int(np.bitwise_or.reduce(u)) & (1 << FRACTION_BITS) - 1 & ~set_bits
+    shift = factors.bits - (int(factors.slot.max()) + 1).bit_length() + 1 if factors.slots > 1 else factors.bits
+    is_arithmetic = np.array_equal(fractions << dropped & kept | set_bits, u & (1 << FRACTION_BITS) - 1)
+    is_arithmetic &= u.max() < 0x40000000 and np.array_equal(fractions >> shift, factors.slot)
+    table = None if is_arithmetic else copy(u.view(np.int32) | factors.slot.astype(np.int32))
+    arithmetic = {"kept": kept, "set": set_bits, "slot_shift": shift + dropped, "dropped": dropped}
+    arithmetic["keeps_subnormals"] = int(factors.keeps_subnormals)
+    made = DeviceFactors(table, copy(factors.v), factors.slots, arithmetic)
     torch.cuda.current_stream(device).synchronize()  # other streams read it, too
     return made
 
@@ -257,50 +294,85 @@ def run(
     if launch is None:
         return cuda.run(geometry, input, weight, bias, output, multiplier, table)
     assert factors is not None
-    operands, layer = launch.operands.copy(), launch.layer.copy()
-    codes = input.new_empty(int(operands["positions"][0]) * int(operands["chunks"][0]) * _CHUNK, dtype=torch.uint8)
+    operands, layer, tile = launch.operands.copy(), launch.layer.copy(), launch.tile
+    of_codes = 0 if tile.of_positions else int(operands["positions"][0]) * int(operands["chunks"][0]) * _CHUNK
+    codes = input.new_empty(of_codes, dtype=torch.uint8)
     expanded = input.new_empty(int(operands["entries"][0]) * factors.slots * _CHUNK, dtype=torch.uint8)
     pointers = [address(one) for one in (input, weight, codes, expanded, factors.activations, factors.weights)]
     operands.view(np.uint64)[: len(pointers)] = pointers
-    operands["dropped"], operands["keeps_subnormals"] = FRACTION_BITS - factors.bits, factors.keeps_subnormals
+    for field, value in factors.arithmetic.items():
+        operands[field] = value
     if input.data_ptr() % 16 != 0:  # of a view
         operands["in_words"] = 0
     layer.view(np.uint64)[:4] = [address(one) for one in (codes, expanded, bias, output)]
     loaded = kernels(factors.slots, device)
-    shared = _step_bytes(launch.tile, factors.slots) * _STAGES
     with torch.cuda.device(device), current_stream(device):
         loaded["expand"]((launch.expansions,), (_EXPANDERS,), (operands,))
-        loaded[launch.tile.kernel]((launch.blocks,), (_THREADS,), (layer,), shared_mem=shared)
+        loaded[tile.kernel]((launch.blocks,), (_THREADS,), (layer, operands), shared_mem=launch.shared_bytes)
+
+
+def chosen_path(geometry: Geometry, multiplier: str, table: Tensor | None, device: int) -> str:
+    """Return how a forward pass is computed where matrix units are allowed: on ``matrix units``, or ``scalar``."""
+    factors = factors_of(multiplier, table, device) if supported(device) else None
+    planned = factors is not None and plan(geometry, factors.slots, multiprocessors_of(device)) is not None
+    return "matrix units" if planned else "scalar"
+
+
+def ceiling(multiplier: str, table: Tensor | None, device: int) -> float | None:
+    """Measure the multiply-accumulates a second of the matrix units alone; ``None`` where they cannot compute them."""
+    factors = factors_of(multiplier, table, device) if supported(device) else None
+    if factors is None:
+        return None
+    blocks, rounds = 3 * multiprocessors_of(device), 20_000
+    output = torch.empty(blocks, _THREADS, device=torch.device("cuda", device))
+    arguments = (output.data_ptr(), np.int32(rounds))
+    kernel, times = kernels(1, device)["ceiling"], []
+    with torch.cuda.device(device), current_stream(device):
+        for _ in range(6):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            kernel((blocks,), (_THREADS,), arguments)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+    products = 16 * 16 * 8 * 16 * (_THREADS // 32)  # of a block's round
+    return blocks * rounds * products / median(times[1:]) / factors.slots
 
 
 def _chunks_of_step(slots: int) -> int:
     return 4 if slots <= 4 else 2 if slots <= 8 else 1
 
 
-def _step_bytes(tile: Tile, slots: int) -> int:
-    return (tile.channels * slots + tile.pixels) * _chunks_of_step(slots) * _CHUNK
-
-
 @lru_cache(maxsize=1024)
 def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
     """Choose the tile for a layer, and lay out the arguments; ``None`` where the scalar kernels are to compute it."""
     plane, elements, pixels = math.prod(g.size), math.prod(g.kernel), g.batch * math.prod(g.out_size)
-    positions, rows = g.groups * g.batch * plane, g.groups * g.out_channels
+    positions, rows, in_words = g.groups * g.batch * plane, g.groups * g.out_channels, _in_words(g)
     chunks, of_step = -(-g.channels // _CHANNELS), _chunks_of_step(slots)
-    slab = math.gcd(chunks, of_step)
-    steps = -(-elements * chunks // of_step)
-    entries = rows * steps * of_step
-    tile = _TILES[0]
-    channel_tiles, pixel_tiles = -(-g.out_channels // tile.channels), -(-pixels // tile.pixels)
-    blocks = g.groups * channel_tiles * pixel_tiles
     reach = math.prod(g.size[i] + 2 * g.padding[i] + g.dilation[i] * g.kernel[i] for i in range(2))
-    most = max(positions + _POSITIONS, positions * chunks, pixels + tile.pixels, reach, entries * slots, blocks)
-    if most >= _INDEX_LIMIT or entries * slots * _CHUNK > _MOST_EXPANDED or not _pays(g):
+    entries = rows * elements * (chunks + _SEGMENT) * slots
+    if max(positions * chunks + _POSITIONS, pixels + 256, reach, entries) >= _INDEX_LIMIT:
         return None
-    segments = -(-chunks // _SEGMENT)
-    of_input = min(-(-positions // _POSITIONS) * segments, 2 * _EXPANSIONS * multiprocessors)
-    of_weight = min(-(-entries * slots // _EXPANDERS), _EXPANSIONS * multiprocessors)
-    common = {"chunks": chunks, "slab": slab, "slabs": chunks // slab, "kernel": g.kernel}
+    if entries * _CHUNK > _MOST_EXPANDED or not _pays(g):
+        return None
+
+    def fits(tile: Tile) -> bool:
+        return not tile.of_positions or (in_words != 2 and _shared_bytes(tile, g, slots) <= _SHARED // tile.resident)
+
+    tile = next((tile for tile in _TILES if fits(tile)), None)
+    if tile is None:
+        return None
+    slab = math.gcd(chunks, of_step)
+    if tile.of_positions:
+        segments = -(-chunks // _SEGMENT)
+        slab = -(-chunks // (segments * of_step)) * of_step
+    slabs = -(-chunks // slab) * elements
+    steps = -(-slabs * slab // of_step)
+    channel_tiles, pixel_tiles = -(-g.out_channels // tile.channels), -(-pixels // tile.pixels)
+    segments, entries = -(-chunks // _SEGMENT), rows * steps * of_step
+    of_input = 0 if tile.of_positions else min(-(-positions // _POSITIONS) * segments, 4 * multiprocessors)
+    of_weight = min(-(-entries * slots // _EXPANDERS), 2 * multiprocessors)
+    common = {"chunks": chunks, "slab": slab, "kernel": g.kernel}
     names = ("image_stride", "group_stride", "channel_stride", "row_stride", "column_stride")
     of_weights = ("weight_group_stride", "weight_row_stride", "weight_channel_stride")
     operands = _filled(
@@ -308,7 +380,7 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
         **common,
         **dict(zip(names + of_weights, g.input_strides + g.weight_strides, strict=True)),
         channels=g.channels,
-        in_words=_in_words(g.channels, plane, g.size[1], g.input_strides),
+        in_words=in_words,
         weight_blocks=of_weight,
         positions=positions,
         entries=entries,
@@ -325,27 +397,52 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
         **common,
         **{name: getattr(g, name) for name in ("out_channels", "groups", "batch")},
         **{name: getattr(g, name) for name in ("size", "stride", "padding", "dilation")},
-        length=elements * chunks // slab,
+        length=slabs,
         steps=steps,
+        capacity=_positions_of_tile(g, tile.pixels) if tile.of_positions else 0,
         pixels=pixels,
         plane=_divisor(math.prod(g.out_size)),
         width=_divisor(g.out_size[1]),
         channel_tiles=_divisor(channel_tiles),
         pixel_tiles=_divisor(pixel_tiles),
     )
-    return Launch(tile, blocks, of_weight + of_input, operands, layer)
+    blocks = g.groups * channel_tiles * pixel_tiles
+    return Launch(tile, blocks, of_weight + of_input, _shared_bytes(tile, g, slots), operands, layer)
+
+
+def _shared_bytes(tile: Tile, g: Geometry, slots: int) -> int:
+    """Return the bytes of a block: of the steps that are fetched, and of the positions."""
+    pixels = 0 if tile.of_positions else tile.pixels
+    steps = _STAGES * (tile.channels * slots + pixels) * _chunks_of_step(slots) * _CHUNK
+    return steps + (_positions_of_tile(g, tile.pixels) + 1) * _SEGMENT * _CHUNK * tile.of_positions
+
+
+@lru_cache(maxsize=1024)
+def _positions_of_tile(g: Geometry, pixels: int) -> int:
+    """Return how many positions lie, at most, from the first to the last row under a tile's windows."""
+    plane, width = math.prod(g.out_size), g.out_size[1]
+    first = np.arange(0, g.batch * plane, pixels, dtype=np.int64)
+    last = np.minimum(first + pixels, g.batch * plane) - 1
+    below = (g.kernel[0] - 1) * g.dilation[0]
+
+    def row(pixel: np.ndarray, down: int) -> np.ndarray:
+        in_image = pixel % plane // width * g.stride[0] - g.padding[0] + down
+        return pixel // plane * g.size[0] + np.clip(in_image, 0, g.size[0] - 1)
+
+    most = int((row(last, below) - row(first, 0) + 1).max()) * g.size[1]
+    return -(-most // 4) * 4 + 4  # whole fours, from one on
 
 
 def _pays(g: Geometry) -> bool:
     return g.products > 1 << 26
 
 
-def _in_words(channels: int, plane: int, width: int, strides: tuple[int, ...]) -> int:
+def _in_words(g: Geometry) -> int:
     """Return 1 where four positions lie together in memory, 2 where eight channels do, aligned each, else 0."""
-    image, group, channel, row, column = strides
-    if (column, row) == (1, width) and (plane | image | group | channel) % 4 == 0:
+    image, group, channel, row, column = g.input_strides
+    if (column, row) == (1, g.size[1]) and (math.prod(g.size) | image | group | channel) % 4 == 0:
         return 1
-    return 2 if channel == 1 and channels % 8 == 0 and (image | group | row | column) % 4 == 0 else 0
+    return 2 if channel == 1 and g.channels % 8 == 0 and (image | group | row | column) % 4 == 0 else 0
 
 
 def _filled(layout: np.dtype, **values: object) -> np.ndarray:

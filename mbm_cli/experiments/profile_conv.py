@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers
+from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
@@ -101,8 +101,8 @@ class TimedConv:
             with an integer multiplier, whose gradients have other products.
         quantized_seconds: with an integer multiplier, of quantising both operands, the sums, and scaling them;
             ``forward_seconds`` are of the sums alone.
-        path: with an integer multiplier, how the sums are computed.
-        share_of_ceiling: ``None`` with an integer multiplier.
+        path: how the sums are computed, with an integer multiplier or where matrix units are allowed.
+        share_of_ceiling: of the matrix units' where they are used; ``None`` with an integer multiplier.
     """
 
     name: str
@@ -126,6 +126,7 @@ class ConvProfile:
 
     Attributes:
         ceiling_macs_per_second: of the kernels' arithmetic on registers alone; ``None`` with an integer multiplier.
+        matrix_ceiling_macs_per_second: of the multiplier's products on matrix units alone, where these are allowed.
     """
 
     multiplier: str
@@ -134,6 +135,7 @@ class ConvProfile:
     threads: int
     ceiling_macs_per_second: float | None
     convolutions: list[TimedConv]
+    matrix_ceiling_macs_per_second: float | None = None
 
 
 def profile_conv(
@@ -181,16 +183,21 @@ def _measure(
     stopped: Stopped,
 ) -> ConvProfile:
     watch.status("measuring the ceiling")
-    ceiling, convolutions = None if multiplier.is_integer else measure_ceiling(multiplier, device), []
+    ceiling, matrix_ceiling, convolutions = None, None, []
+    if not multiplier.is_integer:
+        ceiling = measure_ceiling(multiplier, device)
+        if config.train.matrix_units and device.type == "cuda":
+            matrix_ceiling = cuda_matrix.ceiling(*operands(multiplier, device), device.index)
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if stopped():
             raise Interrupted("interrupted")
         if shape.multiplications <= LIMITS[device.type]:
             watch.status(f"timing {shape.describe()}, batch {shape.batch}")
-            convolutions.append(_time_shape(shape, multiplier, ceiling, generator, device))
+            convolutions.append(_time_shape(shape, multiplier, ceiling, matrix_ceiling, generator, device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.instruction_set()
-    return ConvProfile(str(multiplier), device.type, name, torch.get_num_threads(), ceiling, convolutions)
+    threads = torch.get_num_threads()
+    return ConvProfile(str(multiplier), device.type, name, threads, ceiling, convolutions, matrix_ceiling)
 
 
 def convolution_seconds(config: Config, device: torch.device) -> float:
@@ -198,17 +205,22 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
     generator, total = torch.Generator().manual_seed(config.seed), 0.0
     for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
-        with torch.no_grad():
+        with torch.no_grad(), cuda_matrix.allowed(config.train.matrix_units):
             whole = _quantized_pass if multiplier.is_integer else lambda *layer: _passes(*layer)["forward"]
             total += _seconds(whole(shape, x, weight, multiplier), device)
     return total
 
 
-def measure_ceiling(multiplier: Multiplier, device: torch.device) -> float:
-    """Measure the multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
+def measure_ceiling(multiplier: Multiplier, device: torch.device, matrix_units: bool = False) -> float:
+    """Measure the multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device.
+
+    Args:
+        matrix_units: of a GPU's matrix units, where these can compute the multiplier's products.
+    """
     handle, table = operands(multiplier, device)
     if device.type == "cuda":
-        return cuda.ceiling(handle, table, device)
+        on_units = cuda_matrix.ceiling(handle, table, device.index) if matrix_units else None
+        return on_units or cuda.ceiling(handle, table, device)
     threads = torch.get_num_threads()
     # A user's function is slower by an order of magnitude and more.
     rounds = CEILING_ROUNDS if multiplier.family != "c" else CEILING_ROUNDS // 50
@@ -262,11 +274,13 @@ def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Mul
 
 
 def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> str:
-    """Return the way in which the sums are computed."""
+    """Return the way in which the sums are computed, where matrix units are allowed."""
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
     out = x.shape[0], len(weight), *[shape.size + 2 * shape.padding - shape.kernel + 1] * 2
     size = list(out) if not shape.is_dense else [*out[:2], 1, 1]
     geometry = forward_geometry(x, weight, size, (1, 1), (shape.padding,) * 2, (1, 1), 1)
+    if not multiplier.is_integer:
+        return cuda_matrix.chosen_path(geometry, *operands(multiplier, x.device), x.device.index)
     backend = cuda_integers if x.is_cuda else cpu_integers
     return backend.chosen_path(geometry, integer_table(multiplier, x.device))
 
@@ -295,7 +309,12 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
 
 
 def _time_shape(
-    shape: ConvShape, multiplier: Multiplier, ceiling: float | None, generator: torch.Generator, device: torch.device
+    shape: ConvShape,
+    multiplier: Multiplier,
+    ceiling: float | None,
+    matrix_ceiling: float | None,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> TimedConv:
     x, weight = _operands(shape, generator, device)
     with torch.no_grad():
@@ -311,6 +330,12 @@ def _time_shape(
         elif not shape.is_dense:
             grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
             backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
+        if matrix_ceiling is not None:
+            path = _path(shape, x, weight, multiplier)
+            if path == "matrix units":
+                ceiling = matrix_ceiling
+                with cuda_matrix.allowed(True):
+                    approximate["forward"] = _seconds(_passes(shape, x, weight, multiplier)["forward"], device)
     forward = approximate.pop("forward")
     rate = shape.multiplications / forward
     return TimedConv(
