@@ -104,48 +104,37 @@ DEVICE uint4 codes_of(const float (&numbers)[CHANNELS], const Factors& factors, 
                     codes[6] | codes[7] << 16);
 }
 
-// The chunks of four positions from `first` on, a multiple of 4. Past the last position, they are others.
-template <bool IN_WORDS> struct Four {
-  uint4 chunks[4];
-
-  DEVICE Four(const Operands& o, unsigned first, int chunk, const unsigned* table) {
-    float numbers[4][CHANNELS];
-    const float* origin[4];
-#pragma unroll
-    for (int p = 0; p < (IN_WORDS ? 1 : 4); p++)
-      origin[p] = o.origin(min(first + p, o.positions - (IN_WORDS ? 4 : 1)));
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-      long long offset = min(chunk * CHANNELS + i, o.channels - 1) * o.channel_stride;
-      if constexpr (IN_WORDS) {
-        float4 four = __ldg(reinterpret_cast<const float4*>(origin[0] + offset));
-        numbers[0][i] = four.x, numbers[1][i] = four.y, numbers[2][i] = four.z, numbers[3][i] = four.w;
-      } else {
-#pragma unroll
-        for (int p = 0; p < 4; p++) numbers[p][i] = __ldg(origin[p] + offset);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++)
-      if (chunk * CHANNELS + i >= o.channels)
-#pragma unroll
-        for (int p = 0; p < 4; p++) numbers[p][i] = 0;
-#pragma unroll
-    for (int p = 0; p < 4; p++) chunks[p] = codes_of(numbers[p], o.factors, table);
-  }
-};
-
 // Expand tiles of 128 positions by a segment of the channels.
 template <bool IN_WORDS> DEVICE void expand_tiles(const Operands& o, const unsigned* table, uint4* tile) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned tiles = (o.positions + POSITIONS - 1) / POSITIONS * o.segments.size;
   for (unsigned item = blockIdx.x - o.weight_blocks; item < tiles; item += gridDim.x - o.weight_blocks) {
     unsigned of_positions = o.segments.divide(item), start = of_positions * POSITIONS;
-    int first_chunk = (item - of_positions * o.segments.size) * SEGMENT;
-    if (first_chunk + warp < o.chunks) {
-      Four<IN_WORDS> four(o, start + 4 * lane, first_chunk + warp, table);
+    int first_chunk = (item - of_positions * o.segments.size) * SEGMENT, chunk = first_chunk + warp;
+    if (chunk < o.chunks) {
+      float numbers[4][CHANNELS];
+      const float* origin[4];
 #pragma unroll
-      for (int p = 0; p < 4; p++) tile[(p * 32 + lane) * PITCH + warp] = four.chunks[p];
+      for (int p = 0; p < (IN_WORDS ? 1 : 4); p++)
+        origin[p] = o.origin(min(start + 4 * lane + p, o.positions - (IN_WORDS ? 4 : 1)));
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++) {
+        long long offset = min(chunk * CHANNELS + i, o.channels - 1) * o.channel_stride;
+        if constexpr (IN_WORDS) {
+          float4 four = __ldcs(reinterpret_cast<const float4*>(origin[0] + offset));  // read once: it leaves L2 first
+          numbers[0][i] = four.x, numbers[1][i] = four.y, numbers[2][i] = four.z, numbers[3][i] = four.w;
+        } else {
+#pragma unroll
+          for (int p = 0; p < 4; p++) numbers[p][i] = __ldg(origin[p] + offset);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++)
+        if (chunk * CHANNELS + i >= o.channels)
+#pragma unroll
+          for (int p = 0; p < 4; p++) numbers[p][i] = 0;
+#pragma unroll
+      for (int p = 0; p < 4; p++) tile[(p * 32 + lane) * PITCH + warp] = codes_of(numbers[p], o.factors, table);
     }
     __syncthreads();
 #pragma unroll 4
@@ -167,7 +156,7 @@ DEVICE void expand_rows(const Operands& o, const unsigned* table) {
   for (long long i = first; i < chunks; i += threads) {
     unsigned position = o.of_chunk.divide(i);
     const float4* from = reinterpret_cast<const float4*>(o.origin(position)) + (i - position * o.chunks) * 2;
-    float4 a = __ldg(from), b = __ldg(from + 1);
+    float4 a = __ldcs(from), b = __ldcs(from + 1);
     o.codes[i] = codes_of({a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}, o.factors, table);
   }
 }
@@ -363,7 +352,7 @@ template <int TILES> struct Products {
         }
         float* first = to + (long long)of_group * c.plane.size;
         if (c.plane.size % 2 == 0) {
-          *reinterpret_cast<float2*>(first) = make_float2(values[0], values[1]);
+          __stcs(reinterpret_cast<float2*>(first), make_float2(values[0], values[1]));
         } else {
           first[0] = values[0];
           if (number + 1 < c.pixels) first[next_pixel] = values[1];
@@ -404,7 +393,7 @@ DEVICE void await_step() {
   __syncthreads();
 }
 
-// A block of 4 warps, DOWN by ACROSS, computes DOWN * TILES * 16 channels by ACROSS * 64 pixels of expanded operands.
+// A block of 4 warps, DOWN by ACROSS, computes DOWN * TILES * 16 channels by ACROSS * 64 pixels.
 template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
   constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, CODES = ROWS * WEIGHT_ROW;
   constexpr int STAGE = CODES + PIXELS * CODE_ROW, LOADERS = THREADS / CHUNKS;  // rows of codes copied at once
@@ -453,29 +442,37 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
   products.write(c, block.group, block.first_channel, block.first_pixel);
 }
 
-// The same from activations that the block expands: all positions under its pixels' windows, a slab at a time.
-template <int TILES, int DOWN, int ACROSS, bool IN_WORDS>
-DEVICE void layer_of_positions(const Layer& c, const Operands& o, const unsigned* table) {
-  constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, STAGE = ROWS * WEIGHT_ROW, WARPS = THREADS / 32;
+// The same where all positions under the windows of the block's pixels fit into shared memory, a slab at a time.
+template <int TILES, int DOWN, int ACROSS> DEVICE void layer_of_positions(const Layer& c) {
+  constexpr int ROWS = DOWN * TILES * 16, PIXELS = ACROSS * OF_WARP, STAGE = ROWS * WEIGHT_ROW;
   constexpr int GROUPS = Products<TILES>::GROUPS;
   static_assert(DOWN * ACROSS * 32 == THREADS);
 
   Block<ROWS, PIXELS> block(c);
   unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory)), codes = start + STAGES * STAGE;
-  uint4* expanded = memory + STAGES * STAGE / CHUNK;  // for each position, 8 chunks
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fetched = 0;
+  int warp = threadIdx.x / 32, fetched = 0;
   auto fetch = [&](int stage) {
     if (fetched < c.steps) block.fetch_weights(c, fetched++, start + stage * STAGE);
     asm volatile("cp.async.commit_group;");
   };
-  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
 
   // From the first row under the first pixel's window, to the last one under the last pixel's.
   Window first(c, block.group, block.first_pixel), last(c, block.group, block.first_pixel + PIXELS - 1);
   int top = max(min(first.row, c.size[0] - 1), 0);
   int bottom = max(min(last.row + (c.kernel[0] - 1) * c.dilation[0], c.size[0] - 1), 0);
-  int low = (first.origin - first.column + (top - first.row) * c.size[1]) & ~3;
-  int quads = (last.origin - last.column + (bottom - last.row + 1) * c.size[1] - low + 3) / 4;
+  int low = first.origin - first.column + (top - first.row) * c.size[1];
+  int count = last.origin - last.column + (bottom - last.row + 1) * c.size[1] - low;
+  auto fill = [&](int slab) {  // a position has 8 chunks, exchanged against bank conflicts
+    int in_slab = threadIdx.x % SEGMENT, chunk = slab * c.slab + in_slab;
+    const char* from = c.codes + (low * (long long)c.chunks + min(chunk, c.chunks - 1)) * CHUNK;
+    if (in_slab < c.slab)
+      for (int position = threadIdx.x / SEGMENT; position < count; position += THREADS / SEGMENT)
+        copy(codes + (position * SEGMENT + (in_slab ^ position % SEGMENT)) * CHUNK,
+             from + position * (long long)c.chunks * CHUNK, chunk < c.chunks);
+  };
+  fill(0);
+  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+
   Products<TILES> products(warp / ACROSS * TILES * 16, warp % ACROSS * OF_WARP);
   Window windows[GROUPS];
 #pragma unroll
@@ -483,31 +480,16 @@ DEVICE void layer_of_positions(const Layer& c, const Operands& o, const unsigned
     windows[j] = {c, int(block.group), block.first_pixel + products.pixel_of(j)};
     windows[j].origin -= low;
   }
-  if (threadIdx.x < SEGMENT) expanded[c.capacity * SEGMENT + threadIdx.x] = make_uint4(0, 0, 0, 0);  // padding
+  if (threadIdx.x < SEGMENT)  // of padding
+    memory[(STAGES * STAGE) / CHUNK + c.capacity * SEGMENT + threadIdx.x] = make_uint4(0, 0, 0, 0);
 
   Walk walk;
   int in_slab = 0;
   for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == STAGES - 1 ? 0 : stage + 1) {
-    if (in_slab == 0 && walk.row == 0 && walk.column == 0) {
-      if (step > 0) __syncthreads();
-      for (int chunk = warp; chunk < c.slab; chunk += WARPS)
-#pragma unroll 1
-        for (int quad = lane; quad < quads; quad += 32) {
-          Four<IN_WORDS> four(o, low + 4 * quad, walk.slab * c.slab + chunk, table);
-          // Every second lane begins with another position, against bank conflicts.
-          int turn = quad / 2 % 4;
-          if (turn & 1) {
-            uint4 first = four.chunks[0];
-            four.chunks[0] = four.chunks[1], four.chunks[1] = four.chunks[2], four.chunks[2] = four.chunks[3];
-            four.chunks[3] = first;
-          }
-#pragma unroll
-          for (int p = 0; p < 4; p++) {
-            uint4 of_position = turn & 2 ? four.chunks[p ^ 2] : four.chunks[p];
-            int position = 4 * quad + (p + turn) % 4;
-            expanded[position * SEGMENT + (chunk ^ position % 8)] = of_position;
-          }
-        }
+    if (step > 0 && in_slab == 0 && walk.row == 0 && walk.column == 0) {
+      __syncthreads();
+      fill(walk.slab);
+      asm volatile("cp.async.wait_all;");
     }
     await_step();
     fetch(stage == 0 ? STAGES - 1 : stage - 1);
@@ -517,7 +499,7 @@ DEVICE void layer_of_positions(const Layer& c, const Operands& o, const unsigned
     for (int j = 0; j < GROUPS; j++)
       positions[j] = windows[j].inside(c, down, right) ? windows[j].origin + shift : c.capacity;
     products.step(start + stage * STAGE, [&](int j, int chunk) {
-      return codes + (positions[j] * SEGMENT + ((in_slab + chunk) ^ positions[j] % 8)) * CHUNK;
+      return codes + (positions[j] * SEGMENT + ((in_slab + chunk) ^ positions[j] % SEGMENT)) * CHUNK;
     });
     in_slab += CHUNKS;
     if (in_slab == c.slab) {
@@ -528,44 +510,37 @@ DEVICE void layer_of_positions(const Layer& c, const Operands& o, const unsigned
   products.write(c, block.group, block.first_channel, block.first_pixel);
 }
 
-// Copy the table of activations to shared memory, where there is one.
-DEVICE const unsigned* shared_table(const Factors& factors, unsigned (&table)[128]) {
-  if (!factors.activations) return nullptr;
-  for (int i = threadIdx.x; i < 1 << 23 - factors.dropped; i += blockDim.x) table[i] = factors.activations[i];
-  __syncthreads();
-  return table;
-}
-
 }  // namespace matrix
 
 // The first blocks expand the weight, and the others the input.
-extern "C" __global__ void __launch_bounds__(matrix::EXPANDERS, 2)
+extern "C" __global__ void __launch_bounds__(matrix::EXPANDERS, 3)
     expand(__grid_constant__ const matrix::Operands operands) {
   __shared__ unsigned activations[128];
   __shared__ uint4 tile[matrix::POSITIONS * matrix::PITCH];
   if (blockIdx.x < operands.weight_blocks) return matrix::expand_weight(operands);
-  const unsigned* table = matrix::shared_table(operands.factors, activations);
+  const unsigned* table = operands.factors.activations;
+  if (table) {
+    for (int i = threadIdx.x; i < 1 << 23 - operands.factors.dropped; i += matrix::EXPANDERS) activations[i] = table[i];
+    __syncthreads();
+    table = activations;
+  }
   if (operands.in_words == 2) return matrix::expand_rows(operands, table);
   if (operands.in_words == 1) return matrix::expand_tiles<true>(operands, table, tile);
   matrix::expand_tiles<false>(operands, table, tile);
 }
 
-#define LAYER(name, blocks, ...)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                                               \
-      layer_##name(__grid_constant__ const matrix::Layer c, __grid_constant__ const matrix::Operands) {               \
-    matrix::layer<__VA_ARGS__>(c);                                                                                    \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                                               \
-      positions_##name(__grid_constant__ const matrix::Layer c, __grid_constant__ const matrix::Operands operands) {  \
-    __shared__ unsigned activations[128];                                                                             \
-    const unsigned* table = matrix::shared_table(operands.factors, activations);                                      \
-    if (operands.in_words == 1) return matrix::layer_of_positions<__VA_ARGS__, true>(c, operands, table);             \
-    matrix::layer_of_positions<__VA_ARGS__, false>(c, operands, table);                                               \
+#define LAYER(kind, name, blocks, ...)                                                                         \
+  extern "C" __global__ void __launch_bounds__(matrix::THREADS, blocks)                                        \
+      name(__grid_constant__ const matrix::Layer c) {                                                          \
+    matrix::kind<__VA_ARGS__>(c);                                                                              \
   }
 
-LAYER(64x256, 2, 4, 1, 4)
-LAYER(64x128, 3, 2, 2, 2)
-LAYER(32x128, 3, 1, 2, 2)
+LAYER(layer_of_positions, positions_64x256, 2, 4, 1, 4)
+LAYER(layer_of_positions, positions_64x128, 3, 2, 2, 2)
+LAYER(layer_of_positions, positions_128x128, 2, 4, 2, 2)
+LAYER(layer, layer_64x256, 2, 4, 1, 4)
+LAYER(layer, layer_64x128, 3, 2, 2, 2)
+LAYER(layer, layer_32x128, 4, 1, 2, 2)
 
 // Measure the matrix units alone, all operands in registers.
 extern "C" __global__ void __launch_bounds__(matrix::THREADS, 3) ceiling(float* output, int rounds) {

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     """A kernel: channels and pixels of a block, and how many blocks a multiprocessor holds.
 
     Attributes:
-        of_positions: whether blocks expand the input themselves.
+        of_positions: whether all positions under a block's pixels lie in shared memory.
     """
 
     channels: int
@@ -47,8 +47,9 @@ class Tile(NamedTuple):
         return f"{'positions' if self.of_positions else 'layer'}_{self.channels}x{self.pixels}"
 
 
-_TILES = tuple(
-    Tile(*tile, of_positions) for of_positions in (True, False) for tile in ((64, 256, 2), (64, 128, 3), (32, 128, 3))
+_TILES = (
+    *(Tile(*tile, of_positions=True) for tile in ((64, 256, 2), (64, 128, 3), (128, 128, 2))),
+    *(Tile(*tile, of_positions=False) for tile in ((64, 256, 2), (64, 128, 3), (32, 128, 4))),
 )
 _KERNELS = ("expand", "ceiling", *(tile.kernel for tile in _TILES))
 
@@ -295,8 +296,7 @@ def run(
         return cuda.run(geometry, input, weight, bias, output, multiplier, table)
     assert factors is not None
     operands, layer, tile = launch.operands.copy(), launch.layer.copy(), launch.tile
-    of_codes = 0 if tile.of_positions else int(operands["positions"][0]) * int(operands["chunks"][0]) * _CHUNK
-    codes = input.new_empty(of_codes, dtype=torch.uint8)
+    codes = input.new_empty(int(operands["positions"][0]) * int(operands["chunks"][0]) * _CHUNK, dtype=torch.uint8)
     expanded = input.new_empty(int(operands["entries"][0]) * factors.slots * _CHUNK, dtype=torch.uint8)
     pointers = [address(one) for one in (input, weight, codes, expanded, factors.activations, factors.weights)]
     operands.view(np.uint64)[: len(pointers)] = pointers
@@ -308,7 +308,7 @@ def run(
     loaded = kernels(factors.slots, device)
     with torch.cuda.device(device), current_stream(device):
         loaded["expand"]((launch.expansions,), (_EXPANDERS,), (operands,))
-        loaded[tile.kernel]((launch.blocks,), (_THREADS,), (layer, operands), shared_mem=launch.shared_bytes)
+        loaded[tile.kernel]((launch.blocks,), (_THREADS,), (layer,), shared_mem=launch.shared_bytes)
 
 
 def chosen_path(geometry: Geometry, multiplier: str, table: Tensor | None, device: int) -> str:
@@ -357,7 +357,7 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
         return None
 
     def fits(tile: Tile) -> bool:
-        return not tile.of_positions or (in_words != 2 and _shared_bytes(tile, g, slots) <= _SHARED // tile.resident)
+        return not tile.of_positions or _shared_bytes(tile, g, slots) <= _SHARED // tile.resident
 
     tile = next((tile for tile in _TILES if fits(tile)), None)
     if tile is None:
@@ -370,7 +370,7 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
     steps = -(-slabs * slab // of_step)
     channel_tiles, pixel_tiles = -(-g.out_channels // tile.channels), -(-pixels // tile.pixels)
     segments, entries = -(-chunks // _SEGMENT), rows * steps * of_step
-    of_input = 0 if tile.of_positions else min(-(-positions // _POSITIONS) * segments, 4 * multiprocessors)
+    of_input = min(-(-positions // _POSITIONS) * segments, 6 * multiprocessors)
     of_weight = min(-(-entries * slots // _EXPANDERS), 2 * multiprocessors)
     common = {"chunks": chunks, "slab": slab, "kernel": g.kernel}
     names = ("image_stride", "group_stride", "channel_stride", "row_stride", "column_stride")
@@ -429,8 +429,7 @@ def _positions_of_tile(g: Geometry, pixels: int) -> int:
         in_image = pixel % plane // width * g.stride[0] - g.padding[0] + down
         return pixel // plane * g.size[0] + np.clip(in_image, 0, g.size[0] - 1)
 
-    most = int((row(last, below) - row(first, 0) + 1).max()) * g.size[1]
-    return -(-most // 4) * 4 + 4  # whole fours, from one on
+    return int((row(last, below) - row(first, 0) + 1).max()) * g.size[1]
 
 
 def _pays(g: Geometry) -> bool:

@@ -231,15 +231,13 @@ def matrix_units(config: Config, device: torch.device) -> str | None:
     if not config.train.matrix_units:
         return None
     if device.type != "cuda" or not cuda_matrix.supported(device.index):
-        return (
-            f"train.matrix_units has no effect on {device.type}: it is for NVIDIA GPUs of compute capability 8.0 and up"
-        )
+        return "train.matrix_units has no effect here: it needs an NVIDIA GPU of compute capability 8.0 or higher"
     floats = [one for one in config.model.multiplier.distinct() if not (one.is_exact or one.is_integer)]
     factored = [str(one) for one in floats if cuda_matrix.factors_of(*content.operands(one, device), device.index)]
     if not factored:
         return (
-            f"train.matrix_units has no effect on {config.model.products}: it is for drum-k2 to -k8, exact-t16 to -t22, "
-            "mbm-t18 to -t22 and tables of up to 5 bits"
+            f"train.matrix_units has no effect on {config.model.products}: it needs operands and products of few "
+            "bits, as drum-k6, exact-t16, mbm-t18-r5 and tables of up to 5 bits have"
         )
     return (
         f"matrix units: large forward passes of {', '.join(factored)} are sums of bfloat16 products, in the order and "
