@@ -190,7 +190,8 @@ DEVICE void expand_weight(const Operands& o) {
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
-constexpr int THREADS = 128, STAGES = 3, OF_WARP = 64;  // pixels of a warp
+constexpr int THREADS = 128, OF_WARP = 64;                // pixels of a warp
+constexpr int STAGES = 3, WEIGHT_STAGES = SLOTS == 1 ? 4 : 3;  // of all operands, and of weights alone
 
 // A layer on expanded operands; backends/cuda_matrix.py mirrors the layout. Channels are counted per group.
 struct Layer {
@@ -332,30 +333,46 @@ template <int TILES> struct Products {
     }
   }
 
-  // A thread has two neighbouring pixels of a channel, four lanes a sector of 32 bytes of the output.
+  // A warp turns 16 channels by 64 pixels at a time in shared memory, and writes lines of 256 bytes.
   DEVICE void write(const Layer& c, unsigned group, int first_channel, unsigned first_pixel) const {
+    constexpr int LINE = OF_WARP + 8;  // against bank conflicts
+    asm volatile("cp.async.wait_all;");
+    __syncthreads();
+    float* turned = reinterpret_cast<float*>(memory) + threadIdx.x / 32 * 16 * LINE;
+    unsigned number = first_pixel + pixel + lane % 16 * 4;
+    long long offset[4];  // of four neighbouring pixels' outputs in the first channel
 #pragma unroll
-    for (int j = 0; j < OF_WARP / 8; j++) {
-      unsigned number = first_pixel + pixel + j * 8 + lane % 4 * 2;
-      unsigned image = c.plane.divide(number), rest = number - image * c.plane.size;
-      long long of_image = (long long)c.groups * c.out_channels * c.plane.size;
-      float* to = c.output + image * of_image + (long long)group * c.out_channels * c.plane.size + rest;
-      long long next_pixel = rest + 1 < c.plane.size ? 1 : of_image - rest;
+    for (int k = 0; k < 4; k++) {
+      unsigned image = c.plane.divide(number + k), of_images = image * c.groups + group;
+      offset[k] = (of_images * (long long)c.out_channels - image) * c.plane.size + number + k;
+    }
 #pragma unroll
-      for (int i = 0; i < TILES * 2; i++) {
-        int of_group = first_channel + channel + i * 8 + lane / 4;
+    for (int i = 0; i < TILES; i++) {
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < OF_WARP / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          *reinterpret_cast<float2*>(turned + (lane / 4 + half * 8) * LINE + j * 8 + lane % 4 * 2) =
+              make_float2(sums[i][j][half * 2], sums[i][j][half * 2 + 1]);
+      __syncwarp();
+#pragma unroll
+      for (int row = lane / 16; row < 16; row += 2) {
+        int of_group = first_channel + channel + i * 16 + row;
         if (of_group >= c.out_channels || number >= c.pixels) continue;
-        float values[2] = {sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
+        float4 four = *reinterpret_cast<const float4*>(turned + row * LINE + lane % 16 * 4);
         if (c.bias) {
           float bias = c.bias[group * c.out_channels + of_group];
-          values[0] = add(values[0], bias), values[1] = add(values[1], bias);
+          four = make_float4(add(four.x, bias), add(four.y, bias), add(four.z, bias), add(four.w, bias));
         }
-        float* first = to + (long long)of_group * c.plane.size;
-        if (c.plane.size % 2 == 0) {
-          __stcs(reinterpret_cast<float2*>(first), make_float2(values[0], values[1]));
+        float* to = c.output + of_group * (long long)c.plane.size;
+        if (c.plane.size % 4 == 0) {
+          __stcs(reinterpret_cast<float4*>(to + offset[0]), four);
         } else {
-          first[0] = values[0];
-          if (number + 1 < c.pixels) first[next_pixel] = values[1];
+          to[offset[0]] = four.x;
+          if (number + 1 < c.pixels) to[offset[1]] = four.y;
+          if (number + 2 < c.pixels) to[offset[2]] = four.z;
+          if (number + 3 < c.pixels) to[offset[3]] = four.w;
         }
       }
     }
@@ -388,8 +405,8 @@ template <int ROWS, int PIXELS> struct Block {
 };
 
 // Wait until a step's operands are there, and until all warps are done with the step before.
-DEVICE void await_step() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+template <int AHEAD> DEVICE void await_step() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 2));
   __syncthreads();
 }
 
@@ -431,7 +448,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
   int warp = threadIdx.x / 32;
   Products<TILES> products(warp / ACROSS * TILES * 16, warp % ACROSS * OF_WARP);
   for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == STAGES - 1 ? 0 : stage + 1) {
-    await_step();
+    await_step<STAGES>();
     fetch(stage == 0 ? STAGES - 1 : stage - 1);
     unsigned at = start + stage * STAGE;
     products.step(at, [&](int j, int chunk) {
@@ -449,7 +466,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer_of_positions(const 
   static_assert(DOWN * ACROSS * 32 == THREADS);
 
   Block<ROWS, PIXELS> block(c);
-  unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory)), codes = start + STAGES * STAGE;
+  unsigned start = static_cast<unsigned>(__cvta_generic_to_shared(memory)), codes = start + WEIGHT_STAGES * STAGE;
   int warp = threadIdx.x / 32, fetched = 0;
   auto fetch = [&](int stage) {
     if (fetched < c.steps) block.fetch_weights(c, fetched++, start + stage * STAGE);
@@ -471,7 +488,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer_of_positions(const 
              from + position * (long long)c.chunks * CHUNK, chunk < c.chunks);
   };
   fill(0);
-  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+  for (int stage = 0; stage < WEIGHT_STAGES - 1; stage++) fetch(stage);
 
   Products<TILES> products(warp / ACROSS * TILES * 16, warp % ACROSS * OF_WARP);
   Window windows[GROUPS];
@@ -481,18 +498,18 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer_of_positions(const 
     windows[j].origin -= low;
   }
   if (threadIdx.x < SEGMENT)  // of padding
-    memory[(STAGES * STAGE) / CHUNK + c.capacity * SEGMENT + threadIdx.x] = make_uint4(0, 0, 0, 0);
+    memory[(WEIGHT_STAGES * STAGE) / CHUNK + c.capacity * SEGMENT + threadIdx.x] = make_uint4(0, 0, 0, 0);
 
   Walk walk;
   int in_slab = 0;
-  for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == STAGES - 1 ? 0 : stage + 1) {
+  for (int step = 0, stage = 0; step < c.steps; step++, stage = stage == WEIGHT_STAGES - 1 ? 0 : stage + 1) {
     if (step > 0 && in_slab == 0 && walk.row == 0 && walk.column == 0) {
       __syncthreads();
       fill(walk.slab);
       asm volatile("cp.async.wait_all;");
     }
-    await_step();
-    fetch(stage == 0 ? STAGES - 1 : stage - 1);
+    await_step<WEIGHT_STAGES>();
+    fetch(stage == 0 ? WEIGHT_STAGES - 1 : stage - 1);
     int down = walk.row * c.dilation[0], right = walk.column * c.dilation[1], shift = down * c.size[1] + right;
     int positions[GROUPS];
 #pragma unroll
@@ -537,7 +554,6 @@ extern "C" __global__ void __launch_bounds__(matrix::EXPANDERS, 3)
 
 LAYER(layer_of_positions, positions_64x256, 2, 4, 1, 4)
 LAYER(layer_of_positions, positions_64x128, 3, 2, 2, 2)
-LAYER(layer_of_positions, positions_128x128, 2, 4, 2, 2)
 LAYER(layer, layer_64x256, 2, 4, 1, 4)
 LAYER(layer, layer_64x128, 3, 2, 2, 2)
 LAYER(layer, layer_32x128, 4, 1, 2, 2)

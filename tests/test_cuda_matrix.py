@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import EPOCH, made, mbm
 from sums import float64_sums, same_bits
 from test_cuda_integers import compile_log, on_gpu
 from torch import Tensor
@@ -71,6 +72,17 @@ def test_every_kernel_compiles_without_spills(slots):
     found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", log, re.DOTALL)
     assert {name for name, _ in found} == set(cuda_matrix._KERNELS)
     assert not [name for name, stack in found if int(stack) > 0]
+
+
+def test_runs_on_the_cpu_say_that_nothing_changes(tmp_path):
+    found = []
+    for on in ("false", "true"):
+        command = ["train", *EPOCH, "--multiplier", "drum-k6", "--set", f"train.matrix_units={on}"]
+        answer = mbm(*command, "--output", tmp_path / on)
+        assert answer.code == 0
+        assert ("train.matrix_units has no effect here: it needs an NVIDIA GPU" in answer.err) == (on == "true")
+        found.append(made(tmp_path / on).checkpoint()["model"])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 # On a GPU

@@ -26,21 +26,25 @@ _MOST_EXPANDED = 1 << 28  # bytes of a weight
 _MOST_BITS, _SLOTS = 7, (1, 4, 8, 16, 32)  # fraction bits that are looked at; the kernels' numbers of slots
 _SHARED = 229_376  # bytes of a multiprocessor's shared memory for all blocks, 3 KiB less than an H100 has
 # As in matrix.cu: of an expansion, threads, positions of a block and chunks of a segment; of a chunk, bytes and
-# channels; of a block of products, threads and stages.
-_EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS, _STAGES = 256, 128, 8, 16, 8, 128, 3
+# channels; threads of a block of products.
+_EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS = 256, 128, 8, 16, 8, 128
 
 
 class Tile(NamedTuple):
     """A kernel: channels and pixels of a block, and how many blocks a multiprocessor holds.
 
     Attributes:
+        step, output: clocks measured on an H100, of a step of the matrix units among other blocks, and of a block's
+            beginning and end.
         of_positions: whether all positions under a block's pixels lie in shared memory.
     """
 
     channels: int
     pixels: int
     resident: int
-    of_positions: bool
+    step: int
+    output: int
+    of_positions: bool = False
 
     @property
     def kernel(self) -> str:
@@ -48,9 +52,15 @@ class Tile(NamedTuple):
 
 
 _TILES = (
-    *(Tile(*tile, of_positions=True) for tile in ((64, 256, 2), (64, 128, 3), (128, 128, 2))),
-    *(Tile(*tile, of_positions=False) for tile in ((64, 256, 2), (64, 128, 3), (32, 128, 4))),
+    Tile(64, 256, 2, 254, 8500, of_positions=True),
+    Tile(64, 128, 3, 150, 4800, of_positions=True),
+    Tile(64, 256, 2, 258, 9800),
+    Tile(64, 128, 3, 143, 6100),
+    Tile(32, 128, 4, 90, 4200),
 )
+# Of the same: of a step alone, of both launches, bytes a clock of an expansion, products a clock of the scalar kernels
+# with one slot and several.
+_STEP_ALONE, _LAUNCHES, _EXPANSION, _SCALAR_LAUNCH, _SCALAR = 254, 5300, 11.7, 5000, (65, 30)
 _KERNELS = ("expand", "ceiling", *(tile.kernel for tile in _TILES))
 
 # matrix.cu's structs Operands and Layer, field by field.
@@ -347,27 +357,23 @@ def _chunks_of_step(slots: int) -> int:
 def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
     """Choose the tile for a layer, and lay out the arguments; ``None`` where the scalar kernels are to compute it."""
     plane, elements, pixels = math.prod(g.size), math.prod(g.kernel), g.batch * math.prod(g.out_size)
-    positions, rows, in_words = g.groups * g.batch * plane, g.groups * g.out_channels, _in_words(g)
+    positions, rows = g.groups * g.batch * plane, g.groups * g.out_channels
     chunks, of_step = -(-g.channels // _CHANNELS), _chunks_of_step(slots)
     reach = math.prod(g.size[i] + 2 * g.padding[i] + g.dilation[i] * g.kernel[i] for i in range(2))
-    entries = rows * elements * (chunks + _SEGMENT) * slots
-    if max(positions * chunks + _POSITIONS, pixels + 256, reach, entries) >= _INDEX_LIMIT:
+    most = rows * elements * (chunks + _SEGMENT) * slots
+    if (
+        max(positions * chunks + _POSITIONS, pixels + 256, reach, most) >= _INDEX_LIMIT
+        or most * _CHUNK > _MOST_EXPANDED
+    ):
         return None
-    if entries * _CHUNK > _MOST_EXPANDED or not _pays(g):
+    fitting = [tile for tile in _TILES if _resident(tile, g, slots) > 0]
+    if not fitting:
         return None
-
-    def fits(tile: Tile) -> bool:
-        return not tile.of_positions or _shared_bytes(tile, g, slots) <= _SHARED // tile.resident
-
-    tile = next((tile for tile in _TILES if fits(tile)), None)
-    if tile is None:
+    tile = min(fitting, key=lambda tile: _clocks(g, slots, multiprocessors, tile))
+    if not _pays(g, slots, multiprocessors, tile):
         return None
-    slab = math.gcd(chunks, of_step)
-    if tile.of_positions:
-        segments = -(-chunks // _SEGMENT)
-        slab = -(-chunks // (segments * of_step)) * of_step
+    slab, steps = _steps(tile, g, slots)
     slabs = -(-chunks // slab) * elements
-    steps = -(-slabs * slab // of_step)
     channel_tiles, pixel_tiles = -(-g.out_channels // tile.channels), -(-pixels // tile.pixels)
     segments, entries = -(-chunks // _SEGMENT), rows * steps * of_step
     of_input = min(-(-positions // _POSITIONS) * segments, 6 * multiprocessors)
@@ -380,7 +386,7 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
         **common,
         **dict(zip(names + of_weights, g.input_strides + g.weight_strides, strict=True)),
         channels=g.channels,
-        in_words=in_words,
+        in_words=_in_words(g),
         weight_blocks=of_weight,
         positions=positions,
         entries=entries,
@@ -410,11 +416,29 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
     return Launch(tile, blocks, of_weight + of_input, _shared_bytes(tile, g, slots), operands, layer)
 
 
+def _steps(tile: Tile, g: Geometry, slots: int) -> tuple[int, int]:
+    """Return the chunks of a slab, and the steps of a sum."""
+    chunks, of_step, elements = -(-g.channels // _CHANNELS), _chunks_of_step(slots), math.prod(g.kernel)
+    if not tile.of_positions:
+        slab = math.gcd(chunks, of_step)
+        return slab, -(-chunks * elements // of_step)
+    slabs = -(-chunks // _SEGMENT)
+    slab = -(-chunks // (slabs * of_step)) * of_step
+    return slab, slabs * elements * slab // of_step
+
+
 def _shared_bytes(tile: Tile, g: Geometry, slots: int) -> int:
     """Return the bytes of a block: of the steps that are fetched, and of the positions."""
-    pixels = 0 if tile.of_positions else tile.pixels
-    steps = _STAGES * (tile.channels * slots + pixels) * _chunks_of_step(slots) * _CHUNK
-    return steps + (_positions_of_tile(g, tile.pixels) + 1) * _SEGMENT * _CHUNK * tile.of_positions
+    of_step = _chunks_of_step(slots) * _CHUNK
+    if not tile.of_positions:
+        return 3 * (tile.channels * slots + tile.pixels) * of_step
+    positions = (_positions_of_tile(g, tile.pixels) + 1) * _SEGMENT * _CHUNK
+    return (4 if slots == 1 else 3) * tile.channels * slots * of_step + positions
+
+
+def _resident(tile: Tile, g: Geometry, slots: int) -> int:
+    """Return how many blocks a multiprocessor holds."""
+    return min(tile.resident, _SHARED // _shared_bytes(tile, g, slots))
 
 
 @lru_cache(maxsize=1024)
@@ -432,8 +456,29 @@ def _positions_of_tile(g: Geometry, pixels: int) -> int:
     return int((row(last, below) - row(first, 0) + 1).max()) * g.size[1]
 
 
-def _pays(g: Geometry) -> bool:
-    return g.products > 1 << 26
+def _clocks(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> float:
+    """Return the clocks of a tile's blocks, which run in rounds of as many as the multiprocessors hold."""
+    pixels, (_, steps) = g.batch * math.prod(g.out_size), _steps(tile, g, slots)
+    blocks = g.groups * -(-g.out_channels // tile.channels) * -(-pixels // tile.pixels)
+    rounds, rest = divmod(-(-blocks // multiprocessors), _resident(tile, g, slots))
+    of_units = steps * _chunks_of_step(slots) * max(1, slots / 2)  # steps of 16 products
+    of_units /= 2 if slots == 1 else 1
+
+    def time(at_once: int) -> float:
+        return max(at_once * tile.step, _STEP_ALONE) * of_units + at_once * tile.output
+
+    return rounds * time(_resident(tile, g, slots)) + (time(rest) if rest else 0)
+
+
+def _pays(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> bool:
+    """Return whether a layer is expected to take less time than the scalar kernels do."""
+    chunks = -(-g.channels // _CHANNELS)
+    of_input = g.groups * g.batch * math.prod(g.size) * (4 * g.channels + _CHUNK * chunks)
+    of_weight = g.groups * g.out_channels * math.prod(g.kernel) * (4 * g.channels + _CHUNK * chunks * slots)
+    expansion = (of_input + of_weight) / (_EXPANSION * multiprocessors)
+    rate = _SCALAR[slots > 1] * (1 if g.out_channels >= 32 else 0.5)
+    scalar = _SCALAR_LAUNCH + g.products / (rate * multiprocessors)
+    return _LAUNCHES + expansion + _clocks(g, slots, multiprocessors, tile) < scalar
 
 
 def _in_words(g: Geometry) -> int:
