@@ -34,8 +34,7 @@ class Tile(NamedTuple):
     """A kernel: channels and pixels of a block, and how many blocks a multiprocessor holds.
 
     Attributes:
-        step, output: clocks measured on an H100, of a step of the matrix units among other blocks, and of a block's
-            beginning and end.
+        step, output: clocks of a multiprocessor on an H100, of 16 products of each sum, and of a block's output.
         of_positions: whether all positions under a block's pixels lie in shared memory.
     """
 
@@ -52,15 +51,15 @@ class Tile(NamedTuple):
 
 
 _TILES = (
-    Tile(64, 256, 2, 254, 8500, of_positions=True),
-    Tile(64, 128, 3, 150, 4800, of_positions=True),
-    Tile(64, 256, 2, 258, 9800),
-    Tile(64, 128, 3, 143, 6100),
-    Tile(32, 128, 4, 90, 4200),
+    Tile(64, 256, 2, 240, 5050, of_positions=True),
+    Tile(64, 128, 3, 138, 1750, of_positions=True),
+    Tile(64, 256, 2, 239, 6500),
+    Tile(64, 128, 3, 135, 2950),
+    Tile(32, 128, 4, 83, 2400),
 )
-# Of the same: of a step alone, of both launches, bytes a clock of an expansion, products a clock of the scalar kernels
-# with one slot and several.
-_STEP_ALONE, _LAUNCHES, _EXPANSION, _SCALAR_LAUNCH, _SCALAR = 254, 5300, 11.7, 5000, (65, 30)
+# Of the same: a step of a block alone, a round of blocks, both launches, bytes a clock of an expansion, launch of the
+# scalar kernels, and their products a clock with one slot and with several.
+_STEP_ALONE, _ROUND, _LAUNCHES, _EXPANSION, _SCALAR_LAUNCH, _SCALAR = 240, 8000, 3000, 11.7, 5000, (65, 30)
 _KERNELS = ("expand", "ceiling", *(tile.kernel for tile in _TILES))
 
 # matrix.cu's structs Operands and Layer, field by field.
@@ -465,7 +464,7 @@ def _clocks(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> float:
     of_units /= 2 if slots == 1 else 1
 
     def time(at_once: int) -> float:
-        return max(at_once * tile.step, _STEP_ALONE) * of_units + at_once * tile.output
+        return max(at_once * tile.step, _STEP_ALONE) * of_units + at_once * tile.output + _ROUND
 
     return rounds * time(_resident(tile, g, slots)) + (time(rest) if rest else 0)
 
