@@ -21,7 +21,7 @@
 //     the slot. So activations never take more than 16 bits in memory. cp.async fetches 2 steps ahead. layer fetches
 //     codes for each kernel element, layer_of_positions once for all of them, where they fit into shared memory.
 //   Limit: the matrix units, as mma.sync drives them (270 TMAC/s on an H100), with 4 slots and more; 64 -> 64 3x3 56x56
-//     b64 takes 178 us with 4 slots and 519 us with 16, 62 and 85 % of that. With one slot, memory: 85 us.
+//     b64 takes 178 us with 4 slots and 519 us with 16, 62 and 84 % of that. With one slot, memory: 85 us.
 //   Tried: blocks of layer_of_positions that expand their input themselves, 133 us with one slot, as they wait for it;
 //     sums written from registers, 8 bytes a lane, 94 us; blocks of 128 by 128, 139 us.
 //
