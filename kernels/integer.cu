@@ -38,21 +38,13 @@
 //
 // Sums are integers modulo 2^32, so all kernels return the same. There are no atomics.
 #include "entry.cuh"
-
-#define DEVICE __device__ __forceinline__
+#include "implicit_gemm.cuh"
 
 namespace integer {
 
 typedef unsigned char Code;
 
 constexpr int CODES = 256;
-
-// A size that positions are divided by: the hardware has no integer division. Exact below 2^31.
-struct Divisor {
-  unsigned size, reciprocal, shift;
-
-  DEVICE unsigned divide(unsigned n) const { return size == 1 ? n : __umulhi(n, reciprocal) >> shift; }
-};
 
 // The kernels' argument. backends/cuda_integers.py mirrors its layout. Strides are in elements; weight and output are
 // contiguous. Channels are counted per group.

@@ -36,17 +36,9 @@
 //
 // Sums are integers modulo 2^32, so that they do not depend on the order. There are no atomics.
 #include "entry.cuh"
-
-#define DEVICE __device__ __forceinline__
+#include "implicit_gemm.cuh"
 
 namespace terms {
-
-// A size that positions are divided by: the hardware has no integer division. Exact below 2^31.
-struct Divisor {
-  unsigned size, reciprocal, shift;
-
-  DEVICE unsigned divide(unsigned n) const { return size == 1 ? n : __umulhi(n, reciprocal) >> shift; }
-};
 
 extern __shared__ uint4 memory[];
 
@@ -223,7 +215,7 @@ DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
-constexpr int THREADS = 128, STAGES = 3, ROW = 64, CHUNK = 16;   // bytes of a step, and of an asynchronous copy
+constexpr int THREADS = 128, STAGES = 3, ROW = 64;               // bytes of a step
 constexpr int OF_WARP = 64;                                      // pixels
 constexpr int OF_ROW = ROW / CHUNK, LOADERS = THREADS / OF_ROW;  // chunks of a step; rows that are copied at once
 
@@ -242,24 +234,6 @@ struct Layer {
   Divisor plane, width, channel_tiles, pixel_tiles;  // plane and width are the output's
 };
 
-// An output pixel's window. Past the last pixel, it is the last one's once more.
-struct Window {
-  int origin, row, column;  // of the input under the kernel's first element, as a position
-
-  Window() = default;
-  DEVICE Window(const Layer& c, int group, unsigned pixel) {
-    pixel = min(pixel, c.pixels - 1);
-    unsigned image = c.plane.divide(pixel), rest = pixel - image * c.plane.size, line = c.width.divide(rest);
-    row = int(line) * c.stride[0] - c.padding[0];
-    column = int(rest - line * c.width.size) * c.stride[1] - c.padding[1];
-    origin = ((group * c.batch + int(image)) * c.size[0] + row) * c.size[1] + column;
-  }
-  DEVICE unsigned position(const Layer& c, int down, int right) const {
-    bool inside = unsigned(row + down) < unsigned(c.size[0]) && unsigned(column + right) < unsigned(c.size[1]);
-    return inside ? origin + down * c.size[1] + right : c.outside;
-  }
-};
-
 // A slab of the sum. The kernel's columns change first: their windows overlap, so that L1 has most of the next slab.
 struct Walk {
   int row = 0, column = 0, slab = 0;
@@ -275,16 +249,6 @@ struct Walk {
 
 // Chunks are exchanged within a row of shared memory, so that eight rows' same chunks lie in different banks.
 DEVICE int swapped(int row) { return row / (128 / ROW) % OF_ROW; }
-
-DEVICE void copy(unsigned to, const char* from, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? CHUNK : 0));
-}
-
-DEVICE void load(unsigned (&words)[4], unsigned from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(from));
-}
 
 DEVICE void multiply(unsigned (&sums)[4], const unsigned (&a)[4], const unsigned* b) {
   asm volatile(
@@ -339,7 +303,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
       int down = walk.row * c.dilation[0], right = walk.column * c.dilation[1];
 #pragma unroll
       for (int i = 0; i < PIXELS / LOADERS; i++) {
-        long long position = windows[i].position(c, down, right);
+        long long position = windows[i].position(c, down, right, c.outside);
         copy(to + (CHANNELS + i * LOADERS) * ROW, c.input + at + position * pitch, true);
       }
       next += at_once;
@@ -365,7 +329,7 @@ template <int TILES, int DOWN, int ACROSS> DEVICE void layer(const Layer& c) {
     for (int y = 0; c.input_sums && y < c.kernel[0]; y++)
       for (int x = 0; x < c.kernel[1]; x++)
         for (int s = 0; s < c.segments; s++)
-          sum += c.input_sums[s * (c.outside + 1) + window.position(c, y * c.dilation[0], x * c.dilation[1])];
+          sum += c.input_sums[s * (c.outside + 1) + window.position(c, y * c.dilation[0], x * c.dilation[1], c.outside)];
     of_pixel[i] = sum;
   }
 

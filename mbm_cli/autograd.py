@@ -32,7 +32,7 @@ for _name, _arguments in {
 }.items():
     torch.library.define(f"mbm::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
-from mbm_cli.backends import cpu, cuda, reference  # noqa: E402, F401  (they register kernels for the schemas above)
+from mbm_cli.backends import cpu, cuda_matrix, reference  # noqa: E402, F401  (they register kernels for the schemas above)
 
 Gradients = tuple[Tensor | None, ...]
 Product = tuple[str, Tensor | None]  # a handle, and its table

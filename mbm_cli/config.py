@@ -214,6 +214,8 @@ class TrainConfig(_Section):
         deterministic: the same seed and device give the same weights, bit for bit; can cost speed on a GPU.
         checkpoint_every: steps between two checkpoints within an epoch; ``None`` writes them at the ends of epochs.
         cuda_graph: ``auto`` replays a step as a CUDA graph where that is possible, ``off`` never does.
+        matrix_units: let a GPU compute forward passes on bfloat16 matrix units, where the multiplier's products allow
+            it; sums are then rounded as these units do.
     """
 
     epochs: Count = 3
@@ -223,6 +225,7 @@ class TrainConfig(_Section):
     checkpoint_every: Steps = None
     # YAML 1.1 reads off as false.
     cuda_graph: Annotated[Literal["auto", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = "auto"
+    matrix_units: Switch = False
 
 
 class Cluster(_Section):

@@ -37,7 +37,8 @@ data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_
 model: {name: lenet, multiplier: mbm, backward: exact}
 quantize: {activations: max, weights: max, calibration_images: 1024}
 optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear}
-train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto}
+train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto,
+  matrix_units: false}
 """
 
 
@@ -176,6 +177,7 @@ def wrong(field: str, value: str) -> str:
         ("optimizer.lr", "a finite number above 0", ["-0.1", "0", ".nan", "1e999", "1" + "0" * 400, "'1'", "[0.1]"]),
         ("optimizer.weight_decay", "a finite number, at least 0", ["-1"]),
         ("train.deterministic", "true or false", ["1"]),
+        ("train.matrix_units", "true or false", ["auto"]),
         ("train.cuda_graph", "auto | off", ["on"]),
         ("optimizer.schedule", "linear | cosine | none", ["null"]),
         (

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mbm_cli.backends.cuda_programs import CudaError, Program, address, multiprocessors_of, seconds, source
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.backends.operators import Operators
 from mbm_cli.multipliers.code import Function, first_compiler_error
 from mbm_cli.multipliers.content import TABLE, exchange, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
@@ -312,4 +311,3 @@ def ceiling(handle: str, table: Tensor | None, device: torch.device) -> float:
 
 
 torch.library.impl("mbm::multiply", "cuda", multiply)
-Operators("cuda", run)

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbm_cli.backends import cuda_terms
-from mbm_cli.backends.cuda_programs import Program, address, import_cupy, multiprocessors_of, refuse_capture, source
+from mbm_cli.backends.cuda_programs import (
+    Program,
+    address,
+    divisor,
+    import_cupy,
+    multiprocessors_of,
+    refuse_capture,
+    source,
+)
 from mbm_cli.backends.cuda_terms import DeviceTerms
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.backends.integers import IntegerOperators
@@ -127,7 +135,7 @@ def terms_of(table: Tensor) -> DeviceTerms | None:
 
 @lru_cache(maxsize=1)
 def program() -> Program:
-    return Program("integer multipliers", source("integer.cu"), shared=True)
+    return Program("integer multipliers", source("integer.cu"), headers=("implicit_gemm.cuh",), shared=True)
 
 
 @lru_cache(maxsize=64)
@@ -236,18 +244,12 @@ def plan(g: Geometry, multiprocessors: int, shared_bytes: int, wide: bool, align
     values: list[object] = [*g.input_strides, g.channels, g.out_channels, g.groups]
     values += [g.size, g.kernel, g.out_size, g.stride, g.padding, g.dilation, pixels, 0, 0, buffer]
     elements = math.prod(g.kernel)
-    values += [_divisor(n) for n in (math.prod(g.out_size), g.out_size[1], elements, g.kernel[1])]
+    values += [divisor(n) for n in (math.prod(g.out_size), g.out_size[1], elements, g.kernel[1])]
     values += [any(g.padding), in_words]
     conv = np.zeros(1, _CONV2D)
     for field, value in zip(list(_CONV2D.fields or ())[6:], values, strict=True):
         conv[field] = value
     return Launch(kernel, grid, threads, dynamic, conv, clocks)
-
-
-def _divisor(size: int) -> tuple[int, int, int]:
-    """Return a size, a reciprocal and a shift: n // size is the upper 32 bits of n * reciprocal, shifted."""
-    shift = max(0, (size - 1).bit_length() - 1)
-    return size, -(-(1 << 32 + shift) // size) % (1 << 32), shift
 
 
 def _choices(g: Geometry, multiprocessors: int, shared_bytes: int, wide: bool) -> Iterator[Choice]:

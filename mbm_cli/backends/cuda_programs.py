@@ -11,6 +11,7 @@ from statistics import median
 from threading import Timer
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def source(name: str) -> str:
 class Program:
     """The text of kernels, and the options with which NVRTC compiles it.
 
-    Compiling a kernel takes a second, once: CuPy keeps the result on disk. The macro ONLY names the kernel to compile;
-    the text leaves the others empty, see kernels/entry.cuh.
+    To compile a kernel takes a fraction of a second, once: CuPy keeps the result on disk. The macro ONLY names the
+    kernel, and the text leaves the others empty, see kernels/entry.cuh.
 
     Args:
         name: what the kernels are for, for messages.
@@ -180,3 +181,17 @@ def current_stream(device: int) -> Any:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def filled(layout: np.dtype, **values: object) -> np.ndarray:
+    """Return a kernel's argument with these fields; the others are zero."""
+    struct = np.zeros(1, layout)
+    for field, value in values.items():
+        struct[field] = value
+    return struct
+
+
+def divisor(size: int) -> tuple[int, int, int]:
+    """Return a size, a reciprocal and a shift, a Divisor of implicit_gemm.cuh."""
+    shift = max(0, (size - 1).bit_length() - 1)
+    return size, -(-(1 << 32 + shift) // size) % (1 << 32), shift

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbm_cli.backends.cuda_programs import Program, address, multiprocessors_of, refuse_capture, seconds, source
+from mbm_cli.backends.cuda_programs import (
+    Program,
+    address,
+    divisor,
+    filled,
+    multiprocessors_of,
+    refuse_capture,
+    seconds,
+    source,
+)
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.multipliers.factor import Integers, Terms
 
@@ -133,7 +142,9 @@ def supported(device_index: int) -> bool:
 
 @lru_cache(maxsize=1)
 def program() -> Program:
-    return Program("integer multipliers of few terms", source("integer_mma.cu"), shared=True)
+    return Program(
+        "integer multipliers of few terms", source("integer_mma.cu"), headers=("implicit_gemm.cuh",), shared=True
+    )
 
 
 def run(
@@ -243,31 +254,31 @@ def plan(g: Geometry, count: int, multiprocessors: int) -> Launch:
     segments = -(-blocks_of_four // _BLOCKS)
     tile_words = _POSITIONS * (min(_BLOCKS, blocks_of_four) * min(4, count) | 1)
     shared_bytes = 4 * ((-(-count // 4) + 1) * _CODES + tile_words)
-    common = {"channels": g.channels, "terms": count, "words": words, "segments": _divisor(segments)}
-    input = _filled(
+    common = {"channels": g.channels, "terms": count, "words": words, "segments": divisor(segments)}
+    input = filled(
         _OPERAND,
         **common,
         **dict(zip(_STRIDES, g.input_strides, strict=True)),
         in_words=_in_words(g.channels, plane, g.size[1], g.input_strides),
         count=positions,
         total=positions + 1,
-        batch=_divisor(g.batch),
-        plane=_divisor(plane),
-        width=_divisor(g.size[1]),
+        batch=divisor(g.batch),
+        plane=divisor(plane),
+        width=divisor(g.size[1]),
     )
     of_rows = (g.steps, g.out_channels * g.steps, elements, elements, 1)
-    weight = _filled(
+    weight = filled(
         _OPERAND,
         **common,
         **dict(zip(_STRIDES, of_rows, strict=True)),
         in_words=_in_words(g.channels, elements, elements, of_rows),
         count=of_weight,
         total=of_weight,
-        batch=_divisor(g.out_channels),
-        plane=_divisor(elements),
-        width=_divisor(elements),
+        batch=divisor(g.out_channels),
+        plane=divisor(elements),
+        width=divisor(elements),
     )
-    layer = _filled(
+    layer = filled(
         _LAYER,
         **{name: getattr(g, name) for name in ("out_channels", "groups", "batch")},
         **{name: getattr(g, name) for name in ("size", "kernel", "stride", "padding", "dilation")},
@@ -279,10 +290,10 @@ def plan(g: Geometry, count: int, multiprocessors: int) -> Launch:
         steps=-(-elements * chunks * _CHUNK // _ROW),
         pixels=pixels,
         outside=positions,
-        plane=_divisor(math.prod(g.out_size)),
-        width=_divisor(g.out_size[1]),
-        channel_tiles=_divisor(channel_tiles),
-        pixel_tiles=_divisor(pixel_tiles),
+        plane=divisor(math.prod(g.out_size)),
+        width=divisor(g.out_size[1]),
+        channel_tiles=divisor(channel_tiles),
+        pixel_tiles=divisor(pixel_tiles),
     )
     expansions = [
         min(-(-n // _POSITIONS) * segments, _EXPANSIONS * multiprocessors) for n in (positions + 1, of_weight)
@@ -296,19 +307,6 @@ def _in_words(channels: int, plane: int, width: int, strides: tuple[int, ...]) -
     if (column, row) == (1, width) and (plane | image | group | channel) % 4 == 0:
         return 1
     return 2 if channel == 1 and (channels | image | group | row | column) % 4 == 0 else 0
-
-
-def _filled(layout: np.dtype, **values: object) -> np.ndarray:
-    struct = np.zeros(1, layout)
-    for field, value in values.items():
-        struct[field] = value
-    return struct
-
-
-def _divisor(size: int) -> tuple[int, int, int]:
-    """Return a size, a reciprocal and a shift: n // size is the upper 32 bits of n * reciprocal, shifted."""
-    shift = max(0, (size - 1).bit_length() - 1)
-    return size, -(-(1 << 32 + shift) // size) % (1 << 32), shift
 
 
 @lru_cache(maxsize=1024)

@@ -91,6 +91,8 @@ def evaluate(
     except RequestError as error:
         raise RequestError(str(error).replace("model.multiplier:", "--multiplier:", 1)) from None
     lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
+    if note := lifecycle.matrix_units(config, where):
+        watch.note(note)
     watch.status("loading the data")
     train, test = lifecycle.load_data(config, where)
     by_name = {str(one.model.multiplier): one for one in (config, *others)}

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import torch
 from torch import nn
 
+from mbm_cli.backends import cuda_matrix
 from mbm_cli.config import Config, OptimizerConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, set_arithmetic
@@ -220,7 +221,29 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     """Build the network with the initial weights that the seed decides, the same on every device."""
     torch.manual_seed(config.seed)
     quantization = Quantization(config.quantize.activations, config.quantize.weights)
-    return build(config.model.name, config.model.multiplier, config.model.backward, quantization).to(device)
+    model = build(config.model.name, config.model.multiplier, config.model.backward, quantization).to(device)
+    if config.train.matrix_units:
+        cuda_matrix.allow_in(model)
+    return model
+
+
+def matrix_units(config: Config, device: torch.device) -> str | None:
+    """Say what ``train.matrix_units`` changes for a config with resolved multipliers; ``None`` where it is false."""
+    if not config.train.matrix_units:
+        return None
+    if device.type != "cuda" or not cuda_matrix.supported(device.index):
+        return "train.matrix_units has no effect here: it needs an NVIDIA GPU of compute capability 8.0 or higher"
+    floats = [one for one in config.model.multiplier.distinct() if not (one.is_exact or one.is_integer)]
+    factored = [str(one) for one in floats if cuda_matrix.factors_of(*content.operands(one, device), device.index)]
+    if not factored:
+        return (
+            f"train.matrix_units has no effect on {config.model.products}: it needs operands and products of few "
+            "bits, as drum-k6, exact-t16, mbm-t18-r5 and tables of up to 5 bits have"
+        )
+    return (
+        f"matrix units: large forward passes of {', '.join(factored)} are sums of bfloat16 products, in the order and "
+        "rounding of the GPU's matrix units"
+    )
 
 
 def calibrate_model(config: Config, model: nn.Module, train: Split) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_terms
+from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix, cuda_terms
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import DATASETS
@@ -101,8 +101,8 @@ class TimedConv:
             with an integer multiplier, whose gradients have other products.
         quantized_seconds: with an integer multiplier, of quantising both operands, the sums, and scaling them;
             ``forward_seconds`` are of the sums alone.
-        path: with an integer multiplier, how the sums are computed.
-        share_of_ceiling: with an integer multiplier, of the int8 products of its terms; ``None`` for look-ups.
+        path: how the sums are computed, with an integer multiplier or where matrix units are allowed.
+        share_of_ceiling: of the matrix units' where they are used; with an integer multiplier ``None`` otherwise.
     """
 
     name: str
@@ -127,6 +127,7 @@ class ConvProfile:
     Attributes:
         ceiling_macs_per_second: of the kernels' arithmetic on registers alone; with an integer multiplier, of int8
             matrix units, where the device has them, otherwise ``None``.
+        matrix_ceiling_macs_per_second: of a float multiplier's products on matrix units alone, where these are allowed.
     """
 
     multiplier: str
@@ -135,6 +136,7 @@ class ConvProfile:
     threads: int
     ceiling_macs_per_second: float | None
     convolutions: list[TimedConv]
+    matrix_ceiling_macs_per_second: float | None = None
 
 
 def profile_conv(
@@ -183,16 +185,19 @@ def _measure(
 ) -> ConvProfile:
     watch.status("measuring the ceiling")
     ceiling = _int8_ceiling(device) if multiplier.is_integer else measure_ceiling(multiplier, device)
-    convolutions = []
+    matrix_ceiling, convolutions = None, []
+    if not multiplier.is_integer and config.train.matrix_units and device.type == "cuda":
+        matrix_ceiling = cuda_matrix.ceiling(*operands(multiplier, device), device.index)
     generator = torch.Generator().manual_seed(config.seed)
     for shape in shapes:
         if stopped():
             raise Interrupted("interrupted")
         if shape.multiplications <= LIMITS[device.type]:
             watch.status(f"timing {shape.describe()}, batch {shape.batch}")
-            convolutions.append(_time_shape(shape, multiplier, ceiling, generator, device))
+            convolutions.append(_time_shape(shape, multiplier, ceiling, matrix_ceiling, generator, device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.instruction_set()
-    return ConvProfile(str(multiplier), device.type, name, torch.get_num_threads(), ceiling, convolutions)
+    threads = torch.get_num_threads()
+    return ConvProfile(str(multiplier), device.type, name, threads, ceiling, convolutions, matrix_ceiling)
 
 
 def convolution_seconds(config: Config, device: torch.device) -> float:
@@ -200,7 +205,7 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
     generator, total = torch.Generator().manual_seed(config.seed), 0.0
     for shape, multiplier in _model_layers(config, device):
         x, weight = _operands(shape, generator, device)
-        with torch.no_grad():
+        with torch.no_grad(), cuda_matrix.allowed(config.train.matrix_units):
             whole = _quantized_pass if multiplier.is_integer else lambda *layer: _passes(*layer)["forward"]
             total += _seconds(whole(shape, x, weight, multiplier), device)
     return total
@@ -212,11 +217,16 @@ def _int8_ceiling(device: torch.device) -> float | None:
     return cuda_terms.ceiling(device) if has_units else None
 
 
-def measure_ceiling(multiplier: Multiplier, device: torch.device) -> float:
-    """Measure the multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device."""
+def measure_ceiling(multiplier: Multiplier, device: torch.device, matrix_units: bool = False) -> float:
+    """Measure the multiply-accumulates a second of the kernels' arithmetic on registers alone, on the whole device.
+
+    Args:
+        matrix_units: of a GPU's matrix units, where these can compute the multiplier's products.
+    """
     handle, table = operands(multiplier, device)
     if device.type == "cuda":
-        return cuda.ceiling(handle, table, device)
+        on_units = cuda_matrix.ceiling(handle, table, device.index) if matrix_units else None
+        return on_units or cuda.ceiling(handle, table, device)
     threads = torch.get_num_threads()
     # A user's function is slower by an order of magnitude and more.
     rounds = CEILING_ROUNDS if multiplier.family != "c" else CEILING_ROUNDS // 50
@@ -270,11 +280,13 @@ def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Mul
 
 
 def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> tuple[str, int]:
-    """Return the way in which the sums are computed, and the products on matrix units that each product takes, or 0."""
+    """Return the way in which the sums are computed, and the int8 products that each product takes, or 0."""
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
     out = x.shape[0], len(weight), *[shape.size + 2 * shape.padding - shape.kernel + 1] * 2
     size = list(out) if not shape.is_dense else [*out[:2], 1, 1]
     geometry = forward_geometry(x, weight, size, (1, 1), (shape.padding,) * 2, (1, 1), 1)
+    if not multiplier.is_integer:
+        return cuda_matrix.chosen_path(geometry, *operands(multiplier, x.device), x.device.index), 0
     table = integer_table(multiplier, x.device)
     return cuda_integers.chosen_path(geometry, table) if x.is_cuda else (cpu_integers.chosen_path(geometry, table), 0)
 
@@ -303,7 +315,12 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
 
 
 def _time_shape(
-    shape: ConvShape, multiplier: Multiplier, ceiling: float | None, generator: torch.Generator, device: torch.device
+    shape: ConvShape,
+    multiplier: Multiplier,
+    ceiling: float | None,
+    matrix_ceiling: float | None,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> TimedConv:
     x, weight = _operands(shape, generator, device)
     with torch.no_grad():
@@ -319,6 +336,12 @@ def _time_shape(
         elif not shape.is_dense:
             grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
             backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
+        if matrix_ceiling is not None:
+            path, _ = _path(shape, x, weight, multiplier)
+            if path == "matrix units":
+                ceiling = matrix_ceiling
+                with cuda_matrix.allowed(True):
+                    approximate["forward"] = _seconds(_passes(shape, x, weight, multiplier)["forward"], device)
     forward = approximate.pop("forward")
     rate = shape.multiplications / forward
     return TimedConv(

@@ -161,7 +161,9 @@ def _measure(
 
     watch.status("the ceilings")
     ceilings = {
-        m: measure_ceiling(m, device) for m in config.model.multiplier.distinct() if not (m.is_exact or m.is_integer)
+        m: measure_ceiling(m, device, config.train.matrix_units)
+        for m in config.model.multiplier.distinct()
+        if not (m.is_exact or m.is_integer)
     }
     result = EpochProfile(
         config=config.name,

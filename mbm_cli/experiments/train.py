@@ -191,6 +191,8 @@ class _Training:
             what += f"{_describe(self.device)}, {len(train):,} training and {len(test):,} test images"
             layers = describe_layers(self.trainer.model, train.images.shape[1:])
             self.watch.begin(what, "epoch", self.config.train.epochs, len(self.metrics), layers)
+            if note := lifecycle.matrix_units(self.config, self.device):
+                self.watch.note(note)
             for epoch in range(len(self.metrics) + 1, self.config.train.epochs + 1):
                 yield from self._run_epoch(epoch)
             return Trained(self.run, self.summarize("completed"), self.metrics)

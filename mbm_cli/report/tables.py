@@ -282,6 +282,10 @@ def _(of: ConvProfile) -> Group:
     if any(row.path for row in of.convolutions) or of.ceiling_macs_per_second is None:
         return Group(_integer_profile(of, where, shapes, time, unit, rate_scale, rate_unit))
     ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
+    by: tuple[str, ...] = ()
+    if of.matrix_ceiling_macs_per_second is not None:
+        ceiling += f", on matrix units: {of.matrix_ceiling_macs_per_second / rate_scale:.1f}"
+        by = ("by",)
     forward = [
         (
             f"{row.multiplications / 1e6:,.1f}",
@@ -290,6 +294,7 @@ def _(of: ConvProfile) -> Group:
             f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
             f"{row.macs_per_second / rate_scale:.2f}",
             _number(row.share_of_ceiling, "{:.0f} %", 100),
+            *[row.path or "" for _ in by],
         )
         for row in of.convolutions
     ]
@@ -300,13 +305,13 @@ def _(of: ConvProfile) -> Group:
     for row in of.convolutions:
         values = []
         for name, seconds in row.gradient_seconds.items():
-            exact, share = row.exact_gradient_seconds[name], (row.share_of_ceiling or 0) * row.forward_seconds / seconds
-            values += [time(seconds), time(exact), f"{100 * share:.0f} %"]
+            share = row.multiplications / seconds / of.ceiling_macs_per_second
+            values += [time(seconds), time(row.exact_gradient_seconds[name]), f"{100 * share:.0f} %"]
         gradients.append(values)
     return Group(
         table(
             f"forward: {of.multiplier} on {where}; ceiling on registers: {ceiling}",
-            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that"),
+            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that", *by),
             [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
             left=2,
         ),
