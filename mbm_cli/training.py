@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -35,17 +35,19 @@ class Split:
 
     images: float32 (N, C, H, W), normalised to the training set's mean 0 and standard deviation 1.
     labels: int64 (N,), from 0 to ``classes`` - 1.
+    black: float32 (C, 1, 1), a black pixel, which is what lies beyond an image's edge; without it 0.
     """
 
     images: Tensor
     labels: Tensor
     classes: int
+    black: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, some: slice) -> "Split":
-        return Split(self.images[some], self.labels[some], self.classes)
+        return replace(self, images=self.images[some], labels=self.labels[some])
 
 
 @dataclass(frozen=True)
