@@ -123,7 +123,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         columns.append(_column(one, runs, exact, varied[0], device, data))
     result = Comparison(
         config=config.name,
-        model=config.model.name,
+        model=str(config.model.name),
         device=device.type,
         multipliers=[column.multiplier for column in columns],
         seeds=plan.seeds,

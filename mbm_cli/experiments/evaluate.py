@@ -92,7 +92,7 @@ def evaluate(
         raise RequestError(str(error).replace("model.multiplier:", "--multiplier:", 1)) from None
     lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
     watch.status("loading the data")
-    train, test = lifecycle.load_data(config, where)
+    train, test = lifecycle.load_data(config.data, where)
     by_name = {str(one.model.multiplier): one for one in (config, *others)}
     rows: list[Row] = []
     confusions = {}

@@ -16,7 +16,7 @@ from mbm_cli import config as configs
 from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
-from mbm_cli.data import DATASETS
+from mbm_cli.data import dataset_of
 from mbm_cli.device import environment
 from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments import lifecycle
@@ -280,7 +280,7 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
     """List the approximate layers of the config's model, each with its multiplier."""
     model = lifecycle.build_model(config, device)
     layers = []
-    for layer in describe_layers(model, DATASETS[config.data.dataset].shape):
+    for layer in describe_layers(model, dataset_of(config.data.dataset).shape):
         module = model.get_submodule(layer.name)
         name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
         if isinstance(module, ApproxLinear):

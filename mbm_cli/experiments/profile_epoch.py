@@ -113,7 +113,7 @@ def profile_epoch(
         Interrupted: ``stopped`` returned true; nothing is kept.
     """
     config, device = lifecycle.begin(config)
-    data = lifecycle.load_data(config, device)
+    data = lifecycle.load_data(config.data, device)
     run = Run.create(output, f"{config.name}-profile-epoch")
     with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
@@ -165,7 +165,7 @@ def _measure(
     }
     result = EpochProfile(
         config=config.name,
-        model=config.model.name,
+        model=str(config.model.name),
         multiplier=config.model.products,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if on_gpu else "the CPU",
@@ -244,8 +244,7 @@ def _some_steps(trainer: Trainer, config: Config, steps: int, phase: Range = no_
     images = min(steps * config.data.batch_size, len(trainer.train))
     share = images / len(trainer.train)
     test = max(1, round(share * len(trainer.test)))
-    batches = config.data.batch_size, config.data.eval_batch_size
-    part = Trainer(trainer.model, trainer.optimizer, trainer.train[:images], trainer.test[:test], *batches, phase=phase)
+    part = trainer.on(trainer.train[:images], trainer.test[:test], phase=phase)
     part.epoch(torch.arange(images), _rates(config, images))
     return share
 

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from mbm_cli import config as configs
-from mbm_cli.config import Config
-from mbm_cli.data import DATASETS
+from mbm_cli.config import Config, DataConfig
+from mbm_cli.data import dataset_of
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import lifecycle, train
@@ -280,7 +280,7 @@ def _value(config: Config, field: str) -> Any:
 def _fetch_data(varied: Sequence[Config]) -> None:
     """Have the data fetched once, before several runs ask for it."""
     for dataset, root in {(config.data.dataset, config.data.root) for config in varied}:
-        DATASETS[dataset].fetch(Path(root) if root else None)
+        dataset_of(dataset).fetch(Path(root) if root else None)
 
 
 def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
@@ -289,7 +289,7 @@ def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
     for number, (combination, config) in enumerate(zip(plan.combinations, varied, strict=True), 1):
         for seed in range(config.seed, config.seed + plan.seeds):
             values = [shown(value) for value in combination.values.values()]
-            first = config.model.name if plan.kind == "comparison" else str(number)
+            first = str(config.model.name) if plan.kind == "comparison" else str(number)
             name = _member_name([first, *values], seed)
             named = config.model_copy(update={"name": name, "seed": seed})
             label = f"{', '.join(values)}, seed {seed}"
@@ -397,15 +397,14 @@ def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -
 
 def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
     """Load the config's data, unless it is what the run before had."""
-    data = config.data
-    return _load(data.dataset, device, data.root, data.train_limit, data.test_limit)
+    plain = DataConfig()
+    others = {name: getattr(plain, name) for name in ("batch_size", "eval_batch_size", "crop", "flip")}
+    return _load(config.data.model_copy(update=others), device)
 
 
 @lru_cache(maxsize=1)
-def _load(
-    dataset: str, device: torch.device, root: str | None, train_limit: int | None, test_limit: int | None
-) -> tuple[Split, Split]:
-    return DATASETS[dataset].load(device, Path(root) if root else None, train_limit, test_limit)
+def _load(data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+    return lifecycle.load_data(data, device)
 
 
 class _MemberWatch(Watch):
@@ -473,7 +472,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         jobs=plan.jobs,
         combinations=combinations,
         runs=rows,
-        model=None if "model.name" in plan.vary else config.model.name,
+        model=None if "model.name" in plan.vary else str(config.model.name),
         device=None if "device" in plan.vary else lifecycle.use_device(config).type,
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
