@@ -175,7 +175,7 @@ class DataConfig(_Section):
         test_limit: the same for the test images.
         validation: hold out that many of the last training images; they take the place of the test images.
         crop: shift each training image by up to that many pixels in both directions, at random.
-        flip: mirror every other training image, at random.
+        flip: mirror half of the training images, drawn at random.
     """
 
     dataset: DatasetField = "mnist"
@@ -306,22 +306,22 @@ class TrainConfig(_Section):
 
     Attributes:
         epochs: passes over the training images.
-        label_smoothing: of the cross-entropy that is minimised: the part of a label that all classes share.
         init: file with the weights to start from, a checkpoint or a plain ``state_dict``; ``None`` draws them.
         threads: CPU threads, which decide the last bits of sums; ``None`` is PyTorch's choice, and a run records it.
         deterministic: the same seed and device give the same weights, bit for bit; can cost speed on a GPU.
         checkpoint_every: steps between two checkpoints within an epoch; ``None`` writes them at the ends of epochs.
         cuda_graph: ``auto`` replays a step as a CUDA graph where that is possible, ``off`` never does.
+        label_smoothing: of the cross-entropy that is minimised: the part of a label that all classes share.
     """
 
     epochs: Count = 3
-    label_smoothing: Fraction = 0.0
     init: InitFile = None
     threads: Threads = None
     deterministic: Switch = True
     checkpoint_every: Steps = None
     # YAML 1.1 reads off as false.
     cuda_graph: Annotated[Literal["auto", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = "auto"
+    label_smoothing: Fraction = 0.0
 
 
 class Config(_Section):

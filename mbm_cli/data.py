@@ -367,6 +367,12 @@ DATASETS: dict[str, Published] = {
 }
 
 
+def damages(root: Path | None = None) -> dict[str, tuple[Path, list[str]]]:
+    """Return what `Published.damage` does, by the names of the data sets; those that share files are checked once."""
+    once = lru_cache(lambda name: next(one for one in DATASETS.values() if one.name == name).damage(root))
+    return {name: once(dataset.name) for name, dataset in DATASETS.items()}
+
+
 # A data set of one's own
 
 

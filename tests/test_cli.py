@@ -32,7 +32,7 @@ FILES = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "ch
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", (ConvShape("", 4, 8, 16, 3, 1, 14),))
+    monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", (ConvShape.square("", 4, 8, 16, 3, 1, 14),))
     monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
     monkeypatch.setattr(doctor, "CHECKED", ["mbm"])
 

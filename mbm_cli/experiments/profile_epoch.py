@@ -22,7 +22,7 @@ from mbm_cli.data import epoch_order
 from mbm_cli.device import environment
 from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
-from mbm_cli.experiments.profile_conv import measure_ceiling
+from mbm_cli.experiments.profile_conv import measure_ceiling, padding_of
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.nn import ApproxConv2d, ApproxLinear
@@ -330,7 +330,7 @@ def _layers(
         library = "matrix product"
         if isinstance(module, ApproxConv2d):
             x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
-            arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
+            arguments = module.stride, padding_of(module), module.dilation, False, (0, 0), module.groups
             backend = str(torch._C._select_conv_backend(x, module.weight, module.bias, *arguments))
             library = LIBRARIES.get(backend.rpartition(".")[2], backend)
         layers.append(

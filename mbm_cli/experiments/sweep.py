@@ -33,14 +33,18 @@ LAST_SEED = 2**63 - 1
 NAME_LENGTH = 34  # of a run's values: a config's name has 64 characters, a seed up to 19 of them
 CSV_FIELDS = (
     *("seed", "status", "test_accuracy", "best_test_accuracy", "test_loss", "train_loss"),
-    *("epochs", "epoch_seconds", "run"),
+    *("epochs", "epoch_seconds", "train_seconds", "run"),
 )
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one run: accuracies are fractions, times seconds, ``run`` its folder's name."""
+    """The result of one run: accuracies are fractions, times seconds, ``run`` its folder's name.
+
+    Attributes:
+        train_seconds: of all epochs, without evaluation, compilation and capture.
+    """
 
     combination: int
     values: dict[str, Any]
@@ -54,6 +58,7 @@ class Row:
     epoch_seconds: float | None
     run: str | None
     reason: str | None = None
+    train_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class CombinationResult:
     epoch_seconds_median: float | None
     failed: int
     runs: list[str | None]
+    train_seconds_median: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,10 @@ def sweep(
         RunError: a run failed, its process died twice, or something cannot be written.
         Interrupted: ``stopped`` returned true.
     """
+    if not vary and seeds == 1:
+        raise RequestError(
+            "nothing is varied: name a field and its values, --vary model.multiplier=mbm,mbm-t8, or several --seeds"
+        )
     values = _parse_vary(vary)
     config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
     run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
@@ -217,8 +227,6 @@ def create(
 
 
 def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
-    if not vary:
-        raise RequestError("nothing is varied: name a field and its values, --vary model.multiplier=mbm,mbm-t8")
     values: dict[str, list[str]] = {}
     for text in vary:
         field, equals, listed = text.partition("=")
@@ -292,7 +300,7 @@ def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
             first = str(config.model.name) if plan.kind == "comparison" else str(number)
             name = _member_name([first, *values], seed)
             named = config.model_copy(update={"name": name, "seed": seed})
-            label = f"{', '.join(values)}, seed {seed}"
+            label = ", ".join([*values, f"seed {seed}"])
             members.append(Member(label, number, combination.values, run.folder, named, begun.get(name)))
     return members if plan.kind == "sweep" else sorted(members, key=lambda member: member.config.seed)
 
@@ -364,8 +372,13 @@ def carry_out(
         for member in members:
             if member.begun is not None and train.is_complete(member.begun.summary(), member.config):
                 keep(member, member.begun)
-        what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
-        watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
+        varies = f", {len(varied)} combinations of {', '.join(plan.vary)}" if plan.vary else ""
+        watch.begin(
+            f"{config.name}: {config.model.name}{varies}, {plan.seeds} seed{'s'[: plan.seeds != 1]}",
+            "run",
+            len(members),
+            len(rows),
+        )
         todo = [member for member in members if member.config.name not in rows]
         work = partial(train_member, watch=watch) if jobs == 1 else train_member
         launch(todo, work, jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
@@ -434,6 +447,7 @@ def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:
         train_loss=last[0].get("train_loss"),
         epochs=summary.epochs if summary else 0,
         epoch_seconds=float(np.median(seconds)) if seconds else None,
+        train_seconds=sum(summary.train_seconds) if summary and seconds else None,
         run=run.name if run else None,
         reason=reason,
     )
@@ -497,6 +511,7 @@ def _over_seeds(values: dict[str, Any], rows: Sequence[Row]) -> CombinationResul
         test_accuracy_best=mean_of("best_test_accuracy", np.max),
         test_loss_mean=mean_of("test_loss"),
         epoch_seconds_median=mean_of("epoch_seconds", np.median),
+        train_seconds_median=mean_of("train_seconds", np.median),
         failed=len(rows) - len(completed),
         runs=[row.run for row in rows],
     )

@@ -55,7 +55,7 @@ def train(
     config, device = lifecycle.begin(config)
     about, files = environment(device), dict[str, str | bytes]()
     if config.train.init is not None:
-        files[weights.FILE], about["init"] = weights.read(config.train.init, lifecycle.build_model(config, device))
+        files[weights.FILE], about["init"] = weights.initial(config.train.init, lifecycle.build_model(config, device))
     data = data or lifecycle.load_data(config.data, device)
     files["config.yaml"] = configs.dump(config)
     files["environment.json"] = as_json(about)

@@ -338,7 +338,7 @@ class UsersNetwork:
         except Exception as error:
             raise ValueError(f"{self.where(error)} raises {first_line(error)}") from None
         if not isinstance(model, torch.nn.Module):
-            raise ValueError(f"{self.where()} returns a {type(model).__name__}, not a torch.nn.Module")
+            raise ValueError(f"{self.where()} returns {type(model).__name__}, not a torch.nn.Module")
         return model
 
     def where(self, error: BaseException | None = None) -> str:
