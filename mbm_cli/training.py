@@ -109,15 +109,15 @@ def learning_rates(
 
 
 def moved(images: Tensor, moves: Tensor, black: Tensor | None = None) -> Tensor:
-    """Shift and mirror each image (N, C, H, W) as its row of `mbm_cli.data.epoch_moves` says, int64 (N, 3).
+    """Mirror and shift each image (N, C, H, W) as its row of `mbm_cli.data.epoch_moves` says, int64 (N, 3).
 
     What comes from beyond an edge is ``black``, (C, 1, 1), or 0.
     """
     height, width = images.shape[2:]
     down, right, mirrored = moves.unsqueeze(2).unbind(1)
     row, column = (torch.arange(size, device=images.device) for size in (height, width))
-    row = row - down
-    column = torch.where(mirrored > 0, width - 1 - column, column) - right
+    row, column = row - down, column - right
+    column = torch.where(mirrored > 0, width - 1 - column, column)
     inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None, :]
     row, column = row.clamp(0, height - 1)[:, None, :, None], column.clamp(0, width - 1)[:, None, None, :]
     taken = images.gather(2, row.expand_as(images)).gather(3, column.expand_as(images))
