@@ -247,7 +247,7 @@ class Published:
             cause = f"damaged {self.name} file: {', '.join(faults)}; {self.name}" if faults else self.name
             raise RunError(
                 f"{cause} could not be fetched ({'; '.join(reasons)}).",
-                f"Put the file{'s'[: len(self.md5) > 1]} {', '.join(self.md5)} into {folder}",
+                f"Put the file{'s'[: len(self.md5) > 1]} {', '.join(self.md5)}{self._compression} into {folder}",
             )
         folder.mkdir(parents=True, exist_ok=True)
         # In a folder of its own for each process, on the same file system: a file is renamed when it is whole.
@@ -256,6 +256,10 @@ class Published:
                 Path(temporary, name).write_bytes(content)
                 os.replace(Path(temporary, name), folder / name)
         return contents
+
+    @property
+    def _compression(self) -> str:
+        return "" if any(name.endswith((".gz", ".zip")) for name in self.md5) else " (plain or gzip)"
 
     def _mirrors(self) -> Sequence[str]:
         if self.mirrors:
