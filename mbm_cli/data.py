@@ -286,7 +286,7 @@ MNIST = Published(
 )
 FASHION_MNIST = Published(
     "FashionMNIST",
-    {
+    {  # of the files in Debian's package; torchvision has those of its own compressed ones
         "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
         "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
         "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",

@@ -10,9 +10,11 @@ from commands import CPU, SILENT, after, made, mbm
 from safetensors.torch import save_file
 from stress.runs import check_same, state
 
+from mbm_cli.config import load
 from mbm_cli.data import OwnFile
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import compare, profile_conv
+from mbm_cli.experiments.lifecycle import load_data
 
 NETWORK = """
 import torch
@@ -49,6 +51,12 @@ def other_classes(input_shape, classes):
 
 def plain(input_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3, classes))
+
+class Mine(nn.Conv2d):
+    pass
+
+def subclass(input_shape, classes):
+    return nn.Sequential(Mine(2, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 OWN = ["--set", "model.name=python:net.py:net", "--set", "data.dataset=images.npz"]
 FEW = [*CPU, "--set", "data.batch_size=16", "--multiplier", "{conv2d: mbm, linear: mbm-t8}"]
@@ -125,6 +133,12 @@ def test_wrong_network_is_one_line_with_its_line(function, message):
     assert not Path("runs").exists()
 
 
+def test_layer_that_cannot_be_converted_is_named():
+    answer = mbm("train", *OWN, *CPU, "--set", "model.name=python:net.py:subclass")
+    assert answer.code == 2
+    assert answer.err.startswith("mbm: model.multiplier: 0 is a ")
+
+
 @pytest.mark.parametrize(("text", "line"), [("\n\n1 / 0\n", 3), ("\nx = (\n", 2)], ids=["raises", "syntax"])
 def test_file_that_cannot_be_run_is_named_with_its_line(text, line):
     Path("net.py").write_text(text)
@@ -163,6 +177,16 @@ def test_pixels_are_standardised_and_floats_kept():
     assert (OwnFile("f.npz").shape, OwnFile("f.npz").classes) == ((1, 7, 6), 5)
     assert torch.equal(train.images, torch.from_numpy(floats[0][:4, None]))
     assert torch.equal(test.labels, torch.full((5,), 4))
+
+
+def test_held_out_images_replace_the_test_images():
+    fields = ["data.dataset=images.npz", "data.validation=20", "data.train_limit=30"]
+    train, held_out = load_data(load("lenet-mbm", fields).data, torch.device("cpu"))
+    whole, _ = OwnFile("images.npz").load("cpu")
+    assert torch.equal(train.images, whole.images[:30])
+    assert torch.equal(held_out.images, whole.images[40:])
+    assert torch.equal(held_out.labels, whole.labels[40:])
+    assert mbm("train", *OWN, *CPU, "--set", "data.validation=60").code == 2
 
 
 WRONG = {

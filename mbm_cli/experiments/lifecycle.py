@@ -124,7 +124,7 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
             multiplier = content.resolve_layers(config.model.multiplier, read_once)
             with torch.random.fork_rng(devices=[]):
                 model = _build(config.with_model(multiplier=multiplier, backward=backward))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter for a layer of a user's network that cannot be converted
             raise RequestError(f"{field}: {error}") from None
         gradients = [one for module in model.modules() for one in getattr(module, "backward", ())]
         acts = any(not one.is_exact for one in gradients)
