@@ -75,7 +75,7 @@ def test_every_layer_and_gradient_is_profiled(tmp_path):
 
 
 def test_network_may_have_one_convolution(monkeypatch, tmp_path):
-    def small():
+    def small(shape, classes, width):
         return nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten(), nn.Linear(2, 10))
 
     monkeypatch.setitem(models.MODELS, "lenet", small)
