@@ -22,14 +22,17 @@ from mbm_cli.flags import (
     EXPERIMENT,
     MEASURED,
     MEASUREMENT,
+    MODEL,
     NAMES,
     RUN,
     TRAINING,
     VARY,
+    WEIGHTS,
     Latex,
     Options,
     Root,
     RunName,
+    RunOrNone,
     Seeds,
     Target,
     Version,
@@ -43,7 +46,7 @@ from mbm_cli.openmp import set_waiting
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
 
 # \b: the lines after it stay as they are.
-START = """Train neural networks on MNIST with approximate multiplications (MBM), bit for bit as the hardware would.
+START = """Train neural networks with approximate multiplications (MBM), bit for bit as the hardware would.
 
 \b
 The main commands:
@@ -75,7 +78,7 @@ def _group(name: str, help: str, example: str) -> Typer:
 
 
 compare_app = _group("compare", "Compare multipliers, beside the seeds' noise.", "mbm compare exact-vs-mbm --seeds 3")
-data_app = _group("data", "Fetch and verify the data set.", "mbm data fetch")
+data_app = _group("data", "List, fetch and verify data sets.", "mbm data list")
 runs_app = _group("runs", "List runs, show one.", "mbm runs list")
 configs_app = _group("configs", "List, copy and check configs.", "mbm configs list")
 multipliers_app = _group("multipliers", "List multipliers, show one, export one as a table.", "mbm multipliers list")
@@ -139,19 +142,31 @@ def resume(o: Options, run: RunName) -> None:
     )
 
 
-@command(app, "eval", "bits device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")
+@command(app, "eval", "bits set_ device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")
 def eval_(
     o: Options,
-    run: RunName,
     names: Annotated[str, Option("--multiplier", **NAMES)],
+    run: RunOrNone = None,
+    model: Annotated[str, Option(**MODEL)] = "lenet",
+    weights: Annotated[str | None, Option(metavar="FILE", help=WEIGHTS)] = None,
     plot: Annotated[bool, Option("--plot", help="Draw confusion matrices, for example to see which suffer.")] = False,
 ) -> None:
-    """Evaluate a trained network with other multipliers."""
-    from mbm_cli.experiments.evaluate import evaluate as experiment
+    """Evaluate a trained network, or weights in a file, with other multipliers."""
+    from mbm_cli.experiments import evaluate as experiments
     from mbm_cli.runs import Run
 
-    found = Run.find(run, o.output).trusted(o.trust)
-    _compute(o, partial(experiment, found, names_of(names, o.bits), o.output, o.device, o.threads), draw=plot)
+    if (run is None) == (weights is None):
+        raise RequestError("name a run, or the network and its weights: --model lenet --weights FILE")
+    multipliers = names_of(names, o.bits)
+    if weights is not None:
+        given = [*(o.set_ or []), f"model.name={json.dumps(model)}"]
+        config = config_of(replace(o, bits=None, set_=given, name="weights"))
+        _compute(o, partial(experiments.evaluate_file, config, weights, multipliers, o.output), draw=plot)
+        return
+    if o.set_:
+        raise RequestError("--set belongs to --weights; a run is evaluated on its own data")
+    found = Run.find(run or "", o.output).trusted(o.trust)
+    _compute(o, partial(experiments.evaluate, found, multipliers, o.output, o.device, o.threads), draw=plot)
 
 
 @command(profile_app, "conv", f"config multiplier set_ {MEASUREMENT}", "mbm profile conv --multiplier mbm-t16-r7")
@@ -201,7 +216,25 @@ def doctor(o: Options) -> None:
         raise RunError("mbm train would fail or be wrong here: see the problems above")
 
 
-@command(data_app, "fetch", "", "mbm data fetch --root /data")
+@command(data_app, "list", "json", "mbm data list")
+def data_list(o: Options, root: Root = None) -> None:
+    """List the data sets, and which are here, verified."""
+    from mbm_cli.data import DATASETS, damages
+    from mbm_cli.report.text import print_table
+
+    rows = []
+    for name, (folder, damaged) in damages(root).items():
+        dataset = DATASETS[name]
+        state = f"missing or damaged: {', '.join(damaged)}" if damaged and folder.exists() else "not fetched"
+        rows.append((name, "x".join(map(str, dataset.shape)), str(dataset.classes), state if damaged else str(folder)))
+    columns = ("data set", "image", "classes", "verified in")
+    if o.json:
+        _print_json({"data": [dict(zip(columns, row, strict=True)) for row in rows]})
+    else:
+        print_table(columns, rows)
+
+
+@command(data_app, "fetch", "", "mbm data fetch fashion-mnist --root /data")
 def data_fetch(
     o: Options, root: Root = None, name: Annotated[str, Argument(help="A data set, for example mnist.")] = "mnist"
 ) -> None:

@@ -1,8 +1,9 @@
 """The typed experiment: YAML in, checked, overridden, written out again."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -21,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from mbm_cli.data import DATASETS
 from mbm_cli.documents import explain, read_yaml, show, write_yaml
-from mbm_cli.errors import RequestError
+from mbm_cli.errors import RequestError, did_you_mean
 from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier, multiplier_of
 from mbm_cli.shipped import shipped_text
 
@@ -92,40 +94,129 @@ MultiplierField = Annotated[
 BackwardField = Annotated[Backward, PlainValidator(_to_backward), PlainSerializer(lambda one: one.located)]
 
 
+NETWORKS = ("lenet", "cnn3", "mlp", "resnet20")  # of mbm_cli.models.MODELS, which needs PyTorch
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by its name, ``lenet`` or ``python:FILE.py:function``.
+
+    Attributes:
+        content: of a function, what ``mbm_cli.multipliers.code.read_network`` returns. It stays in its process.
+
+    Raises:
+        ValueError: not a name of a network.
+    """
+
+    name: str
+    content: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.name not in NETWORKS and not (self.runs_code and self.file and self.function):
+            hint = did_you_mean(self.name, NETWORKS)
+            raise ValueError(f"must be {' | '.join(NETWORKS)} or python:FILE.py:function, not {show(self.name)}{hint}")
+
+    @classmethod
+    def of(cls, value: object) -> "Network":
+        return value if isinstance(value, cls) else cls(value)  # type: ignore[arg-type]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether a user's file is run."""
+        return isinstance(self.name, str) and self.name.startswith("python:")
+
+    @property
+    def file(self) -> str:
+        return self.name.removeprefix("python:").rpartition(":")[0]
+
+    @property
+    def function(self) -> str:
+        return self.name.rpartition(":")[2]
+
+    @property
+    def located(self) -> str:
+        """The name with the file's absolute path."""
+        return f"python:{_absolute(self.file)}:{self.function}" if self.runs_code else self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[type["Network"], tuple[str]]:
+        return Network, (self.name,)
+
+
+def _absolute(file: str) -> str:
+    return os.path.abspath(os.path.expanduser(file))
+
+
+def _to_dataset(value: object) -> str:
+    if not isinstance(value, str) or not (value in DATASETS or (value.endswith(".npz") and "\0" not in value)):
+        raise ValueError(
+            f"must be {' | '.join(DATASETS)} or FILE.npz, not {show(value)}{did_you_mean(value, DATASETS)}"
+        )
+    return value
+
+
+NetworkField = Annotated[Network, PlainValidator(Network.of), PlainSerializer(lambda one: one.located)]
+DatasetField = Annotated[
+    str,
+    PlainValidator(_to_dataset),
+    PlainSerializer(lambda name: name if name in DATASETS else _absolute(name)),
+]
+
+
 class DataConfig(_Section):
     """The images.
 
     Attributes:
-        dataset: ``mnist``.
+        dataset: a name in `DATASETS`, or an ``.npz`` file, which `mbm_cli.data.OwnFile` describes.
         root: folder that holds ``MNIST/raw``; ``None`` is the user's cache folder.
         batch_size: images in a training step.
         eval_batch_size: images in an evaluation step; the result does not depend on it.
         train_limit: use only that many training images; ``None`` is all, and so is more than there are.
         test_limit: the same for the test images.
+        validation: hold out that many of the last training images; they take the place of the test images.
+        crop: shift each training image by up to that many pixels in both directions, at random.
+        flip: mirror half of the training images, drawn at random.
     """
 
-    dataset: Literal["mnist"] = "mnist"
+    dataset: DatasetField = "mnist"
     root: Folder = None
     batch_size: Count = 64
     eval_batch_size: Count = 1000
     train_limit: Limit = None
     test_limit: Limit = None
+    validation: Annotated[int | None, _whole(1, _COUNT, null="none")] = None
+    crop: Annotated[int, _whole(0, 1024)] = 0
+    flip: Switch = False
 
 
 class ModelConfig(_Section):
     """The network.
 
     Attributes:
-        name: ``lenet``, ``cnn3`` or ``mlp``.
+        name: one of `NETWORKS`, or ``python:FILE.py:function``, a function that takes the shape of an image and the
+            number of classes and returns a ``torch.nn.Module``.
+        width: times as many channels and hidden units; for `NETWORKS` only.
         multiplier: of its convolutions: a `Multiplier`, its name or its mapping, or a mapping from layers' names,
             patterns or kinds to multipliers.
         backward: of the gradients of each layer whose multiplier is not exact: a `Multiplier` or its name, ``same``, or
             ``{input: ..., weight: ...}``.
     """
 
-    name: Literal["lenet", "cnn3", "mlp"] = "lenet"
+    name: NetworkField = Network("lenet")
+    width: Positive = 1.0
     multiplier: MultiplierField = Multiplier("mbm")
     backward: BackwardField = Backward()
+
+    @field_validator("width")
+    @classmethod
+    def _belongs_to_networks(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1 and "name" in info.data and info.data["name"].runs_code:
+            raise ValueError(
+                f"is for {', '.join(NETWORKS)}; {info.data['name'].function} decides its own: leave it out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _keep_meaning(self) -> Self:
@@ -145,6 +236,11 @@ class ModelConfig(_Section):
     def products(self) -> str:
         """All multipliers in words, for tables and lists."""
         return f"{self.multiplier}" + ("" if self.backward.is_exact else f", backward {self.backward}")
+
+    def code(self) -> list[str]:
+        """Return the names of the network and the multipliers that run a user's file."""
+        named: list[Network | Multiplier] = [self.name, *self.distinct()]
+        return [str(one) for one in named if one.runs_code]
 
     def distinct(self) -> list[Multiplier]:
         """Return each multiplier of a forward pass, then each other one of a gradient that is not exact, once."""
@@ -172,10 +268,12 @@ class OptimizerConfig(_Section):
 
     Attributes:
         name: ``adam``, ``adamw`` or ``sgd``.
-        lr: learning rate at the first step.
+        lr: the highest learning rate, at the first step or at the end of the warm-up.
         weight_decay: as ``torch.optim`` defines it for that optimizer.
-        schedule: the learning rate falls in a straight line (``linear``) or half a cosine (``cosine``) to zero at the
-            last step, or stays constant (``none``).
+        warmup: the part of all steps in which the learning rate rises in a straight line; with ``linear`` the whole is
+            a one-cycle schedule.
+        schedule: then it falls in a straight line (``linear``) or half a cosine (``cosine``) to zero at the last step,
+            or stays constant (``none``).
         momentum: for ``sgd`` only.
         nesterov: for ``sgd`` with a momentum above 0 only.
     """
@@ -184,6 +282,7 @@ class OptimizerConfig(_Section):
     lr: Positive = 0.001
     weight_decay: NonNegative = 0.0
     schedule: Literal["linear", "cosine", "none"] = "linear"
+    warmup: Fraction = 0.0
     momentum: Fraction = 0.0
     nesterov: Switch = False
 
@@ -216,6 +315,7 @@ class TrainConfig(_Section):
         cuda_graph: ``auto`` replays a step as a CUDA graph where that is possible, ``off`` never does.
         matrix_units: let a GPU compute forward passes on bfloat16 matrix units, where the multiplier's products allow
             it; sums are then rounded as these units do.
+        label_smoothing: of the cross-entropy that is minimised: the part of a label that all classes share.
     """
 
     epochs: Count = 3
@@ -226,6 +326,7 @@ class TrainConfig(_Section):
     # YAML 1.1 reads off as false.
     cuda_graph: Annotated[Literal["auto", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = "auto"
     matrix_units: Switch = False
+    label_smoothing: Fraction = 0.0
 
 
 class Cluster(_Section):

@@ -75,6 +75,11 @@ NAMES = {
 ON = "Where --jobs compute, for example slurm://PARTITION?gpus=1&cpus=4&time=60 (minutes)."
 AT_ONCE = "Runs that take turns on a GPU, in each process, for example 8; auto: as many as fit."
 PICTURES = "Also draw each run's curves, for example to see which converge."
+MODEL = {
+    "metavar": "NAME",
+    "help": "The network that --weights are of, for example cnn3 or python:FILE.py:function.",
+}
+WEIGHTS = "Weights instead of a run: a state_dict, for example w.pt or w.safetensors."
 DRY_RUN = "Only show the network and an estimate of the time, for example before a long run."
 MEASURED = "Multipliers, for example mbm-t8, lut:FILE, c:FILE.h:function; of integers drum-int8-k4, int8:FILE.c."
 DEVICE = {
@@ -123,6 +128,7 @@ RUN = {
     "autocompletion": _runs,
 }
 RunName = Annotated[str, Argument(**RUN)]
+RunOrNone = Annotated[str | None, Argument(**RUN)]
 Latex = Annotated[Path | None, Option(help="Also write the table for a paper, for example table.tex.")]
 Root = Annotated[Path | None, Option(help="Folder, for example /data; default: MBM_DATA_DIR or the cache.")]
 Target = Annotated[Path | None, Argument(metavar="FILE", help="Where to, for example mine.yaml; default: NAME.yaml.")]

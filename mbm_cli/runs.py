@@ -357,9 +357,8 @@ class Run:
         if self.has_several:
             planned = self.read(list[Combination], "plan.json", self.read_json("plan.json").get("combinations") or [])
             named += [configs.validate(one.config, str(self.folder / "plan.json")) for one in planned]
-        for multiplier in (m for config in named for m in config.model.distinct()):
-            if multiplier.runs_code:
-                raise RequestError(f"{self.folder} names code, {multiplier}: read it, then run it with --trust")
+        for code in (code for config in named for code in config.model.code()):
+            raise RequestError(f"{self.folder} names code, {code}: read it, then run it with --trust")
         return self
 
     def plan(self) -> Plan:
@@ -470,8 +469,8 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
     if not (run.folder / "checkpoint.pt").exists():
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm resume {run.folder}")
     if config is None:
-        gradients = run.config().model.backward.distinct()
-        if not has_multiplier or any(one.runs_code for one in gradients):
+        model = run.config().model
+        if not has_multiplier or model.name.runs_code or any(one.runs_code for one in model.backward.distinct()):
             run.trusted(False)
     return config or str(run.folder / "config.yaml"), os.path.abspath(run.folder / "checkpoint.pt")
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,17 +37,19 @@ class Split:
 
     images: float32 (N, C, H, W), normalised to the training set's mean 0 and standard deviation 1.
     labels: int64 (N,), from 0 to ``classes`` - 1.
+    black: float32 (C, 1, 1), a black pixel, which is what lies beyond an image's edge; without it 0.
     """
 
     images: Tensor
     labels: Tensor
     classes: int
+    black: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, some: slice) -> "Split":
-        return Split(self.images[some], self.labels[some], self.classes)
+        return replace(self, images=self.images[some], labels=self.labels[some])
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,38 @@ class PartOfEpoch:
     seconds: float
 
 
-def learning_rates(lr: float, schedule: str, first_step: int, steps: int, total_steps: int) -> Tensor:
+def learning_rates(
+    lr: float, schedule: str, first_step: int, steps: int, total_steps: int, warmup: float = 0.0
+) -> Tensor:
     """Return the learning rates of ``steps`` steps from ``first_step`` (from 0), float32 (steps,).
 
-    ``linear`` and ``cosine`` fall from ``lr`` at the first of ``total_steps`` to zero after the last; ``none`` is
-    constant.
+    In the first part of ``total_steps``, the fraction ``warmup``, they rise in a straight line to ``lr``. In the rest
+    ``linear`` and ``cosine`` fall to zero after the last step; ``none`` is constant.
     """
-    done = torch.arange(first_step, first_step + steps, dtype=torch.float64) / total_steps
+    number = torch.arange(first_step, first_step + steps, dtype=torch.float64)
+    done = (number / total_steps - warmup).clamp(min=0) / (1 - warmup)
     factor = {"linear": 1 - done, "cosine": (1 + torch.cos(math.pi * done)) / 2, "none": torch.ones_like(done)}[
         schedule
     ]
+    if warmup:
+        factor = factor * ((number + 1) / (warmup * total_steps)).clamp(max=1)
     return (lr * factor).float()
+
+
+def moved(images: Tensor, moves: Tensor, black: Tensor | None = None) -> Tensor:
+    """Mirror and shift each image (N, C, H, W) as its row of `mbm_cli.data.epoch_moves` says, int64 (N, 3).
+
+    What comes from beyond an edge is ``black``, (C, 1, 1), or 0.
+    """
+    height, width = images.shape[2:]
+    down, right, mirrored = moves.unsqueeze(2).unbind(1)
+    row, column = (torch.arange(size, device=images.device) for size in (height, width))
+    row, column = row - down, column - right
+    column = torch.where(mirrored > 0, width - 1 - column, column)
+    inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None, :]
+    row, column = row.clamp(0, height - 1)[:, None, :, None], column.clamp(0, width - 1)[:, None, None, :]
+    taken = images.gather(2, row.expand_as(images)).gather(3, column.expand_as(images))
+    return torch.where(inside, taken, 0.0 if black is None else black)
 
 
 class Trainer:
@@ -115,6 +138,8 @@ class Trainer:
         train, test: the two halves of the data set, on the model's device.
         batch_size: images in a training step; the last step of an epoch may have fewer.
         eval_batch_size: images in an evaluation step.
+        label_smoothing: of the loss that is minimised; reported losses have none.
+        augment: move the training images as `epoch` is told.
         cuda_graph: capture steps once and replay them; for a CUDA device only.
         phase: opens the ranges of a step, named as in PHASES; can be replaced between epochs that run eagerly.
     """
@@ -127,6 +152,8 @@ class Trainer:
         test: Split,
         batch_size: int,
         eval_batch_size: int,
+        label_smoothing: float = 0.0,
+        augment: bool = False,
         cuda_graph: bool = False,
         phase: Range = no_range,
     ) -> None:
@@ -137,6 +164,8 @@ class Trainer:
         self._training = _Pass(self._train_step, train, batch_size, self._keeping)
         self._testing = _Pass(self._test_step, test, eval_batch_size)
         self._order = torch.zeros_like(train.labels)
+        self.label_smoothing, self.augment = label_smoothing, augment
+        self._moves = self._order.new_zeros(len(train) if augment else 0, 3)
         self._rates = torch.zeros(self.steps, device=train.images.device)
         self.cuda_graph = cuda_graph
         self.phase = phase
@@ -151,6 +180,13 @@ class Trainer:
         """Free the captured steps, whose reference cycle would keep them until Python looks for cycles."""
         del self._training, self._testing
 
+    def on(self, train: Split, test: Split, cuda_graph: bool = False, phase: Range = no_range) -> "Trainer":
+        """Return what trains the same model in the same way on other data."""
+        batches = self._training.batch_size, self._testing.batch_size
+        return Trainer(
+            self.model, self.optimizer, train, test, *batches, self.label_smoothing, self.augment, cuda_graph, phase
+        )
+
     def epoch(self, *args: Any, **options: Any) -> Epoch:
         """Compute an epoch without giving up a turn. Otherwise as `epoch_in_turns`."""
         return finish(self.epoch_in_turns(*args, **options))
@@ -164,6 +200,7 @@ class Trainer:
         keep: Callable[[PartOfEpoch], None] | None = None,
         keep_every: int | None = None,
         part: PartOfEpoch | None = None,
+        moves: Tensor | None = None,
     ) -> Turns[Epoch]:
         """Train on every image once, in the given order, then evaluate; yield after each step.
 
@@ -174,6 +211,8 @@ class Trainer:
             stopped: called before every step; true ends the epoch.
             keep: called with the finished part every ``keep_every`` steps, and when ``stopped`` is true.
             part: the finished part of this epoch; model, optimizer and random state are those at its end.
+            moves: with ``augment``, how the images are moved, in their order, int64 (images, 3), on any device; without
+                it as in the epoch before, at first not at all.
 
         Raises:
             Interrupted: ``stopped`` returned true.
@@ -181,6 +220,8 @@ class Trainer:
         """
         self._order.copy_(order)
         self._rates.copy_(learning_rates)
+        if moves is not None:
+            self._moves.copy_(moves)
         if self.cuda_graph and not self._captured:
             self._capture()
         first = 0 if part is None else part.step
@@ -249,6 +290,8 @@ class Trainer:
         with self.phase("batch gathering"):
             indices = batch_of(self._order)
             images, labels = self.train.images.index_select(0, indices), self.train.labels.index_select(0, indices)
+            if self.augment:
+                images = moved(images, batch_of(self._moves), self.train.black)
         with self.phase("optimizer"):
             for group in self.optimizer.param_groups:
                 torch.index_select(self._rates, 0, step, out=group["lr"])
@@ -256,7 +299,7 @@ class Trainer:
         with self.phase("forward"):
             logits = self.model(images)
         with self.phase("loss"):
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         with self.phase("backward"):
             loss.backward()
         with self.phase("optimizer"):

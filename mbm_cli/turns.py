@@ -57,9 +57,8 @@ def take_turns(
     memory, slots = _Memory(device), [_Slot(device) for _ in range(min(most, len(tasks)))]
     try:
         while active or (waiting and not interrupted):
-            if waiting and not interrupted and len(active) < most and (at_once or memory.has_room(len(active))):
-                if not active and torch.cuda.is_initialized():
-                    torch.cuda.reset_peak_memory_stats()
+            now = most if at_once else min(most, len(active) + 1)  # what one takes is known after its turn
+            while waiting and not interrupted and len(active) < now and (memory.has_room(len(active)) or at_once):
                 active.append(_Computation(waiting.popleft(), begin, slots.pop()))
             for one in active.copy():
                 if one.go_on():
@@ -153,7 +152,9 @@ class _Memory:
         return torch.cuda.mem_get_info(self._device)[0]
 
     def has_room(self, active: int) -> bool:
-        """Return whether another computation fits beside those that are active."""
+        """Return whether another computation fits beside those that are active; the first one's peak is a new one."""
+        if active == 0 and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         if active == 0 or self._device is None:
             return active == 0
         free = self._free()

@@ -32,7 +32,7 @@ SWEEP = ["sweep", "--vary", "model.multiplier=mbm,mbm-t20"]
 KINDS = {"train": ["train", *SMALL, "--epochs", "2"], "compare": [*COMPARE, *EPOCH], "sweep": [*SWEEP, *EPOCH]}
 # Its files are verified once.
 MNIST = SimpleNamespace(
-    **{name: getattr(DATASETS["mnist"], name) for name in ("shape", "classes", "damage")},
+    **{name: getattr(DATASETS["mnist"], name) for name in ("name", "shape", "classes", "damage")},
     **{name: cache(getattr(DATASETS["mnist"], name)) for name in ("fetch", "load")},
 )
 PNG = b"\x89PNG\r\n"

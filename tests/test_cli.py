@@ -32,7 +32,7 @@ FILES = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "ch
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", (ConvShape("", 4, 8, 16, 3, 1, 14),))
+    monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", (ConvShape.square("", 4, 8, 16, 3, 1, 14),))
     monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
     monkeypatch.setattr(doctor, "CHECKED", ["mbm"])
 
@@ -272,6 +272,16 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     "train --epoch 3": "--epoch.*--epochs",
     "train --resume x": "No such option.*--resume",
     "train --trust": "No such option.*--trust",
+    # evaluations
+    "eval --multiplier mbm": "name a run, or the network and its weights: --model lenet --weights FILE",
+    "eval x --weights w.pt --multiplier mbm": "name a run, or the network",
+    "eval x --set seed=1 --multiplier mbm": "--set belongs to --weights",
+    "eval --weights w.pt --model lenett --multiplier mbm": "model.name: must be lenet .*did you mean lenet?",
+    "eval --weights w.pt --multiplier mbn": "--multiplier: .*did you mean mbm?",
+    "eval --weights nowhere.pt --multiplier mbm": "--weights: nowhere.pt cannot be read .FileNotFoundError",
+    # data
+    "data fetch mnits": "no data set is called 'mnits': there are mnist, fashion-mnist",
+    "train --set data.validation=60000": "data.validation is 60000, but there are only 60000 training images",
     # comparisons
     "compare exact-vs-mbm --multiplier exact": "exact is compared with something else.*--multiplier mbm",
     "compare exact-vs-mbm --multiplier mbm,exact": "exact is compared with something else",

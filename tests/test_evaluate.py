@@ -62,7 +62,7 @@ def test_rows_are_those_of_networks_built_anew(trained, tmp_path):
     _, test = MNIST.load("cpu", test_limit=50)
     multipliers = ["mbm-t16-r7", "mbm-t20", {"conv1": "exact", "default": "mbm-t20"}]
     for row, multiplier in zip(made.result.evaluations, multipliers, strict=True):
-        model = build("lenet", multiplier)
+        model = build("lenet", MNIST.shape, MNIST.classes, multiplier)
         model.load_state_dict(trained.checkpoint()["model"])
         answers = predict(model, test, 100).argmax(1)
         matrix = made.confusions[row.multiplier]

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,19 +116,20 @@ def test_a_function_is_tabulated(tmp_path):
 
 
 @pytest.fixture
-def mnist(monkeypatch) -> data.IdxFiles:
+def mnist(monkeypatch) -> data.Published:
     """Make four small files the verified ones, in no place yet; refuse to fetch."""
     small = replace(data.MNIST, md5={name: hashlib.md5(content_of(name)).hexdigest() for name in data.MNIST.md5})
 
     def refused(*arguments: object) -> dict[str, bytes]:
         raise AssertionError("nothing is to be fetched")
 
-    monkeypatch.setattr(data.IdxFiles, "_fetch", refused)
+    monkeypatch.setattr(data.Published, "_fetch", refused)
     return small
 
 
 def content_of(name: str) -> bytes:
-    return bytes(16 + 3 * 784) if "images" in name else bytes(8 + 3)
+    shape = (3, 28, 28) if "images" in name else (3,)
+    return struct.pack(f">{len(shape) + 1}I", 0x800 | len(shape), *shape) + bytes(math.prod(shape))
 
 
 @pytest.mark.parametrize("folder", [".", "raw", "MNIST/raw"])
@@ -155,7 +158,7 @@ def test_missing_files_are_fetched_beside_the_others(mnist, tmp_path, monkeypatc
         asked.append((wanted, folder))
         return {name: content_of(name) for name in wanted}
 
-    monkeypatch.setattr(data.IdxFiles, "_fetch", fetched)
+    monkeypatch.setattr(data.Published, "_fetch", fetched)
     mnist.load("cpu", tmp_path)
     assert asked == [(others, tmp_path / "raw")]
 
@@ -171,9 +174,9 @@ def test_what_does_not_serve_is_named(mnist, tmp_path):
 
 def test_nothing_is_made_where_nothing_was_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     answer = mbm("data", "fetch", "--root", tmp_path / "new")
     assert answer.code == 1
-    assert answer.err.splitlines()[-1].startswith("Put the four files")
+    assert answer.err.splitlines()[-1].startswith("Put the files train-images-idx3-ubyte, ")
     assert "\\n" not in answer.err
     assert not (tmp_path / "new").exists()

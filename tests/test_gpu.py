@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mbm_cli.config import Config, load
-from mbm_cli.data import epoch_order
+from mbm_cli.data import epoch_moves, epoch_order
 from mbm_cli.device import set_arithmetic
 from mbm_cli.errors import RunError
 from mbm_cli.experiments.lifecycle import build_trainer
@@ -78,11 +78,19 @@ def test_gradients_are_the_exact_convolutions():
 # CUDA graphs
 
 
+# Dropout draws random numbers, batch norm keeps statistics, images are moved.
+NETWORKS = {
+    "lenet": [],
+    "cnn3": ["model.name=cnn3"],
+    "resnet20": ["model.name=resnet20", "data.crop=2", "data.flip=true", "train.label_smoothing=0.1"],
+}
+
+
 def config_of(network: str, *overrides: str) -> Config:
-    return load(f"{network}-mbm", ["data.batch_size=64", "data.eval_batch_size=128", *overrides])
+    return load("lenet-mbm", ["data.batch_size=64", "data.eval_batch_size=128", *NETWORKS[network], *overrides])
 
 
-@pytest.mark.parametrize("network", ["lenet", "cnn3"])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
     "optimizer", [["name=adam"], ["name=sgd", "momentum=0.9", "nesterov=true"]], ids=["adam", "nesterov"]
 )
@@ -94,8 +102,13 @@ def test_graphs_train_as_eager_steps_do(network, optimizer):
         config = config_of(network, *(f"optimizer.{field}" for field in optimizer), f"train.cuda_graph={cuda_graph}")
         trainer = build_trainer(config, CUDA, (data, data))
         assert trainer.cuda_graph == (cuda_graph == "auto")
+        assert trainer.augment == (network == "resnet20")
         epochs = [
-            trainer.epoch(epoch_order(300, 0, epoch), learning_rates(0.01, "linear", 5 * epoch - 5, 5, 10))
+            trainer.epoch(
+                epoch_order(300, 0, epoch),
+                learning_rates(0.01, "linear", 5 * epoch - 5, 5, 10),
+                moves=epoch_moves(300, 0, epoch, 2, flip=True) if trainer.augment else None,
+            )
             for epoch in (1, 2)
         ]
         states.append((trainer.model.state_dict(), [(e.train_loss, e.test_loss, e.test_accuracy) for e in epochs]))
@@ -117,9 +130,10 @@ def test_step_with_an_infinite_loss_is_named(cuda_graph):
 
 
 @pytest.mark.parametrize("cuda_graph", ["auto", "off"])
-@pytest.mark.parametrize("name", ["lenet-mbm", "cnn3-mbm"])
-def test_interrupted_training_resumes_to_undisturbed_bits(name, cuda_graph):
-    command = ["train", "--config", name, *FEW, "--epochs", 2, "--set", f"train.cuda_graph={cuda_graph}"]
+@pytest.mark.parametrize("network", NETWORKS)
+def test_interrupted_training_resumes_to_undisturbed_bits(network, cuda_graph):
+    fields = [word for field in NETWORKS[network] for word in ("--set", field)]
+    command = ["train", *fields, *FEW, "--epochs", 2, "--set", f"train.cuda_graph={cuda_graph}"]
     assert mbm(*command, "--output", "whole", "--quiet") == SILENT
     assert mbm(*command, stopped=after(21)).code == 130
     assert made().checkpoint()["part"]["step"] == 5  # of the second epoch, which has 16

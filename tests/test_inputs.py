@@ -98,7 +98,8 @@ def accept(*_: object, **__: object) -> None:
 def cut_off(patch: pytest.MonkeyPatch) -> None:
     """End each command where it would read data, or make the folder that it computes into."""
     for name, dataset in data.DATASETS.items():
-        cut = SimpleNamespace(shape=dataset.shape, classes=dataset.classes, load=accept, fetch=accept)
+        known = {field: getattr(dataset, field) for field in ("name", "shape", "classes")}
+        cut = SimpleNamespace(**known, **dict.fromkeys(("load", "fetch", "damage"), accept))
         patch.setitem(data.DATASETS, name, cut)
     patch.setattr(doctor, "doctor", accept)
     patch.setattr(Run, "create", accept)

@@ -14,8 +14,8 @@ COMMAND = ["profile", "conv", *CPU, "--set", "data.batch_size=8"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    above = ConvShape("above the limit", 10_000, 64, 64, 3, 1, 56)
-    shapes = (ConvShape("", 4, 8, 16, 3, 1, 14), ConvShape.dense("", 4, 20, 10), above)
+    above = ConvShape.square("above the limit", 10_000, 64, 64, 3, 1, 56)
+    shapes = (ConvShape.square("", 4, 8, 16, 3, 1, 14), ConvShape("", 4, 20, 10), above)
     monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", shapes)
 
 

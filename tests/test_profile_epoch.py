@@ -17,7 +17,7 @@ SMALL = [*CPU, "--set", "data.train_limit=640", "--set", "data.test_limit=200"]
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
+        patch.setattr(profile_epoch, "measure_ceiling", lambda *_: 1e12)
         yield
 
 
@@ -75,7 +75,7 @@ def test_every_layer_and_gradient_is_profiled(tmp_path):
 
 
 def test_network_may_have_one_convolution(monkeypatch, tmp_path):
-    def small():
+    def small(shape, classes, width):
         return nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten(), nn.Linear(2, 10))
 
     monkeypatch.setitem(models.MODELS, "lenet", small)

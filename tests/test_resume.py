@@ -64,12 +64,14 @@ def test_interrupted_command_resumes_to_undisturbed_bits(name, jobs, file, undis
 
 SETTINGS = {
     "cnn3-mbm": ["data.train_limit=50"],  # dropout draws random numbers, batch norm keeps statistics
+    "resnet20-mbm": ["data.dataset=mnist", "data.train_limit=50", "model.width=0.25"],  # images are moved
     "lenet-exact": ["optimizer.name=sgd", "optimizer.momentum=0.9", "optimizer.schedule=cosine"],
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("lenet-exact", 2), ("lenet-exact", 4), ("lenet-exact", 6), ("cnn3-mbm", 6)]
+    ("name", "steps"),
+    [("lenet-exact", 2), ("lenet-exact", 4), ("lenet-exact", 6), ("cnn3-mbm", 6), ("resnet20-mbm", 6)],
 )
 def test_training_stopped_at_any_step_resumes(name, steps, undisturbed):
     """Within the first of two epochs, at its end, and within the second."""

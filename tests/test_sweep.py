@@ -16,7 +16,7 @@ from mbm_cli.experiments import sweep
 from mbm_cli.runs import Run, list_runs
 
 COLUMNS = ["optimizer.lr", "model.multiplier", "seed", "status", "test_accuracy", "best_test_accuracy", "test_loss"]
-COLUMNS += ["train_loss", "epochs", "epoch_seconds", "run"]
+COLUMNS += ["train_loss", "epochs", "epoch_seconds", "train_seconds", "run"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +80,20 @@ def test_jobs_change_nothing_but_times():
     check_same(made("two").folder, state(made("one").folder))
     for result in (one, two):
         for row in (*result["runs"], *result["combinations"]):
-            for field in ("run", "runs", "epoch_seconds", "epoch_seconds_median"):
+            for field in ("run", "runs", *(field for field in row if "_seconds" in field)):
                 row.pop(field, None)
     assert {**one, "jobs": 2, "run": two["run"]} == two
     assert multiprocessing.active_children() == []
+
+
+def test_seeds_alone_need_no_vary():
+    answer = mbm("sweep", "--seeds", 3, *EPOCH, draw=True)
+    assert "lenet-mbm: lenet, 3 seeds" in answer.out
+    (one,) = made().read_json("sweep.json")["combinations"]
+    runs = list_runs(made().folder)
+    assert (one["values"], len(one["test_accuracy"]), {run.config().seed for run in runs}) == ({}, 3, {0, 1, 2})
+    seconds = sorted(sum(run.summary().train_seconds) for run in runs)
+    assert one["train_seconds_median"] == pytest.approx(seconds[1])
 
 
 def test_members_are_ordinary_runs():

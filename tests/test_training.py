@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from mbm_cli import training
 from mbm_cli.config import parse
+from mbm_cli.data import epoch_moves
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.experiments.lifecycle import build_model, build_trainer
-from mbm_cli.training import PartOfEpoch, Split, Trainer, learning_rates
+from mbm_cli.training import PartOfEpoch, Split, Trainer, learning_rates, moved
 
 BATCHES = [16, 16, 16, 4]
 BATCH, STEPS, TRAIN, TEST = BATCHES[0], len(BATCHES), sum(BATCHES), 30
@@ -83,6 +85,13 @@ def test_schedule_falls_over_all_epochs(schedule, rates):
     assert torch.equal(torch.cat([learning_rates(0.4, schedule, first, 2, 4) for first in (0, 2)]), whole)
 
 
+def test_rates_rise_before_they_fall():
+    rates = learning_rates(0.4, "linear", 0, 8, 8, warmup=0.5)
+    torch.testing.assert_close(rates, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2, 0.1]))
+    assert torch.equal(learning_rates(0.4, "linear", 2, 3, 8, warmup=0.5), rates[2:5])
+    torch.testing.assert_close(learning_rates(0.4, "none", 0, 4, 4, 0.5), torch.tensor([0.2, 0.4, 0.4, 0.4]))
+
+
 # An epoch
 
 
@@ -147,6 +156,47 @@ def test_loop_equals_the_plain_one_bit_for_bit(network, optimizer):
         assert epoch.images_per_second == pytest.approx(TRAIN / epoch.train_seconds)
         assert epoch.epoch_seconds == pytest.approx(epoch.train_seconds + epoch.eval_seconds)
     assert (epochs[-1].test_loss, epochs[-1].test_accuracy) == trainer.evaluate()
+
+
+def moved_one_by_one(images: Tensor, moves: Tensor, black: Tensor) -> Tensor:
+    """Move each image in the plainest way."""
+    out = black.expand_as(images[0]).repeat(len(images), 1, 1, 1)
+    height, width = images.shape[2:]
+    for original, to, (down, right, mirrored) in zip(images, out, moves.tolist(), strict=True):
+        image = original.flip(2) if mirrored else original
+        for row in range(max(0, down), min(height, height + down)):
+            for column in range(max(0, right), min(width, width + right)):
+                to[:, row, column] = image[:, row - down, column - right]
+    return out
+
+
+def test_images_are_shifted_then_filled_with_black():
+    images, black = torch.randn(20, 3, 6, 9), torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    moves = epoch_moves(20, 0, 1, crop=4, flip=True)
+    moves[0, 0] = 7  # beyond the image
+    expected = moved_one_by_one(images, moves, black)
+    mirrored = moves[:, 2:, None] > 0
+    assert torch.equal(moved(images, moves, black), expected)
+    assert 0 < mirrored.sum() < 20
+    assert torch.equal(moved(images, torch.zeros(20, 3, dtype=torch.int64)), images)
+
+
+def test_moved_images_and_smoothed_labels_equal_the_plain_loop():
+    train = replace(random_split(TRAIN, 1), black=torch.full((1, 1, 1), -0.5))
+    fields = "data: {batch_size: 16, crop: 2, flip: true}\ntrain: {label_smoothing: 0.1}\nmodel: {multiplier: exact}"
+    config = parse(f"name: x\n{fields}", "x")
+    trainer = build_trainer(config, CPU, (train, random_split(TEST, 2)))
+    model, optimizer = plain()
+    moves = epoch_moves(TRAIN, 5, 1, crop=2, flip=True)
+    trainer.epoch(order(), RATES, moves=moves)
+    images = moved_one_by_one(train.images[order()], moves, train.black)
+    for batch, labels, rate in zip(images.split(BATCH), train.labels[order()].split(BATCH), RATES, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate.item()
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    assert same_weights(trainer.model, model)
 
 
 def test_reports_give_running_means_over_images(monkeypatch):

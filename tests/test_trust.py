@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from commands import COMPARE, EPOCH, SMALL, after, made, mbm
 
 from mbm_cli.experiments import profile_epoch
@@ -12,17 +13,24 @@ from pathlib import Path
 with Path(__file__).with_name("executions").open("a") as file:
     file.write("x")
 def f(a, b): return a * b
+def net(shape, classes):
+    from torch import nn
+    return nn.Sequential(nn.Conv2d(shape[0], 2, 5, 4), nn.Flatten(), nn.Linear(72, classes))
 """
 NAME = "python:my.py:f@3"
 LAYERS = f"{{conv1: {NAME}, default: mbm}}"
 SWEEP = ["sweep", "--vary", f"model.multiplier={NAME},mbm,{LAYERS}"]
+NETWORK = ["train", "--set", "model.name=python:my.py:net"]
 INTERRUPTED = {
+    "network": [*NETWORK, *SMALL, "--epochs", "2"],
     "train": ["train", *SMALL, "--epochs", "2", "--multiplier", LAYERS],
     "compare": [*COMPARE, *EPOCH, "--multiplier", f"{NAME},{LAYERS}"],
     "sweep": [*SWEEP, *EPOCH],
 }
 COMMANDS = {
     **INTERRUPTED,
+    "network and multiplier": [*NETWORK, *EPOCH, "--multiplier", NAME],
+    "weights": ["eval", "--model", "python:my.py:net", "--weights", "w.pt", "--multiplier", f"exact,{NAME}"],
     "gradients": ["train", *SMALL, "--epochs", "1", "--backward", NAME],
     "sweep with jobs": [*SWEEP, *EPOCH, "--jobs", "2"],
     "profile epoch": ["profile", "epoch", *SMALL, "--multiplier", LAYERS],
@@ -37,6 +45,8 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
     Path("my.py").write_text(CODE)
+    names, shapes = ("0.weight", "0.bias", "2.weight", "2.bias"), ((2, 1, 5, 5), (2,), (10, 72), (10,))
+    torch.save(dict(zip(names, map(torch.zeros, shapes), strict=True)), "w.pt")
 
 
 def executions() -> int:

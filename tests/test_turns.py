@@ -7,6 +7,7 @@ import torch
 from commands import after
 from stress.runs import check_same, state
 
+from mbm_cli import turns
 from mbm_cli.config import Config, load
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.experiments.lifecycle import Watch, never
@@ -29,6 +30,7 @@ RUNS = {
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(turns, "STEPS", 4)  # of some ten
 
 
 def config_of(device: str, name: str, *more: str) -> Config:

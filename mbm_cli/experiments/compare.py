@@ -146,7 +146,7 @@ def _conclude(task: Any, stopped: Stopped = never) -> Turns[Comparison]:
         columns.append(_column(one, runs, exact, varied[0], device, data))
     result = Comparison(
         config=config.name,
-        model=config.model.name,
+        model=str(config.model.name),
         device=device.type,
         multipliers=[column.multiplier for column in columns],
         seeds=plan.seeds,

@@ -75,14 +75,14 @@ def _checks(seed: int) -> Iterator[Check]:
             devices.append("cuda")
     else:
         yield Check("cuda", "no CUDA device, training runs on the CPU")
-    for name, dataset in DATASETS.items():
-        folder, damaged = dataset.damage(None)
-        if damaged and not folder.exists():
-            yield Check(name, "not fetched", f"run: mbm data fetch {name}" if name == DataConfig().dataset else "")
-        elif damaged:
-            yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", f"run: mbm data fetch {name}")
-        else:
-            yield Check(name, f"complete and verified in {folder}")
+    name = DataConfig().dataset
+    folder, damaged = DATASETS[name].damage(None)
+    if damaged and not folder.exists():
+        yield Check(name, "not fetched", f"run: mbm data fetch {name}")
+    elif damaged:
+        yield Check(name, f"missing or damaged in {folder}: {', '.join(damaged)}", f"run: mbm data fetch {name}")
+    else:
+        yield Check(name, f"complete and verified in {folder}")
     if "cuda" in devices:
         _compile()
     for device in devices:

@@ -8,7 +8,7 @@ from mbm_cli.config import Config
 from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Stopped, Watch, never
 from mbm_cli.models import Layer, describe_layers
-from mbm_cli.training import Trainer, learning_rates
+from mbm_cli.training import learning_rates
 
 TIMED_STEPS = 30
 
@@ -34,13 +34,12 @@ def estimate(config: Config, watch: Watch | None = None, stopped: Stopped = neve
         Interrupted: ``stopped`` returned true.
     """
     config, device = lifecycle.begin(config)
-    train, test = lifecycle.load_data(config, device)
+    train, test = lifecycle.load_data(config.data, device)
     whole = lifecycle.build_trainer(config, device, (train, test))
     (watch or Watch()).status(f"timing {TIMED_STEPS} steps")
     images = min(len(train), TIMED_STEPS * config.data.batch_size)
     evaluated = min(len(test), config.data.eval_batch_size)
-    batches = config.data.batch_size, config.data.eval_batch_size
-    part = Trainer(whole.model, whole.optimizer, train[:images], test[:evaluated], *batches, whole.cuda_graph)
+    part = whole.on(train[:images], test[:evaluated], whole.cuda_graph)
     rates = learning_rates(config.optimizer.lr, "none", 0, part.steps, part.steps)
     for _ in range(2):
         timed = part.epoch(torch.arange(images), rates, stopped=stopped)

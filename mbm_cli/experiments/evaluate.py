@@ -1,8 +1,10 @@
 """`mbm eval`: a trained network's test accuracy and loss with other multipliers than the one it was trained with."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``eval.json``: the evaluated run, and a row a multiplier, the one of the training first."""
+    """``eval.json``: the evaluated run, or file, and a row a multiplier, the one of the training first."""
 
     run: str
-    trained_with: str
+    trained_with: str | None  # unknown of a file
     evaluations: list[Row]
 
 
@@ -85,26 +87,80 @@ def evaluate(
     update: dict[str, Any] = {} if device is None else {"device": device}
     config = config.model_copy(update=update).with_train(threads=threads or config.train.threads)
     where = lifecycle.use_device(config)
-    asked = [config.with_model(multiplier=configs.multiplier(name), backward=Backward()) for name in multipliers]
+    config, *others = _resolve([config, *_asked(config, multipliers)], where)
+    lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
+    restored = partial(_restored, run, checkpoint, where)
+    rows, confusions, images = _rows([config, *others], restored, where, watch, stopped)
+    notes = _notes(config, checkpoint, images, rows[0].test_accuracy, run.environment().get("device"), where)
+    return _keep(config, where, output, Evaluation(str(run.folder), rows[0].multiplier, rows), notes, confusions)
+
+
+def evaluate_file(
+    config: Config,
+    file: str,
+    multipliers: Sequence[str],
+    output: Path,
+    watch: Watch | None = None,
+    stopped: Stopped = never,
+) -> Evaluated:
+    """Evaluate the weights in a file, of the config's network, on its test set, once with each multiplier.
+
+    Args:
+        config: its data, network, device and threads are used.
+        file: a ``state_dict`` or a checkpoint, which ``torch.load`` reads, or ``.safetensors``.
+
+    Otherwise as `evaluate`; the first multiplier's row is the one that the others are compared with.
+
+    Raises:
+        RequestError: as `evaluate`, or the file cannot be read or does not fit the network.
+        Interrupted, RunError: as `evaluate`.
+    """
+    where = lifecycle.use_device(config)
+    asked = _resolve(_asked(config, multipliers), where)
+    state, _ = weights.read(file, lifecycle.build_model(asked[0], torch.device("cpu")), "--weights")
+
+    def restored(one: Config) -> nn.Module:
+        model = lifecycle.build_model(one, where)
+        weights.load_state(model, state)
+        return model
+
+    rows, confusions, images = _rows(asked, restored, where, watch or Watch(), stopped)
+    result = Evaluation(os.path.abspath(file), None, rows)
+    return _keep(config, where, output, result, [_smallest_step(images)], confusions)
+
+
+def _asked(config: Config, multipliers: Sequence[str]) -> list[Config]:
+    return [config.with_model(multiplier=configs.multiplier(name), backward=Backward()) for name in multipliers]
+
+
+def _resolve(asked: Sequence[Config], device: torch.device) -> list[Config]:
     try:
-        config, *others = lifecycle.resolve([config, *asked], where)
+        return lifecycle.resolve(asked, device)
     except RequestError as error:
         raise RequestError(str(error).replace("model.multiplier:", "--multiplier:", 1)) from None
-    lifecycle.refuse_other_products(config, checkpoint["multipliers"], run.folder)
-    if note := lifecycle.matrix_units(config, where):
+
+
+def _rows(
+    asked: Sequence[Config],
+    restored: Callable[[Config], nn.Module],
+    device: torch.device,
+    watch: Watch,
+    stopped: Stopped,
+) -> tuple[list[Row], dict[str, np.ndarray], int]:
+    """Evaluate the network of each config; return a row each, confusion matrices, and the number of test images."""
+    if note := lifecycle.matrix_units(asked[0], device):
         watch.note(note)
     watch.status("loading the data")
-    train, test = lifecycle.load_data(config, where)
-    by_name = {str(one.model.multiplier): one for one in (config, *others)}
+    train, test = lifecycle.load_data(asked[0].data, device)
     rows: list[Row] = []
     confusions = {}
-    for name, one in by_name.items():
+    for name, one in {str(one.model.multiplier): one for one in asked}.items():
         if stopped():
             raise Interrupted("interrupted; nothing was kept")
         watch.status(f"evaluating with {name}")
-        model = _restored(run, one, checkpoint, where)
+        model = restored(one)
         lifecycle.calibrate_model(one, model, train)
-        logits = predict(model, test, config.data.eval_batch_size)
+        logits = predict(model, test, one.data.eval_batch_size)
         loss, accuracy = score(logits, test.labels)
         finite = loss if math.isfinite(loss) else None  # JSON knows no others
         difference = 100 * (accuracy - (rows[0].test_accuracy if rows else accuracy))
@@ -112,15 +168,24 @@ def evaluate(
         pairs = test.labels * test.classes + logits.argmax(1)
         counts = torch.bincount(pairs, minlength=test.classes**2)
         confusions[name] = counts.view(test.classes, test.classes).cpu().numpy()
+    return rows, confusions, len(test)
+
+
+def _keep(
+    config: Config,
+    device: torch.device,
+    output: Path,
+    result: Evaluation,
+    notes: list[str],
+    confusions: dict[str, np.ndarray],
+) -> Evaluated:
     made = Run.create(output, f"{config.name}-eval")
-    made.write_json("environment.json", environment(where))
-    result = Evaluation(str(run.folder), rows[0].multiplier, rows)
+    made.write_json("environment.json", environment(device))
     made.write_json("eval.json", result)
-    notes = _notes(config, checkpoint, len(test), rows[0].test_accuracy, run.environment().get("device"), where)
     return Evaluated(made, result, notes, confusions)
 
 
-def _restored(run: Run, config: Config, checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
+def _restored(run: Run, checkpoint: dict[str, Any], device: torch.device, config: Config) -> nn.Module:
     model = lifecycle.build_model(config, device)
     try:
         weights.load_state(model, checkpoint["model"])
@@ -134,7 +199,7 @@ def _restored(run: Run, config: Config, checkpoint: dict[str, Any], device: torc
 def _notes(
     config: Config, checkpoint: dict[str, Any], images: int, accuracy: float, trained_on: object, device: torch.device
 ) -> list[str]:
-    notes = [f"{images:,} test images: one of them is {100 / images:.2g} points"]
+    notes = [_smallest_step(images)]
     metrics, epochs, part = checkpoint["metrics"], config.train.epochs, checkpoint.get("part")
     if part or len(metrics) < epochs:
         steps = f", and {part['step']:,} steps of the next" if part else ""
@@ -147,3 +212,7 @@ def _notes(
             "sums differ in the last bits"
         )
     return notes
+
+
+def _smallest_step(images: int) -> str:
+    return f"{images:,} test images: one of them is {100 / images:.2g} points"

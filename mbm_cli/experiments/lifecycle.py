@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from mbm_cli.backends import cuda_matrix
-from mbm_cli.config import Config, OptimizerConfig
-from mbm_cli.data import DATASETS
+from mbm_cli.config import Config, DataConfig, Network, OptimizerConfig
+from mbm_cli.data import OwnFile, dataset_of
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import weights
-from mbm_cli.models import Layer, build
+from mbm_cli.models import Layer, build, try_out
 from mbm_cli.multipliers import content
-from mbm_cli.multipliers.code import Namespace, check_magnitude
+from mbm_cli.multipliers.code import Namespace, UsersNetwork, check_magnitude, read_network
 from mbm_cli.multipliers.names import Backward, Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.quantize import Quantization, calibrate, quantizers
@@ -87,14 +87,26 @@ class Watch:
 
 
 def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
-    """Read the content of the configs' multipliers, each once, and check everything about them.
+    """Read the content of the configs' networks and multipliers, each once, and check everything about them.
 
     Raises:
-        RequestError: a file is missing or wrong, a function does not multiply, the network lacks a layer, or none of
-            the configs has a layer for its ``backward``.
+        RequestError: a file is missing or wrong, a function does not multiply, a network does not fit the data or lacks
+            a layer, or none of the configs has a layer for its ``backward``.
     """
     read: dict[str, Multiplier] = {}
     run: dict[Path, Namespace] = {}
+    tried: dict[tuple[object, ...], Network] = {}
+
+    def network_of(config: Config) -> Network:
+        model, images = config.model, dataset_of(config.data.dataset)
+        asked = model.name.located, images.shape, images.classes, model.width
+        if asked not in tried:
+            network = model.name
+            if network.runs_code:
+                network = replace(network, content=read_network(network.file, network.function, run))
+            try_out(network.content or network.name, *asked[1:])
+            tried[asked] = network
+        return replace(model.name, content=tried[asked].content)
 
     def read_once(multiplier: Multiplier) -> Multiplier:
         located = multiplier.located
@@ -104,15 +116,17 @@ def resolve(configs: Sequence[Config], device: torch.device) -> list[Config]:
         return replace(multiplier, content=read[located].content)
 
     resolved = []
-    for config in configs:
-        field = "model.backward"
+    for one in configs:
+        field = "model.name"
         try:
+            config = one.with_model(name=network_of(one))
+            field = "model.backward"
             backward = content.resolve_backward(config.model.backward, read_once)
             field = "model.multiplier"
             multiplier = content.resolve_layers(config.model.multiplier, read_once)
-            with torch.device("meta"):
-                model = build(config.model.name, multiplier, backward)
-        except ValueError as error:
+            with torch.random.fork_rng(devices=[]):
+                model = _build(config.with_model(multiplier=multiplier, backward=backward))
+        except (ValueError, TypeError) as error:  # the latter for a layer of a user's network that cannot be converted
             raise RequestError(f"{field}: {error}") from None
         gradients = [one for module in model.modules() for one in getattr(module, "backward", ())]
         acts = any(not one.is_exact for one in gradients)
@@ -186,45 +200,64 @@ def refuse_other_device(config: Config, run: Run) -> None:
 
 
 def content_keys(config: Config) -> list[str]:
-    """Return the content keys that identify the products of the config's multipliers, which must be resolved."""
+    """Return the content keys that identify what a config computes, which must be resolved: its products, and files."""
     backward = config.model.backward
     gradients = [] if backward.is_exact else [("input", backward.input), ("weight", backward.weight)]
     keys = [multiplier.key for multiplier in config.model.multiplier.distinct()]
-    return keys + [f"{name}={'same' if one is None else one.key}" for name, one in gradients]
+    keys += [f"{name}={'same' if one is None else one.key}" for name, one in gradients]
+    if isinstance(network := config.model.name.content, UsersNetwork):
+        keys.append(f"network={network.digest}")
+    if isinstance(images := dataset_of(config.data.dataset), OwnFile):
+        keys.append(f"data={images.digest}")
+    return keys
 
 
 def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None:
-    """Refuse to continue with a multiplier whose file has changed.
+    """Refuse to continue with a file of a multiplier, a network or data that has changed.
 
     Raises:
         RunError: the keys differ.
     """
-    if content_keys(config) != keys:
+    if (found := content_keys(config)) != keys:
+        changed = next((key.partition("=")[0] for key in found if key not in keys), "")
+        files = {"network": config.model.name, "data": config.data.dataset}
+        kind = changed if changed in files else "multiplier"
         raise RunError(
-            f"{config.model.products} differs from the multiplier that {folder} was trained with: "
+            f"{files.get(changed, config.model.products)} differs from the {kind} that {folder} was trained with: "
             "restore its file, or config.yaml, or train a new run"
         )
 
 
-def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:
-    """Load the config's training and test set on the device.
+def load_data(data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+    """Load a training and a test set on the device.
 
     Raises:
-        RunError: the data cannot be had.
+        RunError, RequestError: the data cannot be had, or has fewer images than are to be held out.
     """
-    data = config.data
-    root = Path(data.root) if data.root else None
-    return DATASETS[data.dataset].load(device, root, data.train_limit, data.test_limit)
+    images, root = dataset_of(data.dataset), Path(data.root) if data.root else None
+    if data.validation is None:
+        return images.load(device, root, data.train_limit, data.test_limit)
+    train, _ = images.load(device, root)
+    if data.validation >= len(train):
+        raise RequestError(f"data.validation is {data.validation}, but there are only {len(train)} training images")
+    kept = len(train) - data.validation
+    return train[:kept][: data.train_limit], train[kept:][: data.test_limit]
 
 
 def build_model(config: Config, device: torch.device) -> nn.Module:
     """Build the network with the initial weights that the seed decides, the same on every device."""
     torch.manual_seed(config.seed)
-    quantization = Quantization(config.quantize.activations, config.quantize.weights)
-    model = build(config.model.name, config.model.multiplier, config.model.backward, quantization).to(device)
+    model = _build(config).to(device)
     if config.train.matrix_units:
         cuda_matrix.allow_in(model)
     return model
+
+
+def _build(config: Config) -> nn.Module:
+    model, images = config.model, dataset_of(config.data.dataset)
+    quantization = Quantization(config.quantize.activations, config.quantize.weights)
+    network = model.name.content or model.name.name
+    return build(network, images.shape, images.classes, model.multiplier, model.backward, quantization, model.width)
 
 
 def matrix_units(config: Config, device: torch.device) -> str | None:
@@ -266,7 +299,9 @@ def build_trainer(
     calibrate_model(config, model, data[0])
     optimizer = _build_optimizer(config.optimizer, model, device)
     use_graph = device.type == "cuda" and config.train.cuda_graph == "auto"
-    return Trainer(model, optimizer, *data, config.data.batch_size, config.data.eval_batch_size, cuda_graph=use_graph)
+    batches = config.data.batch_size, config.data.eval_batch_size
+    augment = config.data.crop > 0 or config.data.flip
+    return Trainer(model, optimizer, *data, *batches, config.train.label_smoothing, augment, use_graph)
 
 
 def _build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

@@ -1,8 +1,9 @@
 """`mbm profile conv`: time single convolutions and dense layers, and their gradients, beside exact ones."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -16,7 +17,7 @@ from mbm_cli import config as configs
 from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix, cuda_terms
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
-from mbm_cli.data import DATASETS
+from mbm_cli.data import dataset_of
 from mbm_cli.device import environment
 from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments import lifecycle
@@ -36,57 +37,81 @@ GRAPHED_CALLS = 50  # in one CUDA graph, so that its launch does not count
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution to time: ``batch`` images of (channels, size, size), square kernel and padding.
-
-    With a size of 0 it is a dense layer.
-    """
+    """A convolution to time: ``batch`` images of (channels, *size); without a size it is a dense layer."""
 
     name: str
     batch: int
     channels: int
     out_channels: int
-    kernel: int
-    padding: int
-    size: int
+    size: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
 
     @classmethod
-    def dense(cls, name: str, batch: int, inputs: int, outputs: int) -> Self:
-        return cls(name, batch, inputs, outputs, 1, 0, 0)
+    def square(
+        cls, name: str, batch: int, channels: int, out_channels: int, kernel: int, padding: int, size: int
+    ) -> Self:
+        return cls(name, batch, channels, out_channels, (size, size), (kernel, kernel), padding=(padding, padding))
 
     @property
     def is_dense(self) -> bool:
-        return self.size == 0
+        return not self.size
+
+    @property
+    def weight_size(self) -> tuple[int, ...]:
+        return self.out_channels, self.channels // self.groups, *self.kernel
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        sizes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=False)
+        return tuple(
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, pad, dilation in sizes
+        )
+
+    @property
+    def arguments(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as operators take them."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
     @property
     def multiplications(self) -> int:
-        if self.is_dense:
-            return self.batch * self.out_channels * self.channels
-        out_size = self.size + 2 * self.padding - self.kernel + 1
-        return self.batch * self.out_channels * out_size**2 * self.channels * self.kernel**2
+        return self.batch * math.prod(self.out_size) * math.prod(self.weight_size)
 
     def describe(self) -> str:
         if self.is_dense:
             return f"{self.channels}->{self.out_channels} dense"
-        padding = f" p{self.padding}" if self.padding else ""
-        return f"{self.channels}->{self.out_channels} {self.kernel}x{self.kernel}{padding} {self.size}x{self.size}"
+        marks = {"s": self.stride, "p": self.padding, "d": self.dilation}
+        plain = {"s": (1, 1), "p": (0, 0), "d": (1, 1)}
+        extra = "".join(f" {mark}{_by(value)}" for mark, value in marks.items() if value != plain[mark])
+        extra += f" g{self.groups}" if self.groups > 1 else ""
+        size, kernel = ("x".join(map(str, pair)) for pair in (self.size, self.kernel))
+        return f"{self.channels}->{self.out_channels} {kernel}{extra} {size}"
+
+
+def _by(pair: tuple[int, ...]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else "x".join(map(str, pair))
 
 
 # LeNet's layers, and shapes as they occur in larger networks.
 REFERENCE_SHAPES = (
-    ConvShape("lenet conv1", 64, 1, 6, 5, 2, 28),
-    ConvShape("lenet conv2", 64, 6, 16, 5, 0, 14),
-    ConvShape.dense("lenet fc1", 64, 400, 120),
-    ConvShape.dense("lenet fc2", 64, 120, 84),
-    ConvShape.dense("lenet fc3", 64, 84, 10),
-    ConvShape("lenet conv1", 256, 1, 6, 5, 2, 28),
-    ConvShape("lenet conv2", 256, 6, 16, 5, 0, 14),
-    ConvShape("", 64, 32, 64, 3, 1, 28),
-    ConvShape("", 64, 64, 128, 3, 1, 14),
-    ConvShape("", 256, 32, 64, 3, 1, 28),
-    ConvShape("", 256, 64, 128, 3, 1, 14),
-    ConvShape("", 64, 64, 64, 3, 1, 56),
-    ConvShape.dense("", 1024, 1024, 1024),
-    ConvShape.dense("", 4096, 4096, 4096),
+    ConvShape.square("lenet conv1", 64, 1, 6, 5, 2, 28),
+    ConvShape.square("lenet conv2", 64, 6, 16, 5, 0, 14),
+    ConvShape("lenet fc1", 64, 400, 120),
+    ConvShape("lenet fc2", 64, 120, 84),
+    ConvShape("lenet fc3", 64, 84, 10),
+    ConvShape.square("lenet conv1", 256, 1, 6, 5, 2, 28),
+    ConvShape.square("lenet conv2", 256, 6, 16, 5, 0, 14),
+    ConvShape.square("", 64, 32, 64, 3, 1, 28),
+    ConvShape.square("", 64, 64, 128, 3, 1, 14),
+    ConvShape.square("", 256, 32, 64, 3, 1, 28),
+    ConvShape.square("", 256, 64, 128, 3, 1, 14),
+    ConvShape.square("", 64, 64, 64, 3, 1, 56),
+    ConvShape("", 1024, 1024, 1024),
+    ConvShape("", 4096, 4096, 4096),
 )
 PASSES = ("forward", "input", "weight")  # the latter two are the gradients
 
@@ -164,13 +189,15 @@ def profile_conv(
         raise RequestError("profile conv times one multiplier: name it, --multiplier mbm")
     config, device = lifecycle.begin(config)
     (multiplier,) = config.model.multiplier.distinct()
-    shapes = dict.fromkeys((*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES))
+    shapes: dict[ConvShape, ConvShape] = {}  # each once, by the name of the first layer that has it
+    for shape in (*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES):
+        shapes.setdefault(replace(shape, name=""), shape)
     run = Run.create(output, f"{config.name}-profile-conv")
     with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
         run.write_json("environment.json", environment(device))
         assert isinstance(multiplier, Multiplier)
-        result = _measure(config, multiplier, shapes, device, watch, stopped)
+        result = _measure(config, multiplier, shapes.values(), device, watch, stopped)
         run.write_json("profile.json", result)
     return Finished(run, result)
 
@@ -235,9 +262,8 @@ def measure_ceiling(multiplier: Multiplier, device: torch.device, matrix_units: 
 
 
 def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    of_image, of_kernel = ((), ()) if shape.is_dense else ((shape.size,) * 2, (shape.kernel,) * 2)
-    x = torch.randn(shape.batch, shape.channels, *of_image, generator=generator).to(device)
-    weight = torch.randn(shape.out_channels, shape.channels, *of_kernel, generator=generator).to(device)
+    x = torch.randn(shape.batch, shape.channels, *shape.size, generator=generator).to(device)
+    weight = torch.randn(shape.weight_size, generator=generator).to(device)
     return x, weight
 
 
@@ -251,7 +277,7 @@ def _passes(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier)
         grad = linear(x, weight)
         pairs = (x, weight), (grad, weight.t()), (grad.t(), x.t())
         return {name: partial(linear, *pair) for name, pair in zip(PASSES, pairs, strict=True)}
-    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, *product
+    arguments = *shape.arguments, *product
     forward = partial(torch.ops.mbm.conv2d, x, weight, None, *arguments)
     grad = torch.randn_like(forward())
     return {
@@ -266,7 +292,7 @@ def _integer_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multi
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
     format = multiplier.operands or ()
     codes = (torch.ops.mbm.quantize(one, *_scale(one, multiplier), *format) for one in (x, weight))
-    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, 0
+    arguments = *shape.arguments, 0
     return partial(torch.ops.mbm.integer_conv2d, *codes, *arguments, integer_table(multiplier, x.device))
 
 
@@ -275,16 +301,15 @@ def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Mul
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
     format = multiplier.operands or ()
     scales = *_scale(x, multiplier), *torch.ops.mbm.row_scales(weight, *format)
-    arguments = [1, 1], [shape.padding] * 2, [1, 1], 1, *format, integer_table(multiplier, x.device)
+    arguments = *shape.arguments, *format, integer_table(multiplier, x.device)
     return partial(torch.ops.mbm.quantized_conv2d, x, weight, None, *scales, *arguments)
 
 
 def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> tuple[str, int]:
     """Return the way in which the sums are computed, and the int8 products that each product takes, or 0."""
     x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
-    out = x.shape[0], len(weight), *[shape.size + 2 * shape.padding - shape.kernel + 1] * 2
-    size = list(out) if not shape.is_dense else [*out[:2], 1, 1]
-    geometry = forward_geometry(x, weight, size, (1, 1), (shape.padding,) * 2, (1, 1), 1)
+    size = [x.shape[0], len(weight), *(shape.out_size or (1, 1))]
+    geometry = forward_geometry(x, weight, size, shape.stride, shape.padding, shape.dilation, shape.groups)
     if not multiplier.is_integer:
         return cuda_matrix.chosen_path(geometry, *operands(multiplier, x.device), x.device.index), 0
     table = integer_table(multiplier, x.device)
@@ -300,18 +325,26 @@ def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape,
     """List the approximate layers of the config's model, each with its multiplier."""
     model = lifecycle.build_model(config, device)
     layers = []
-    for layer in describe_layers(model, DATASETS[config.data.dataset].shape):
+    for layer in describe_layers(model, dataset_of(config.data.dataset).shape):
         module = model.get_submodule(layer.name)
         name, batch = f"{config.model.name} {layer.name}", config.data.batch_size
         if isinstance(module, ApproxLinear):
-            shape = ConvShape.dense(name, batch, module.in_features, module.out_features)
+            shape = ConvShape(name, batch, module.in_features, module.out_features)
             layers.append((shape, module.multiplier))
         if isinstance(module, ApproxConv2d):
-            channels, size, _ = layer.input_shape
-            kernel, padding = module.kernel_size[0], int(module.padding[0])
-            shape = ConvShape(name, batch, channels, module.out_channels, kernel, padding, size)
+            channels, *size = layer.input_shape
+            window = module.kernel_size, module.stride, padding_of(module), module.dilation, module.groups
+            shape = ConvShape(name, batch, channels, module.out_channels, tuple(size), *window)
             layers.append((shape, module.multiplier))
     return layers
+
+
+def padding_of(module: ApproxConv2d) -> tuple[int, ...]:
+    """Return a convolution's padding in pixels; ``same`` may need one more on one side."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    spans = zip(module.kernel_size, module.dilation, strict=True)
+    return tuple(dilation * (kernel - 1) // 2 * (module.padding == "same") for kernel, dilation in spans)
 
 
 def _time_shape(
@@ -334,8 +367,8 @@ def _time_shape(
             quantized = _seconds(_quantized_pass(shape, x, weight, multiplier), device)
             path, products = _path(shape, x, weight, multiplier)
         elif not shape.is_dense:
-            grad = torch.randn_like(F.conv2d(x, weight, padding=shape.padding))
-            backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape.padding)}
+            grad = torch.randn_like(F.conv2d(x, weight, None, *shape.arguments))
+            backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape)}
         if matrix_ceiling is not None:
             path, _ = _path(shape, x, weight, multiplier)
             if path == "matrix units":
@@ -362,17 +395,18 @@ def _time_shape(
 
 
 def _backward_paths(
-    x: Tensor, weight: Tensor, grad: Tensor, padding: int
+    x: Tensor, weight: Tensor, grad: Tensor, shape: ConvShape
 ) -> tuple[tuple[str, Callable[[], object]], ...]:
     """Return three ways to both gradients; training takes the last."""
 
     def backward(*wanted: bool) -> object:
-        arguments = [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [*wanted, False]
+        *window, groups = shape.arguments
+        arguments = *window, False, [0, 0], groups, [*wanted, False]
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments)
 
     def with_torch_nn_grad() -> object:
-        grad_x = conv2d_input(x.shape, weight, grad, padding=padding)
-        return grad_x, conv2d_weight(x, weight.shape, grad, padding=padding)
+        grad_x = conv2d_input(x.shape, weight, grad, *shape.arguments)
+        return grad_x, conv2d_weight(x, weight.shape, grad, *shape.arguments)
 
     return (
         ("torch_nn_grad", with_torch_nn_grad),

@@ -22,7 +22,7 @@ from mbm_cli.data import epoch_order
 from mbm_cli.device import environment
 from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
-from mbm_cli.experiments.profile_conv import measure_ceiling
+from mbm_cli.experiments.profile_conv import measure_ceiling, padding_of
 from mbm_cli.models import describe_layers
 from mbm_cli.multipliers.names import Multiplier
 from mbm_cli.nn import ApproxConv2d, ApproxLinear
@@ -113,7 +113,7 @@ def profile_epoch(
         Interrupted: ``stopped`` returned true; nothing is kept.
     """
     config, device = lifecycle.begin(config)
-    data = lifecycle.load_data(config, device)
+    data = lifecycle.load_data(config.data, device)
     run = Run.create(output, f"{config.name}-profile-epoch")
     with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
@@ -167,7 +167,7 @@ def _measure(
     }
     result = EpochProfile(
         config=config.name,
-        model=config.model.name,
+        model=str(config.model.name),
         multiplier=config.model.products,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if on_gpu else "the CPU",
@@ -246,8 +246,7 @@ def _some_steps(trainer: Trainer, config: Config, steps: int, phase: Range = no_
     images = min(steps * config.data.batch_size, len(trainer.train))
     share = images / len(trainer.train)
     test = max(1, round(share * len(trainer.test)))
-    batches = config.data.batch_size, config.data.eval_batch_size
-    part = Trainer(trainer.model, trainer.optimizer, trainer.train[:images], trainer.test[:test], *batches, phase=phase)
+    part = trainer.on(trainer.train[:images], trainer.test[:test], phase=phase)
     part.epoch(torch.arange(images), _rates(config, images))
     return share
 
@@ -333,7 +332,7 @@ def _layers(
         library = "matrix product"
         if isinstance(module, ApproxConv2d):
             x = data[0].images.new_zeros(config.data.batch_size, *layer.input_shape)
-            arguments = module.stride, module.padding, module.dilation, False, (0, 0), module.groups
+            arguments = module.stride, padding_of(module), module.dilation, False, (0, 0), module.groups
             backend = str(torch._C._select_conv_backend(x, module.weight, module.bias, *arguments))
             library = LIBRARIES.get(backend.rpartition(".")[2], backend)
         layers.append(

@@ -18,8 +18,8 @@ import yaml
 
 from mbm_cli import config as configs
 from mbm_cli import slurm
-from mbm_cli.config import Config, Engine
-from mbm_cli.data import DATASETS
+from mbm_cli.config import Config, DataConfig, Engine
+from mbm_cli.data import dataset_of
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import lifecycle, train
@@ -35,14 +35,18 @@ LAST_SEED = 2**63 - 1
 NAME_LENGTH = 34  # of a run's values: a config's name has 64 characters, a seed up to 19 of them
 CSV_FIELDS = (
     *("seed", "status", "test_accuracy", "best_test_accuracy", "test_loss", "train_loss"),
-    *("epochs", "epoch_seconds", "run"),
+    *("epochs", "epoch_seconds", "train_seconds", "run"),
 )
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one run: accuracies are fractions, times seconds, ``run`` its folder's name."""
+    """The result of one run: accuracies are fractions, times seconds, ``run`` its folder's name.
+
+    Attributes:
+        train_seconds: of all epochs, without evaluation, compilation and capture.
+    """
 
     combination: int
     values: dict[str, Any]
@@ -56,6 +60,7 @@ class Row:
     epoch_seconds: float | None
     run: str | None
     reason: str | None = None
+    train_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class CombinationResult:
     epoch_seconds_median: float | None
     failed: int
     runs: list[str | None]
+    train_seconds_median: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,10 @@ def sweep(
         RunError: a run failed, its process died twice, or something cannot be written.
         Interrupted: ``stopped`` returned true.
     """
+    if not vary and seeds == 1:
+        raise RequestError(
+            "nothing is varied: name a field and its values, --vary model.multiplier=mbm,mbm-t8, or several --seeds"
+        )
     values, engine = _parse_vary(vary), engine or Engine(at_once=None)
     config = with_threads(config, engine)
     run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, engine, output)
@@ -240,8 +250,6 @@ def create(
 
 
 def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
-    if not vary:
-        raise RequestError("nothing is varied: name a field and its values, --vary model.multiplier=mbm,mbm-t8")
     values: dict[str, list[str]] = {}
     for text in vary:
         field, equals, listed = text.partition("=")
@@ -303,7 +311,7 @@ def _value(config: Config, field: str) -> Any:
 def _fetch_data(varied: Sequence[Config]) -> None:
     """Have the data fetched once, before several runs ask for it."""
     for dataset, root in {(config.data.dataset, config.data.root) for config in varied}:
-        DATASETS[dataset].fetch(Path(root) if root else None)
+        dataset_of(dataset).fetch(Path(root) if root else None)
 
 
 def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
@@ -312,10 +320,10 @@ def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
     for number, (combination, config) in enumerate(zip(plan.combinations, varied, strict=True), 1):
         for seed in range(config.seed, config.seed + plan.seeds):
             values = [shown(value) for value in combination.values.values()]
-            first = config.model.name if plan.kind == "comparison" else str(number)
+            first = str(config.model.name) if plan.kind == "comparison" else str(number)
             name = _member_name([first, *values], seed)
             named = config.model_copy(update={"name": name, "seed": seed})
-            label = f"{', '.join(values)}, seed {seed}"
+            label = ", ".join([*values, f"seed {seed}"])
             members.append(Member(label, number, combination.values, run.folder, named, begun.get(name)))
     return members if plan.kind == "sweep" else sorted(members, key=lambda member: member.config.seed)
 
@@ -388,8 +396,13 @@ def carry_out(
         for member in members:
             if member.begun is not None and train.is_complete(member.begun.summary(), member.config):
                 keep(member, member.begun)
-        what = f"{config.name}: {config.model.name}, {len(varied)} combinations of {', '.join(plan.vary)}"
-        watch.begin(f"{what}, {plan.seeds} seed{'s'[: plan.seeds != 1]}", "run", len(members), len(rows))
+        varies = f", {len(varied)} combinations of {', '.join(plan.vary)}" if plan.vary else ""
+        watch.begin(
+            f"{config.name}: {config.model.name}{varies}, {plan.seeds} seed{'s'[: plan.seeds != 1]}",
+            "run",
+            len(members),
+            len(rows),
+        )
         todo = [member for member in members if member.config.name not in rows]
         look = lambda one: watch.progress(one.label, one.part)  # noqa: E731
         work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
@@ -421,18 +434,17 @@ def train_member(member: Member, stopped: Stopped, watch: Watch | None = None) -
 
 def shared_data(config: Config, device: torch.device) -> tuple[Split, Split]:
     """Load the config's data, unless it is what the run before had."""
-    data = config.data
-    return _load(data.dataset, device, data.root, data.train_limit, data.test_limit)
+    plain = DataConfig()
+    others = {name: getattr(plain, name) for name in ("batch_size", "eval_batch_size", "crop", "flip")}
+    return _load(config.data.model_copy(update=others), device)
 
 
 @lru_cache(maxsize=1)
-def _load(
-    dataset: str, device: torch.device, root: str | None, train_limit: int | None, test_limit: int | None
-) -> tuple[Split, Split]:
-    data = DATASETS[dataset].load(device, Path(root) if root else None, train_limit, test_limit)
+def _load(data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+    loaded = lifecycle.load_data(data, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # other streams read it, too
-    return data
+    return loaded
 
 
 class _MemberWatch(Watch):
@@ -462,6 +474,7 @@ def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:
         train_loss=last[0].get("train_loss"),
         epochs=summary.epochs if summary else 0,
         epoch_seconds=float(np.median(seconds)) if seconds else None,
+        train_seconds=sum(summary.train_seconds) if summary and seconds else None,
         run=run.name if run else None,
         reason=reason,
     )
@@ -502,7 +515,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         at_once=plan.at_once,
         combinations=combinations,
         runs=rows,
-        model=None if "model.name" in plan.vary else config.model.name,
+        model=None if "model.name" in plan.vary else str(config.model.name),
         device=None if "device" in plan.vary or not devices else devices[0],
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
@@ -527,6 +540,7 @@ def _over_seeds(values: dict[str, Any], rows: Sequence[Row]) -> CombinationResul
         test_accuracy_best=mean_of("best_test_accuracy", np.max),
         test_loss_mean=mean_of("test_loss"),
         epoch_seconds_median=mean_of("epoch_seconds", np.median),
+        train_seconds_median=mean_of("train_seconds", np.median),
         failed=len(rows) - len(completed),
         runs=[row.run for row in rows],
     )

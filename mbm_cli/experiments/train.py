@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
-from mbm_cli.data import epoch_order
+from mbm_cli.data import dataset_of, epoch_moves, epoch_order
 from mbm_cli.device import environment
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, weights
@@ -64,8 +64,8 @@ def train_in_turns(
     config, device = lifecycle.begin(config)
     about, files = environment(device), dict[str, str | bytes]()
     if config.train.init is not None:
-        files[weights.FILE], about["init"] = weights.read(config.train.init, lifecycle.build_model(config, device))
-    data = data or lifecycle.load_data(config, device)
+        files[weights.FILE], about["init"] = weights.initial(config.train.init, lifecycle.build_model(config, device))
+    data = data or lifecycle.load_data(config.data, device)
     files["config.yaml"] = configs.dump(config)
     files["environment.json"] = as_json(about)
     files["summary.json"] = as_json(_summary("running", config, device, [], 0.0))
@@ -115,7 +115,7 @@ def resume_in_turns(
             return Trained(run, summary, run.metrics())
         lifecycle.refuse_other_device(config, run)
         config, device = lifecycle.begin(config)
-        data = data or lifecycle.load_data(config, device)
+        data = data or lifecycle.load_data(config.data, device)
         training = _Training(run, config, device, data, watch or Watch(), stopped, started)
         training.note_resume()
         return (yield from training.run_epochs())
@@ -142,7 +142,7 @@ def _refuse_fewer(epochs: int, run: Run) -> None:
 
 def _restarted_schedule(run: Run, config: Config, epochs: int) -> str:
     done, optimizer = config.train.epochs, config.optimizer
-    again = learning_rates(optimizer.lr, optimizer.schedule, done, 1, epochs).item()
+    again = learning_rates(optimizer.lr, optimizer.schedule, done, 1, epochs, optimizer.warmup).item()
     return (
         f"the learning rate fell to zero over {done} epoch{'s'[: done != 1]} and starts again at {again:.3g}; for one "
         f"schedule over all {epochs}: mbm train --config {run.folder / 'config.yaml'} --epochs {epochs}"
@@ -205,14 +205,16 @@ class _Training:
             self.watch.progress(label, progress.step / progress.steps, progress)
 
         optimizer, first = self.config.optimizer, (epoch - 1) * steps
+        data, drawn = self.config.data, (len(self.data[0]), self.config.seed, epoch)
         result = yield from self.trainer.epoch_in_turns(
-            epoch_order(len(self.data[0]), self.config.seed, epoch),
-            learning_rates(optimizer.lr, optimizer.schedule, first, steps, epochs * steps),
+            epoch_order(*drawn),
+            learning_rates(optimizer.lr, optimizer.schedule, first, steps, epochs * steps, optimizer.warmup),
             report,
             self.stopped,
             partial(self._keep, self.metrics),
             train.checkpoint_every,
             self.part,
+            epoch_moves(*drawn, data.crop, data.flip) if self.trainer.augment else None,
         )
         self.part = None
         row = {"epoch": epoch, **asdict(result)}
@@ -361,7 +363,7 @@ def _largest(config: Config, device: torch.device, batch: int, training: bool) -
 def _try_step(config: Config, device: torch.device, batch: int, training: bool) -> None:
     model = lifecycle.build_model(config, device).train(True)  # training needs no scales
     with torch.set_grad_enabled(training):
-        logits = model(torch.zeros(batch, 1, 28, 28, device=device))
+        logits = model(torch.zeros(batch, *dataset_of(config.data.dataset).shape, device=device))
         loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=device))
         if training:
             loss.backward()

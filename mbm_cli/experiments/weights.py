@@ -1,43 +1,60 @@
-"""Initial weights of a network, from a checkpoint or a plain ``state_dict``."""
+"""Weights of a network, from a checkpoint or a plain ``state_dict``."""
 
 import hashlib
 import io
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mbm_cli.errors import RequestError
 
 FILE = "init.pt"  # in the folder of a run that starts from them
 
 
-def read(path: str, model: nn.Module) -> tuple[bytes, dict[str, str]]:
-    """Read weights that fit a model.
+def initial(path: str, model: nn.Module) -> tuple[bytes, dict[str, str]]:
+    """Read the weights that a training starts from; return them as a file's content, and the file's path and SHA-256.
+
+    Raises:
+        RequestError: as `read`.
+    """
+    state, digest = read(path, model, "train.init")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue(), {"path": path, "sha256": digest}
+
+
+def read(path: str, model: nn.Module, field: str) -> tuple[dict[str, Tensor], str]:
+    """Read weights that fit a model, from a ``.safetensors`` file or one that ``torch.load`` reads.
+
+    Args:
+        field: names the file in errors.
 
     Returns:
-        The ``state_dict`` as a file's content, and the path and SHA-256 of the file that it was read from.
+        The ``state_dict``, and the SHA-256 of the file.
 
     Raises:
         RequestError: the file cannot be read, holds more than tensors, or does not fit, layer by layer.
     """
     try:
         content = Path(path).read_bytes()
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if path.endswith(".safetensors"):
+            found = safetensors.torch.load(content)
+        else:
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign archive raises errors of many kinds
         first = (str(error).splitlines() or [""])[0]
-        raise RequestError(f"train.init: {path} cannot be read ({type(error).__name__}: {first[:120]})") from None
+        raise RequestError(f"{field}: {path} cannot be read ({type(error).__name__}: {first[:120]})") from None
     state = found.get("model", found) if isinstance(found, dict) else found
-    _refuse_others(state, model, path)
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue(), {"path": path, "sha256": hashlib.sha256(content).hexdigest()}
+    _refuse_others(state, model, f"{field}: {path}")
+    return dict(state), hashlib.sha256(content).hexdigest()
 
 
-def _refuse_others(state: Any, model: nn.Module, path: str) -> None:
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise RequestError(f"train.init: {path} holds neither a checkpoint nor a state_dict of tensors")
+def _refuse_others(state: Any, model: nn.Module, where: str) -> None:
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise RequestError(f"{where} holds neither a checkpoint nor a state_dict of tensors")
     wanted = {name: value for name, value in model.state_dict().items() if not is_scale(name)}
     state = {name: value for name, value in state.items() if not is_scale(name)}
     faults = [f"{name} is missing" for name in wanted if name not in state]
@@ -49,7 +66,7 @@ def _refuse_others(state: Any, model: nn.Module, path: str) -> None:
     ]
     if faults:
         more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
-        raise RequestError(f"train.init: {path} does not fit the network: {'; '.join(faults[:8])}{more}")
+        raise RequestError(f"{where} does not fit the network: {'; '.join(faults[:8])}{more}")
 
 
 def is_scale(name: str) -> bool:

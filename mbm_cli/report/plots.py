@@ -73,7 +73,7 @@ def _(result: Comparison, made: object) -> dict[str, bytes]:
 @pictures.register
 def _(result: Sweep, made: object) -> dict[str, bytes]:
     drawn = [one for one in result.combinations if one.test_accuracy]
-    if not drawn:
+    if not drawn or not result.vary:
         return {}
     fields, sizes = list(result.vary), sorted(map(len, result.vary.values()))
     lines, (field, numbers) = _lines(drawn, fields), _numbers(drawn, fields)

@@ -182,11 +182,12 @@ def _sweep_table(of: Sweep) -> TextTable:
             _number(row.test_accuracy_best, "{:.2f}", 100),
             _number(row.test_loss_mean, "{:.4f}"),
             _number(row.epoch_seconds_median, "{:.2f}"),
+            _number(row.train_seconds_median, "{:.3g}"),
             f"{len(row.test_accuracy)}/{len(row.runs)}",
         )
         for row in of.combinations
     ]
-    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "runs")
+    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "s to train", "runs")
     names = short if len(set(short)) == len(short) else fields
     common = [part for part in (of.model, of.device, of.epochs and _count(of.epochs, "epoch")) if part]
     at_once = f", {of.jobs} processes" if of.jobs > 1 else ""
@@ -207,7 +208,8 @@ def _(of: Evaluation) -> Table:
         for i, row in enumerate(of.evaluations)
     ]
     columns = ("multiplier", "test accuracy, %", "difference, points", "test loss")
-    return table(f"{Path(of.run).name}, trained with {of.trained_with}", columns, rows)
+    trained = f", trained with {of.trained_with}" if of.trained_with else ""
+    return table(f"{Path(of.run).name}{trained}", columns, rows)
 
 
 @table_of.register

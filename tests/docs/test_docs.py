@@ -14,9 +14,13 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
 
+from mbm_cli import data
+from mbm_cli.config import parse
+from mbm_cli.experiments.train import train
 from mbm_cli.multipliers import names
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +142,23 @@ def test_diffs_add_a_family_whose_kernel_equals_its_model(changed, monkeypatch):
     command = [changed / "kernel", multiplier.family]
     printed = subprocess.run(command, input=pairs, capture_output=True, text=True, check=True).stdout
     assert [int(line) for line in printed.split()] == product.view(torch.int32).tolist()
+
+
+def test_diff_adds_a_data_set_with_mnists_layout(changed, monkeypatch, tmp_path):
+    """Its checksums are those of these files."""
+    found = runpy.run_path(str(changed / "mbm_cli/data.py"))["DATASETS"]
+    (name,) = found.keys() - data.DATASETS.keys()
+    monkeypatch.setitem(data.DATASETS, name, found[name])
+    folder = tmp_path / found[name].folders[0]
+    folder.mkdir(parents=True)
+    for part, size in (("train", 20), ("t10k", 10)):
+        for kind, values in (("images-idx3", np.arange(size * 784) % 251), ("labels-idx1", np.arange(size) % 10)):
+            shape = (size, 28, 28) if kind == "images-idx3" else (size,)
+            header = np.array([8 << 8 | len(shape), *shape], ">u4").tobytes()
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
+    config = parse(f"name: x\ndevice: cpu\ndata: {{dataset: {name}, root: {tmp_path}}}\ntrain: {{epochs: 1}}", "x")
+    result = train(config, tmp_path / "runs").result
+    assert (result.status, result.epochs) == ("completed", 1)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
