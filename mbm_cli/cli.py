@@ -21,6 +21,7 @@ from mbm_cli.flags import (
     MEASURED,
     MEASUREMENT,
     NAMES,
+    PRICES,
     RUN,
     TRAINING,
     VARY,
@@ -34,6 +35,7 @@ from mbm_cli.flags import (
     command,
     config_of,
     names_of,
+    prices_of,
     setting_for,
     with_bits,
 )
@@ -95,24 +97,26 @@ def train(
         _compute(o, partial(experiment.train, config, o.output))
 
 
-@command(compare_app, "exact-vs-mbm", TRAINING, "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
+@command(compare_app, "exact-vs-mbm", f"{TRAINING} {PRICES}", "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8")
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
     from mbm_cli.experiments.compare import compare as experiment
 
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
-    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards), latex=latex)
+    made = partial(experiment, config, names, seeds, o.output, backwards=backwards, prices=prices_of(o))
+    _compute(o, made, latex=latex)
 
 
-@command(app, "sweep", f"{TRAINING} jobs", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
+@command(app, "sweep", f"{TRAINING} jobs {PRICES}", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3")
 def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
 ) -> None:
     """Train with every combination of some fields' values."""
     from mbm_cli.experiments.sweep import sweep as experiment
 
-    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.jobs or 1, o.output), latex=latex)
+    made = partial(experiment, config_of(o), vary or [], seeds, o.jobs or 1, o.output, prices=prices_of(o))
+    _compute(o, made, latex=latex)
 
 
 @command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
@@ -155,7 +159,7 @@ def profile_epoch(o: Options) -> None:
     _compute(o, partial(experiment, config_of(o), o.output))
 
 
-@command(app, "characterize", MEASUREMENT, "mbm characterize mbm mbm-t16-r7 mitchell mbm-int8")
+@command(app, "characterize", f"{MEASUREMENT} costs", "mbm characterize mbm mbm-t16-r7 mitchell mbm-int8")
 def characterize(
     o: Options,
     names: Annotated[list[str], Argument(metavar="NAME...", help=MEASURED)],
@@ -168,7 +172,8 @@ def characterize(
     from mbm_cli.experiments.characterize import characterize as experiment
 
     drawn, place = (samples, o.seed or 0), (o.device or "auto", o.threads)
-    _compute(o, partial(experiment, with_bits(names, o.bits), o.output, *drawn, *place, sweep_truncate))
+    named = with_bits(names, o.bits)
+    _compute(o, partial(experiment, named, o.output, *drawn, *place, sweep_truncate, prices=prices_of(o)))
 
 
 @command(app, "doctor", "seed threads json quiet", "mbm doctor")
@@ -254,19 +259,21 @@ def runs_delete(
         run.delete()
 
 
-@command(multipliers_app, "list", "json", "mbm multipliers list")
+@command(multipliers_app, "list", "costs json", "mbm multipliers list")
 def multipliers_list(o: Options) -> None:
-    """List the multipliers and how to name them."""
+    """List the multipliers, how to name them, and what publications report about their costs."""
     from mbm_cli.multipliers.names import NAMES
-    from mbm_cli.report.text import print_table
+    from mbm_cli.report.text import console, costs_table, print_table
 
+    costs = prices_of(o).reported()
     if o.json:
-        _print_json({"multipliers": [name._asdict() for name in NAMES]})
+        _print_json({"multipliers": [name._asdict() for name in NAMES], "costs": [asdict(cost) for cost in costs]})
     else:
         print_table(("name", "what it is", "for example"), NAMES)
+        console().print(costs_table(costs))
 
 
-@command(multipliers_app, "show", "json", "mbm multipliers show drum-int8-k4")
+@command(multipliers_app, "show", "costs json", "mbm multipliers show drum-int8-k4")
 def multipliers_show(
     o: Options, name: Annotated[str, Argument(help="A multiplier, for example int8:mul8s_1KVL.c.")]
 ) -> None:
@@ -274,19 +281,25 @@ def multipliers_show(
     from mbm_cli.experiments.characterize import describe
     from mbm_cli.multipliers.names import NAMES
     from mbm_cli.report.tables import print_circuit
-    from mbm_cli.report.text import print_table
+    from mbm_cli.report.text import console, costs_table, print_table
 
     multiplier = _resolved(name)
+    costs = prices_of(o).of(multiplier)
     if multiplier.is_integer:
         circuit = describe(multiplier)
-        _print_json(asdict(circuit)) if o.json else print_circuit(circuit)
-        return
-    what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
+        shown = asdict(circuit)
+    else:
+        what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
+        shown = {"name": str(multiplier), "what": what}
     if o.json:
-        _print_json({"name": str(multiplier), "what": what})
+        _print_json({**shown, "reported": [asdict(cost) for cost in costs]})
+        return
+    if multiplier.is_integer:
+        print_circuit(circuit)
     else:
         print_table(("name", "what it is"), [(str(multiplier), what)])
         echo(f"mbm characterize {name} measures its errors")
+    console().print(costs_table(costs))
 
 
 @command(multipliers_app, "export", "", "mbm multipliers export mbm-t16-r7 mbm.bin --bits 7")

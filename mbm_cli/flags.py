@@ -51,7 +51,14 @@ def _device(name: str | None) -> str | None:
     return name
 
 
+def _quantity(name: str) -> str:
+    if name not in QUANTITIES:
+        raise RequestError(f"--quantity must be {', '.join(QUANTITIES)}, not {name!r}")
+    return name
+
+
 COUNT = 2**31 - 1
+QUANTITIES = ("power", "area", "delay", "energy")  # as mbm_cli.costs has them, which imports much
 CONFIG = {
     "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
     "autocompletion": _configs,
@@ -79,6 +86,11 @@ DEVICE = {
     "autocompletion": lambda incomplete: [n for n in ("auto", "cpu", "cuda") if n.startswith(incomplete)],
     "callback": _device,
 }
+QUANTITY = {
+    "help": "What a cost is: power, area, delay or energy, for example area.",
+    "autocompletion": lambda incomplete: [name for name in QUANTITIES if name.startswith(incomplete)],
+    "callback": _quantity,
+}
 BITS = {"min": 1, "max": 11, "help": "Fraction bits of a function's table, for example 5."}
 
 
@@ -99,6 +111,8 @@ class Options:
     ] = None
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
+    costs: Annotated[Path | None, Option(help="A YAML file of multipliers' costs, for example my-costs.yaml.")] = None
+    quantity: Annotated[str, Option(**QUANTITY)] = "power"
     name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
     note: Annotated[str | None, Option(help="A text that lists show, for example 'as in table 2'.")] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False
@@ -108,6 +122,7 @@ class Options:
     debug: Annotated[bool, Option("--debug", help="Show an error's traceback, for example to report it.")] = False
 
 
+PRICES = "costs quantity"
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier backward set_ {MEASUREMENT}"
 TRAINING = f"{EXPERIMENT} epochs init name note"
@@ -163,6 +178,13 @@ def config_of(o: Options) -> Any:
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
     return load(base, [*(o.set_ or []), *overrides])
+
+
+def prices_of(o: Options) -> Any:
+    """Read the costs of multipliers, with those of ``--costs``."""
+    from mbm_cli.costs import Prices
+
+    return Prices.load(o.costs, o.quantity)  # type: ignore[arg-type]
 
 
 def _text(name: str) -> str:

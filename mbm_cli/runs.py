@@ -75,21 +75,23 @@ class _EpochMetrics:
 
 
 class Combination(BaseModel):
-    """Values of the varied fields, the config that has them, and the content keys of its multipliers."""
+    """Values of the varied fields, the config that has them, the content keys of its multipliers, and its cost."""
 
     values: dict[str, Any]
     config: dict[str, Any]
     keys: list[str]
+    cost: float | None = None
 
 
 class Plan(BaseModel):
-    """``plan.json``: what a comparison or a sweep trains."""
+    """``plan.json``: what a comparison or a sweep trains; ``costs`` says what the costs are, if there are any."""
 
     kind: Literal["comparison", "sweep"]
     vary: dict[str, list[str]]
     seeds: Count
     jobs: Count
     combinations: Annotated[list[Combination], Field(min_length=1)]
+    costs: str | None = None
 
 
 @dataclass(frozen=True)

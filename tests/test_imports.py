@@ -13,7 +13,7 @@ import mbm_cli
 
 PACKAGE = Path(mbm_cli.__file__).parent
 # From the command line down to the arithmetic; a module imports from its own floor and those below.
-FLOORS = """__main__ > cli flags terminal openmp > report > experiments > launch > config runs documents shipped
+FLOORS = """__main__ > cli flags terminal openmp > report > experiments > launch > config runs documents shipped costs
 device > models data > training > nn > quantize > ops >
 autograd_integers > autograd > backends > multipliers > errors"""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS.split(">")) for room in rooms.split()}

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
+from mbm_cli.costs import Prices
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
@@ -55,11 +56,15 @@ class Column:
     trained_here_evaluated_exact: list[float]
     accuracy_difference: Interval | None = None
     epoch_seconds_ratio: Interval | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``compare.json``: a column for each multiplier, exact first, and the runs with their metrics."""
+    """``compare.json``: a column for each multiplier, exact first, and the runs with their metrics.
+
+    ``costs`` says what the columns' costs are, if there are any.
+    """
 
     config: str
     model: str
@@ -70,6 +75,7 @@ class Comparison:
     columns: list[Column]
     runs: list[dict[str, Any]]
     verdicts: list[str]
+    costs: str | None = None
 
 
 def compare(
@@ -80,6 +86,7 @@ def compare(
     watch: Watch | None = None,
     stopped: Stopped = never,
     backwards: Sequence[str] = (),
+    prices: Prices | None = None,
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -90,6 +97,7 @@ def compare(
         multipliers: names, as a config can have them; the config's without any.
         backwards: multipliers of the gradients, each of which is combined with each multiplier; the config's without
             any.
+        prices: what multipliers cost; the package's without any.
 
     Raises:
         RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
@@ -105,7 +113,7 @@ def compare(
     vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
     if backwards:
         vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
-    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output)
+    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, 1, output, prices)
     with run.hold():
         return sweep.carry_out(run, config, plan, varied, 1, watch or Watch(), stopped, conclude)
 
@@ -120,7 +128,8 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
     columns = []
     for number, one in enumerate(varied, 1):
         runs = [of_column for of_column in trained if of_column.row.combination == number]
-        columns.append(_column(one, runs, exact, varied[0], device, data))
+        column = _column(one, runs, exact, varied[0], device, data)
+        columns.append(replace(column, cost=plan.combinations[number - 1].cost))
     result = Comparison(
         config=config.name,
         model=config.model.name,
@@ -131,6 +140,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         columns=columns,
         runs=[one.as_json() for one in trained],
         verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
+        costs=plan.costs,
     )
     run.write_json("compare.json", result)
     run.write("compare.csv", sweep.csv_of(plan.vary, rows))

@@ -15,10 +15,10 @@ from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import weights
-from mbm_cli.models import Layer, build
+from mbm_cli.models import Layer, build, describe_layers
 from mbm_cli.multipliers import content
 from mbm_cli.multipliers.code import Namespace, check_magnitude
-from mbm_cli.multipliers.names import Backward, Multiplier
+from mbm_cli.multipliers.names import EXACT, Backward, Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.quantize import Quantization, calibrate, quantizers
 from mbm_cli.runs import Run
@@ -202,6 +202,26 @@ def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None
             f"{config.model.products} differs from the multiplier that {folder} was trained with: "
             "restore its file, or config.yaml, or train a new run"
         )
+
+
+def products(config: Config) -> dict[Multiplier, int]:
+    """Return how many products of an image's forward pass each multiplier computes, in convolutions and dense layers.
+
+    The config's multipliers must be resolved.
+    """
+    named = {str(one): one for one in (EXACT, *config.model.multiplier.distinct())}
+    counts: dict[Multiplier, int] = {}
+    for layer in layers(config):
+        one = named[layer.multiplier]
+        counts[one] = counts.get(one, 0) + layer.multiplications
+    return counts
+
+
+def layers(config: Config) -> list[Layer]:
+    """Describe the convolutions and dense layers of the config's network, whose multipliers must be resolved."""
+    model = build_model(config, torch.device("cpu"))
+    described = describe_layers(model, DATASETS[config.data.dataset].shape)
+    return [layer for layer in described if layer.kind in ("Conv2d", "Linear")]
 
 
 def load_data(config: Config, device: torch.device) -> tuple[Split, Split]:

@@ -18,6 +18,7 @@ import yaml
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
+from mbm_cli.costs import Prices
 from mbm_cli.data import DATASETS
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
@@ -69,11 +70,15 @@ class CombinationResult:
     epoch_seconds_median: float | None
     failed: int
     runs: list[str | None]
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """``sweep.json``. ``model``, ``device`` and ``epochs`` are ``None`` where they are varied."""
+    """``sweep.json``. ``model``, ``device`` and ``epochs`` are ``None`` where they are varied.
+
+    ``costs`` says what the costs of the combinations' products are, if there are any.
+    """
 
     config: str
     vary: dict[str, list[str]]
@@ -85,6 +90,7 @@ class Sweep:
     device: str | None = None
     epochs: int | None = None
     threads: int | None = None
+    costs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def sweep(
     output: Path,
     watch: Watch | None = None,
     stopped: Stopped = never,
+    prices: Prices | None = None,
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -134,6 +141,7 @@ def sweep(
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
         jobs: runs at once, each in a process of its own. A script that asks for several must be importable
             (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
+        prices: what multipliers cost; the package's without any.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
     among the jobs.
@@ -145,7 +153,7 @@ def sweep(
     """
     values = _parse_vary(vary)
     config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
-    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output)
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, jobs, output, prices)
     with run.hold():
         return carry_out(run, config, plan, varied, jobs, watch or Watch(), stopped, conclude)
 
@@ -179,6 +187,7 @@ def create(
     seeds: int,
     jobs: int,
     output: Path,
+    prices: Prices | None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -192,6 +201,7 @@ def create(
             raise RequestError(f"--seeds {seeds} from {one.seed} goes beyond the last, 2^63 - 1: use a smaller --seed")
     varied = lifecycle.resolve(varied, device)
     _fetch_data(varied)
+    of_what, costs = (prices or Prices.load()).of_networks([lifecycle.products(one) for one in varied])
     plan = Plan(
         kind=kind,
         vary=vary,
@@ -202,9 +212,11 @@ def create(
                 values={field: _value(one, field) for field in vary},
                 config=one.model_dump(),
                 keys=lifecycle.content_keys(one),
+                cost=cost,
             )
-            for one in varied
+            for one, cost in zip(varied, costs, strict=True)
         ],
+        costs=of_what,
     )
     files = {
         "config.yaml": configs.dump(config),
@@ -462,7 +474,7 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
 def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]) -> Sweep:
     """Write a sweep's result from its rows."""
     combinations = [
-        _over_seeds(one.values, [row for row in rows if row.combination == number])
+        replace(_over_seeds(one.values, [row for row in rows if row.combination == number]), cost=one.cost)
         for number, one in enumerate(plan.combinations, 1)
     ]
     # What is varied has no single value; the rows have theirs.
@@ -477,6 +489,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         device=None if "device" in plan.vary else lifecycle.use_device(config).type,
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
+        costs=plan.costs,
     )
     run.write_json("sweep.json", result)
     run.write("sweep.csv", csv_of(result.vary, result.runs))

@@ -16,9 +16,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from mbm_cli.costs import Prices
 from mbm_cli.experiments.characterize import Characterization, Characterized, Pairs, TruncationErrors
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
+from mbm_cli.experiments.fronts import front
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
@@ -45,12 +47,9 @@ ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
 MAP_ROWS = 6  # multipliers in a column
 TRUNCATED = "truncated bits"
-# Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
-# in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
-REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
 NOTE = """Area and power, against an IEEE single-precision
-multiplier, as the paper reports (mbm is AFMB there,
-mitchell AFMA)."""
+multiplier, as the paper reports (mbm is AFMB there)."""
+MOST_NAMED = 12  # points of a front that are named beside it
 
 
 @singledispatch
@@ -75,12 +74,15 @@ def _(result: Sweep, made: object) -> dict[str, bytes]:
     drawn = [one for one in result.combinations if one.test_accuracy]
     if not drawn:
         return {}
+    if all(one.cost is not None for one in drawn) and len({one.cost for one in drawn}) > 1:
+        points = [CostPoint(_label(one.values), one.cost or 0.0, one.test_accuracy) for one in drawn]
+        return {"sweep.png": cost_front(points, result.costs or "")}
     fields, sizes = list(result.vary), sorted(map(len, result.vary.values()))
     lines, (field, numbers) = _lines(drawn, fields), _numbers(drawn, fields)
     # Of two fields, truncated bits lie along the axis where they have most values, and enough of them for a line.
     least = max([2, *(len(line.accuracies) for line in numbers)]) if len(fields) == 2 else 1
     if lines and max(len(line.accuracies) for line in lines) > least:
-        png = sweep_lines(lines, REPORTED)
+        png = sweep_lines(lines, reported())
     elif numbers:
         png = sweep_lines(numbers, {}, field, ", ".join(other for other in fields if other != field))
     elif len(fields) == 2 and sizes[0] <= MOST_COLUMNS and sizes[1] <= MOST_RANGES:
@@ -300,6 +302,16 @@ class SweepLine:
 Reported = Mapping[tuple[str, int], tuple[float, float]]
 
 
+def reported() -> Reported:
+    """Return how many times less area and power float families take by their truncated bits, as publications report."""
+    named = [(Multiplier.parse(cost.multiplier), cost.figures) for cost in Prices.load().reported()]
+    return {
+        (one.family, one.truncate): (1 / figures["area"], 1 / figures["power"])
+        for one, figures in named
+        if not one.is_integer and {"area", "power"} <= figures.keys()
+    }
+
+
 @small
 def sweep_lines(lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str = "") -> bytes:
     """Draw test accuracy against a field's numbers: means over seeds, with bands from the lowest to the highest.
@@ -355,11 +367,65 @@ def _write_below(axes: Axes, marked: dict[int, dict[str, float]], reported: Repo
     for t, families in marked.items():
         axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
         text = "\n".join(
-            f"{family}: area ÷ {reported[family, t][0]:g},\npower ÷ {reported[family, t][1]:g}" for family in families
+            f"{family}: area ÷ {reported[family, t][0]:.3g},\npower ÷ {reported[family, t][1]:.3g}"
+            for family in families
         )
         side = "left" if t < middle else "right"
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(t, low - 0.06 * (high - low), text, ha=side, va="top", linespacing=1.1, bbox=blank)
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A point of `cost_front`: a cost, and the test accuracies (fractions) of some seeds."""
+
+    label: str
+    cost: float
+    accuracies: Sequence[float]
+
+
+@small
+def cost_front(
+    points: Sequence[CostPoint], costs: str, others: Sequence[CostPoint] = (), chosen: CostPoint | None = None
+) -> bytes:
+    """Draw test accuracy against cost, and the front: the points with no cheaper one that is as accurate.
+
+    Points of a few are named by their numbers in the legend. ``others`` are drawn without being part of the front.
+    """
+    figure = Figure(figsize=(COLUMN, 2.8 + 0.12 * min(len(points), MOST_NAMED)), layout="constrained")
+    axes = figure.subplots()
+    means = [100 * float(np.mean(one.accuracies)) for one in points]
+    on_front = front(list(zip([one.cost for one in points], means, strict=True)))
+    if others:
+        heights = [100 * float(np.mean(one.accuracies)) for one in others]
+        axes.plot([one.cost for one in others], heights, "s", color=COLORS[1], mfc="none", label="uniform assignments")
+    for one in points:
+        low, high = 100 * min(one.accuracies), 100 * max(one.accuracies)
+        axes.vlines(one.cost, low, high, color="#0072B2", alpha=0.5)
+    axes.plot(
+        [one.cost for one in points], means, "o", color="#0072B2", markersize=4, label="searched" if others else None
+    )
+    axes.step(
+        [points[i].cost for i in on_front],
+        [means[i] for i in on_front],
+        where="post",
+        color=COLORS[0],
+        linewidth=1,
+        label="front",
+    )
+    if chosen is not None:
+        axes.plot(
+            chosen.cost, 100 * float(np.mean(chosen.accuracies)), "*", color=COLORS[3], markersize=10, label="chosen"
+        )
+    if not others and len(points) <= MOST_NAMED:
+        for i, (one, mean) in enumerate(zip(points, means, strict=True), 1):
+            axes.annotate(str(i), (one.cost, mean), xytext=(4, -8), textcoords="offset points")
+            axes.plot([], [], " ", label=f"{i} {_wrapped(one.label, 44)}")
+    axes.set(xlabel=_wrapped(f"cost: {costs}", 60), ylabel="test accuracy (%)")
+    axes.margins(x=0.06, y=0.08)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes, "outside upper center")
+    return _png(figure)
 
 
 @small

@@ -23,7 +23,7 @@ from mbm_cli.experiments.sweep import Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
 from mbm_cli.report.runs import epoch_table, print_runs
-from mbm_cli.report.text import NARROW, TextTable, console, percent, table
+from mbm_cli.report.text import NARROW, TextTable, console, costs_table, percent, table
 from mbm_cli.runs import Run
 
 
@@ -116,7 +116,11 @@ def table_of(of: Any) -> Any:
 
 @table_of.register
 def _(of: Comparison) -> Group:
-    return Group(paper_table(of), *of.verdicts)
+    return Group(paper_table(of), *_costs_note(of), *of.verdicts)
+
+
+def _costs_note(of: Comparison | Sweep) -> list[str]:
+    return [f"cost: {of.costs}"] if of.costs else []
 
 
 def paper_table(of: Comparison | Sweep) -> TextTable:
@@ -144,6 +148,8 @@ def _comparison_table(of: Comparison) -> TextTable:
         ("images/s, median", lambda c: f"{c.images_per_second_median:,.0f}"),
         ("peak memory, MiB", lambda c: f"{c.peak_memory_bytes / 2**20:,.0f}"),
     ]
+    if of.costs:
+        measures.insert(4, ("cost of the products", lambda c: _number(c.cost, "{:.3f}")))
     rows = [(name, *(measure(column) for column in of.columns)) for name, measure in measures]
     title = f"{of.model} on {of.device}, {_count(of.epochs, 'epoch')}, {_count(of.seeds, 'seed')}"
     return table(title, ("", *of.multipliers), rows)
@@ -167,8 +173,8 @@ def _count(number: int, of: str) -> str:
 
 
 @table_of.register
-def _(of: Sweep) -> Table:
-    return paper_table(of)
+def _(of: Sweep) -> Group:
+    return Group(paper_table(of), *_costs_note(of))
 
 
 def _sweep_table(of: Sweep) -> TextTable:
@@ -180,13 +186,14 @@ def _sweep_table(of: Sweep) -> TextTable:
             _number(row.test_accuracy_mean, "{:.2f}", 100),
             _number(row.test_accuracy_std, "{:.2f}", 100),
             _number(row.test_accuracy_best, "{:.2f}", 100),
+            *([_number(row.cost, "{:.3f}")] if of.costs else []),
             _number(row.test_loss_mean, "{:.4f}"),
             _number(row.epoch_seconds_median, "{:.2f}"),
             f"{len(row.test_accuracy)}/{len(row.runs)}",
         )
         for row in of.combinations
     ]
-    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "runs")
+    columns = ("accuracy, %", "std", "best", *(["cost"] if of.costs else []), "test loss", "s/epoch", "runs")
     names = short if len(set(short)) == len(short) else fields
     common = [part for part in (of.model, of.device, of.epochs and _count(of.epochs, "epoch")) if part]
     at_once = f", {of.jobs} runs at once" if of.jobs > 1 else ""
@@ -361,9 +368,9 @@ def _(of: Characterization) -> Group:
     made = table("relative error, %", columns, [row(m) for m in of.multipliers])
     for column in made.columns[1:]:
         column.no_wrap = True  # a long name wraps instead
-    if all(m.exhaustive for m in of.multipliers):
-        return Group(made)
-    return Group(made, f"pairs are all there are, or drawn at random with seed {of.seed}")
+    drawn = not all(m.exhaustive for m in of.multipliers)
+    note = [f"pairs are all there are, or drawn at random with seed {of.seed}"] if drawn else []
+    return Group(made, *note, costs_table(of.costs))
 
 
 def _percentage(value: float) -> str:
