@@ -15,6 +15,7 @@ from typer import Argument, Exit, Option, Typer, confirm, echo
 
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.flags import (
+    CANDIDATES,
     CONFIG,
     DRY_RUN,
     EXPERIMENT,
@@ -23,6 +24,8 @@ from mbm_cli.flags import (
     NAMES,
     PRICES,
     RUN,
+    SEARCH,
+    STRATEGY,
     TRAINING,
     VARY,
     Latex,
@@ -119,9 +122,27 @@ def sweep(
     _compute(o, made, latex=latex)
 
 
+@command(app, "search", SEARCH, "mbm search --candidates mbm,mbm-t15,mbm-t20 --init RUN --max-drop 0.5")
+def search(
+    o: Options,
+    candidates: Annotated[str, Option(**CANDIDATES)],
+    strategy: Annotated[str, Option(**STRATEGY)] = "nsga2",
+    trials: Annotated[int, Option(min=1, max=10**6, help="Evaluations at most, for example 200.")] = 100,
+    max_drop: Annotated[float | None, Option(min=0.0, help="Points of accuracy to lose, for example 0.5.")] = None,
+    study: Annotated[Path | None, Option(help="A file that several searches share, for example study.log.")] = None,
+) -> None:
+    """Find which multiplier in which layer costs least for its accuracy, and retrain the best."""
+    from mbm_cli.experiments.search import search as experiment
+
+    config = config_of(replace(o, bits=None))
+    names = names_of(candidates, o.bits)
+    how: Any = {"strategy": strategy, "trials": trials, "max_drop": max_drop, "study": study, "jobs": o.jobs or 1}
+    _compute(o, partial(experiment, config, names, o.output, **how, prices=prices_of(o)))
+
+
 @command(app, "resume", "epochs jobs trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
-    """Resume what was interrupted: a training run, a comparison or a sweep."""
+    """Resume what was interrupted: a training run, a comparison, a sweep or a search."""
     from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 

@@ -155,8 +155,8 @@ class Prices:
         """Return what each source says about a resolved multiplier."""
         found = []
         for source in self.sources:
-            ratios = {quantity: source.ratio(multiplier, quantity) for quantity in QUANTITIES}
-            if figures := {name: ratio for name, ratio in ratios.items() if ratio is not None}:
+            ratios = [(str(quantity), source.ratio(multiplier, quantity)) for quantity in QUANTITIES]
+            if figures := {name: ratio for name, ratio in ratios if ratio is not None}:
                 found.append(
                     Cost(label(multiplier), figures, source.source, source.technology, source.where(multiplier))
                 )

@@ -51,9 +51,9 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def _quantity(name: str) -> str:
-    if name not in QUANTITIES:
-        raise RequestError(f"--quantity must be {', '.join(QUANTITIES)}, not {name!r}")
+def _one_of(allowed: tuple[str, ...], name: str, flag: str) -> str:
+    if name not in allowed:
+        raise RequestError(f"{flag} must be {' or '.join(allowed)}, not {name!r}")
     return name
 
 
@@ -86,10 +86,21 @@ DEVICE = {
     "autocompletion": lambda incomplete: [n for n in ("auto", "cpu", "cuda") if n.startswith(incomplete)],
     "callback": _device,
 }
+STRATEGIES = ("sensitivity", "nsga2")
+STRATEGY = {
+    "help": "How to search: sensitivity or nsga2, which begins with it, for example sensitivity.",
+    "autocompletion": lambda incomplete: [name for name in STRATEGIES if name.startswith(incomplete)],
+    "callback": lambda name: _one_of(STRATEGIES, name, "--strategy"),
+}
+CANDIDATES = {
+    "metavar": "A,B,...",
+    "help": "Multipliers of one kind, for example mbm,mbm-t20; or int8:FOLDER, all files of a folder.",
+    "autocompletion": _multipliers,
+}
 QUANTITY = {
     "help": "What a cost is: power, area, delay or energy, for example area.",
     "autocompletion": lambda incomplete: [name for name in QUANTITIES if name.startswith(incomplete)],
-    "callback": _quantity,
+    "callback": lambda name: _one_of(QUANTITIES, name, "--quantity"),
 }
 BITS = {"min": 1, "max": 11, "help": "Fraction bits of a function's table, for example 5."}
 
@@ -126,6 +137,7 @@ PRICES = "costs quantity"
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier backward set_ {MEASUREMENT}"
 TRAINING = f"{EXPERIMENT} epochs init name note"
+SEARCH = f"config backward set_ {MEASUREMENT} epochs init name note jobs {PRICES}"
 RUN = {
     "metavar": "RUN",
     "help": "A run's folder, or its name in --output or the last part of it, for example runs/RUN.",

@@ -8,7 +8,7 @@ STEPS = 10_000  # costs of a network are told apart by so many parts of an exact
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points (cost, accuracy) that no other beats, by rising cost; of equal ones the first."""
+    """Return the indices of the points (cost, accuracy) that no other beats, by rising cost; the first of equals."""
     indices: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         if not indices or points[i][1] > points[indices[-1]][1]:

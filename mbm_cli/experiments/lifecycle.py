@@ -51,6 +51,9 @@ class RunsFailed(RunError):
         self.finished = finished
 
 
+Unit = Literal["epoch", "run", "evaluation"]
+
+
 class Watch:
     """Receives the progress of an experiment. This one ignores it; `mbm_cli.report.progress` has some that show it."""
 
@@ -60,16 +63,14 @@ class Watch:
     def note(self, text: str) -> None:
         """Report something that the user should know."""
 
-    def begin(
-        self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
-    ) -> None:
-        """Report what is computed, in how many epochs or runs, of which some may be done."""
+    def begin(self, what: str, unit: Unit, total: int, done: int = 0, layers: Sequence[Layer] = ()) -> None:
+        """Report what is computed, in how many epochs, runs or evaluations, of which some may be done."""
 
     def progress(self, label: str, fraction: float, step: Progress | None = None) -> None:
         """Report, a few times a second, how much of an epoch or a run is done, 0 to 1; runs overlap."""
 
     def done(self, label: str, row: Any) -> None:
-        """Report the end of an epoch (its metrics) or of a run (its row)."""
+        """Report the end of an epoch (its metrics), of a run (its row) or of an evaluation."""
 
     def close(self) -> None:
         """End the display, whatever happened."""

@@ -1,9 +1,10 @@
-"""`mbm resume`: continue what was interrupted, be it a training run, a comparison or a sweep."""
+"""`mbm resume`: continue what was interrupted, be it a training run, a comparison, a sweep or a search."""
 
 from mbm_cli.errors import RequestError
-from mbm_cli.experiments import compare, sweep, train
+from mbm_cli.experiments import compare, search, sweep, train
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.experiments.search import Search
 from mbm_cli.experiments.sweep import Sweep
 from mbm_cli.experiments.train import Trained
 from mbm_cli.runs import Run
@@ -11,12 +12,12 @@ from mbm_cli.runs import Run
 
 def resume(
     run: Run, epochs: int | None = None, jobs: int | None = None, watch: Watch | None = None, stopped: Stopped = never
-) -> Trained | Finished[Comparison] | Finished[Sweep]:
+) -> Trained | Finished[Comparison] | Finished[Sweep] | Finished[Search]:
     """Resume a run of any kind; what is complete is returned as it is.
 
     Args:
         epochs: of a training run, instead of its config's.
-        jobs: of a sweep, instead of its plan's.
+        jobs: of a sweep or a search, instead of its plan's.
 
     Raises:
         RequestError: the run cannot be resumed here, or takes no epochs or jobs.
@@ -25,13 +26,15 @@ def resume(
     watch = watch or Watch()
     if not run.has_several:
         if jobs is not None:
-            raise RequestError(f"--jobs is for a sweep, but {run.folder} is a training run")
+            raise RequestError(f"--jobs is for a sweep or a search, but {run.folder} is a training run")
         return train.resume(run, epochs, watch, stopped)
     kind = run.plan().kind
     if epochs is not None:
         raise RequestError(f"--epochs is for a training run, but {run.folder} is a {kind}")
+    if kind == "search":
+        return search.resume(run, jobs, watch, stopped)
     if kind == "sweep":
         return sweep.resume(run, jobs, watch, stopped, sweep.conclude)
     if jobs is not None:
-        raise RequestError(f"--jobs is for a sweep, but {run.folder} is a comparison")
+        raise RequestError(f"--jobs is for a sweep or a search, but {run.folder} is a comparison")
     return sweep.resume(run, None, watch, stopped, compare.conclude)

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from mbm_cli.errors import RequestError
 from mbm_cli.experiments import lifecycle, train
 from mbm_cli.experiments.lifecycle import Finished, RunsFailed, Stopped, Watch, never
 from mbm_cli.launch import launch
-from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
+from mbm_cli.runs import Combination, Plan, Run, SearchPlan, Summary, as_json, list_runs
 from mbm_cli.training import Progress, Split
 
 MULTIPLIER, BACKWARD = "model.multiplier", "model.backward"
@@ -163,6 +163,18 @@ def resume(run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude:
 
     ``jobs`` replaces the plan's; ``conclude`` is the experiment's own. Otherwise as `sweep`.
     """
+    config, plan, varied = reopen(run)
+    with run.hold():
+        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude)
+
+
+def reopen(run: Run) -> tuple[Config, Plan, list[Config]]:
+    """Return the config and the plan of a run, and the combinations' configs with resolved multipliers.
+
+    Raises:
+        RequestError: the run cannot be resumed here.
+        RunError: something in it is damaged, or a multiplier's file has changed.
+    """
     plan, config = run.plan(), run.config()
     where = f"{run.folder / 'plan.json'}, combination"
     varied = [configs.validate(one.config, f"{where} {i}") for i, one in enumerate(plan.combinations, 1)]
@@ -172,15 +184,14 @@ def resume(run: Run, jobs: int | None, watch: Watch, stopped: Stopped, conclude:
         lifecycle.refuse_other_products(one, combination.keys, run.folder)
         lifecycle.refuse_other_device(one, run)
     _fetch_data(varied)
-    with run.hold():
-        return carry_out(run, config, plan, varied, jobs or plan.jobs, watch, stopped, conclude)
+    return config, plan, varied
 
 
 # What is planned
 
 
 def create(
-    kind: Literal["comparison", "sweep"],
+    kind: Literal["comparison", "sweep", "search"],
     config: Config,
     vary: dict[str, list[str]],
     varied: Sequence[Config],
@@ -188,6 +199,7 @@ def create(
     jobs: int,
     output: Path,
     prices: Prices | None,
+    search: SearchPlan | None = None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -207,25 +219,24 @@ def create(
         vary=vary,
         seeds=seeds,
         jobs=jobs,
-        combinations=[
-            Combination(
-                values={field: _value(one, field) for field in vary},
-                config=one.model_dump(),
-                keys=lifecycle.content_keys(one),
-                cost=cost,
-            )
-            for one, cost in zip(varied, costs, strict=True)
-        ],
+        combinations=[combination(one, vary, cost) for one, cost in zip(varied, costs, strict=True)],
         costs=of_what,
+        search=search,
     )
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
         "plan.json": as_json(plan.model_dump()),
-        "summary.json": as_json(replace(_summary("running", varied, device, []), note=config.note)),
+        "summary.json": as_json(replace(summary_of("running", varied, device, []), note=config.note)),
     }
-    name = "compare" if kind == "comparison" else "sweep"
+    name = "compare" if kind == "comparison" else kind
     return Run.create(output, f"{config.name}-{name}", files), plan, varied
+
+
+def combination(config: Config, vary: Iterable[str], cost: float | None) -> Combination:
+    """Return a plan's combination for a config, whose multipliers must be resolved."""
+    values = {field: _value(config, field) for field in vary}
+    return Combination(values=values, config=config.model_dump(), keys=lifecycle.content_keys(config), cost=cost)
 
 
 def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
@@ -306,7 +317,7 @@ def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
             named = config.model_copy(update={"name": name, "seed": seed})
             label = f"{', '.join(values)}, seed {seed}"
             members.append(Member(label, number, combination.values, run.folder, named, begun.get(name)))
-    return members if plan.kind == "sweep" else sorted(members, key=lambda member: member.config.seed)
+    return members if plan.kind != "comparison" else sorted(members, key=lambda member: member.config.seed)
 
 
 def _begun(run: Run) -> dict[str, Run]:
@@ -361,7 +372,7 @@ def carry_out(
 
     def summarize(status: str, reason: str | None = None) -> None:
         run.write_json(
-            "summary.json", replace(_summary(status, varied, device, summaries), reason=reason, note=config.note)
+            "summary.json", replace(summary_of(status, varied, device, summaries), reason=reason, note=config.note)
         )
 
     def done(member: Member, reason: str | None) -> None:
@@ -383,9 +394,8 @@ def carry_out(
         launch(todo, work, jobs, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
-        finished = (
-            Finished(run, conclude(run, config, plan, varied, ordered)) if not failed or plan.kind == "sweep" else None
-        )
+        concludes = not failed or plan.kind != "comparison"
+        finished = Finished(run, conclude(run, config, plan, varied, ordered)) if concludes else None
         if failed:
             raise RunsFailed(
                 f"{len(failed)} of {len(members)} runs failed, the first one: {failed[0].reason}",
@@ -452,8 +462,8 @@ def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:
     )
 
 
-def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: Sequence[Summary]) -> Summary:
-    """Summarize all runs in the form of one, so that ``mbm runs list`` shows comparisons and sweeps, too."""
+def summary_of(status: Any, varied: Sequence[Config], device: torch.device, runs: Sequence[Summary]) -> Summary:
+    """Summarize all runs in the form of one, so that ``mbm runs list`` shows what has several, too."""
     best = [run.best_test_accuracy for run in runs if run.best_test_accuracy is not None]
     return Summary(
         status=status,

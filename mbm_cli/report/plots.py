@@ -23,6 +23,7 @@ from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.fronts import front
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.search import Search
 from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.multipliers.float32 import FAMILIES
@@ -90,6 +91,15 @@ def _(result: Sweep, made: object) -> dict[str, bytes]:
     else:
         png = sweep_ranges([(_label(one.values), one.test_accuracy) for one in drawn], ", ".join(fields))
     return {"sweep.png": png}
+
+
+@pictures.register
+def _(result: Search, made: object) -> dict[str, bytes]:
+    searched, uniform, chosen = (
+        [CostPoint("", one.cost, [one.test_accuracy]) for one in points if one and one.test_accuracy is not None]
+        for points in (result.searched, result.uniform, [result.chosen])
+    )
+    return {"search.png": cost_front(searched, result.costs or "", uniform, chosen)} if searched and uniform else {}
 
 
 @pictures.register
@@ -386,42 +396,36 @@ class CostPoint:
 
 @small
 def cost_front(
-    points: Sequence[CostPoint], costs: str, others: Sequence[CostPoint] = (), chosen: CostPoint | None = None
+    points: Sequence[CostPoint], costs: str, others: Sequence[CostPoint] = (), chosen: Sequence[CostPoint] = ()
 ) -> bytes:
     """Draw test accuracy against cost, and the front: the points with no cheaper one that is as accurate.
 
-    Points of a few are named by their numbers in the legend. ``others`` are drawn without being part of the front.
+    Points of a few are named by their numbers in the legend. ``others`` are uniform assignments of a search.
     """
-    figure = Figure(figsize=(COLUMN, 2.8 + 0.12 * min(len(points), MOST_NAMED)), layout="constrained")
+    named = [] if others or len(points) > MOST_NAMED else points
+    figure = Figure(figsize=(COLUMN, 2.9 + 0.16 * len(named)), layout="constrained")
     axes = figure.subplots()
-    means = [100 * float(np.mean(one.accuracies)) for one in points]
-    on_front = front(list(zip([one.cost for one in points], means, strict=True)))
-    if others:
-        heights = [100 * float(np.mean(one.accuracies)) for one in others]
-        axes.plot([one.cost for one in others], heights, "s", color=COLORS[1], mfc="none", label="uniform assignments")
+    everything = [(one.cost, 100 * float(np.mean(one.accuracies))) for one in (*points, *others)]
+    corners = [everything[i] for i in front(everything)]
+    axes.step(*zip(*corners, strict=True), where="post", color=COLORS[0], linewidth=1, label="front")
     for one in points:
-        low, high = 100 * min(one.accuracies), 100 * max(one.accuracies)
-        axes.vlines(one.cost, low, high, color="#0072B2", alpha=0.5)
-    axes.plot(
-        [one.cost for one in points], means, "o", color="#0072B2", markersize=4, label="searched" if others else None
+        axes.vlines(one.cost, 100 * min(one.accuracies), 100 * max(one.accuracies), color=COLORS[2], alpha=0.5)
+    groups: tuple[tuple[Sequence[CostPoint], dict[str, Any]], ...] = (
+        (points, {"marker": "o", "color": COLORS[2], "label": "searched" if others else None}),
+        (others, {"marker": "s", "color": COLORS[1], "mfc": "none", "markersize": 6, "label": "uniform assignments"}),
+        (chosen, {"marker": "*", "color": COLORS[3], "markersize": 10, "label": "chosen"}),
     )
-    axes.step(
-        [points[i].cost for i in on_front],
-        [means[i] for i in on_front],
-        where="post",
-        color=COLORS[0],
-        linewidth=1,
-        label="front",
-    )
-    if chosen is not None:
-        axes.plot(
-            chosen.cost, 100 * float(np.mean(chosen.accuracies)), "*", color=COLORS[3], markersize=10, label="chosen"
-        )
-    if not others and len(points) <= MOST_NAMED:
-        for i, (one, mean) in enumerate(zip(points, means, strict=True), 1):
-            axes.annotate(str(i), (one.cost, mean), xytext=(4, -8), textcoords="offset points")
-            axes.plot([], [], " ", label=f"{i} {_wrapped(one.label, 44)}")
-    axes.set(xlabel=_wrapped(f"cost: {costs}", 60), ylabel="test accuracy (%)")
+    for group, style in groups:
+        if group:
+            heights = [100 * float(np.mean(one.accuracies)) for one in group]
+            axes.plot([one.cost for one in group], heights, **{"linestyle": "", "markersize": 4, **style})
+    for i, one in enumerate(named, 1):
+        axes.annotate(str(i), everything[i - 1], xytext=(4, -8), textcoords="offset points")
+        axes.plot([], [], " ", label=f"{i} {_wrapped(one.label, 44)}")
+    if max(one[0] for one in everything) >= 8 * min(one[0] for one in everything):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=_plain("cost: " + costs.partition(" (")[0]), ylabel="test accuracy (%)")
     axes.margins(x=0.06, y=0.08)
     axes.grid(alpha=0.3)
     _legend(figure, axes, "outside upper center")

@@ -1,5 +1,6 @@
 """Results of experiments as tables, in at most 100 columns."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import singledispatch
@@ -19,6 +20,7 @@ from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.lifecycle import Finished
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.search import Point, Search
 from mbm_cli.experiments.sweep import Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
@@ -89,7 +91,7 @@ def print_run(run: Run) -> None:
     if summary.reason:
         screen.print(f"{summary.status}: {summary.reason}\n", soft_wrap=True)
     if run.has_several:
-        for name, kind in {"compare.json": Comparison, "sweep.json": Sweep}.items():
+        for name, kind in {"compare.json": Comparison, "sweep.json": Sweep, "search.json": Search}.items():
             if (run.folder / name).exists():
                 screen.print(table_of(run.read(kind, name)))
     if metrics:
@@ -119,7 +121,7 @@ def _(of: Comparison) -> Group:
     return Group(paper_table(of), *_costs_note(of), *of.verdicts)
 
 
-def _costs_note(of: Comparison | Sweep) -> list[str]:
+def _costs_note(of: Comparison | Sweep | Search) -> list[str]:
     return [f"cost: {of.costs}"] if of.costs else []
 
 
@@ -199,6 +201,42 @@ def _sweep_table(of: Sweep) -> TextTable:
     at_once = f", {of.jobs} runs at once" if of.jobs > 1 else ""
     title = f"{of.config}: {', '.join(common)}, {_count(of.seeds, 'seed')}{at_once}"
     return table(title, (*names, *columns), rows, left=len(fields))
+
+
+@table_of.register
+def _(of: Search) -> Group:
+    def row(name: str, point: Point) -> tuple[str, ...]:
+        accuracies = f"{100 * point.accuracy:.2f}", _number(point.test_accuracy, "{:.2f}", 100)
+        return name, *(_circuit(one) for one in point.multipliers.values()), f"{point.cost:.3f}", *accuracies
+
+    members = [row(str(i), point) for i, point in enumerate(of.front, 1)]
+    if of.chosen:
+        members.append(row("chosen", of.chosen))
+    how = f"{of.strategy}, {_count(of.evaluations, 'evaluation')} on {of.held_out:,} images"
+    layers = table(
+        f"{of.config}: {of.model} on {of.device}; the front; {how}",
+        ("", *of.layers, "cost", "held out, %", "retrained, %"),
+        members,
+        left=1 + len(of.layers),
+    )
+    uniform = table(
+        "uniform assignments",
+        ("multiplier", "cost", "held out, %", "retrained, %"),
+        [(name, *row("", point)[-3:]) for name, point in zip(of.candidates, of.uniform, strict=True)],
+    )
+    volumes = ", ".join(f"{name} {value:.4f}" for name, value in of.hypervolume.items())
+    return Group(
+        layers,
+        uniform,
+        "held out: training images, before retraining; retrained: accuracy on the test images",
+        f"{of.seconds:.1f} s of evaluations; hypervolumes, retrained: {volumes}",
+        *_costs_note(of),
+    )
+
+
+def _circuit(name: str) -> str:
+    """Return the name of a candidate, which all have the same operands; of a file without them and its suffix."""
+    return re.sub(r"^u?int\d+:|\.\w+$", "", name)
 
 
 @table_of.register

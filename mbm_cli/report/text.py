@@ -106,7 +106,8 @@ def costs_table(costs: "Sequence[Cost]") -> Group:
     ]
     title = "costs; the exact multiplier of the same operands in the same source is 1"
     notes = [f"[{i}] {source}" for i, source in enumerate(sources, 1)]
-    return Group(*([table(title, ("name", "source", *quantities), rows, left=2), *notes] if costs else []))
+    parts: list[Table | str] = [table(title, ("name", "source", *quantities), rows, left=2), *notes]
+    return Group(*(parts if costs else []))
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
