@@ -319,8 +319,8 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     # runs
     "resume zzz": "no run 'zzz'.*mbm runs list",
     "resume": "RUN",
-    "resume one --jobs 2": "--jobs is for a sweep, but runs/one is a training run",
-    "resume compared --jobs 2": "--jobs is for a sweep, but runs/compared is a comparison",
+    "resume one --jobs 2": "--jobs is for a sweep or a search, but runs/one is a training run",
+    "resume compared --jobs 2": "--jobs is for a sweep or a search, but runs/compared is a comparison",
     "resume compared --epochs 2": "--epochs is for a training run, but runs/compared is a comparison",
     "resume swept --epochs 2": "--epochs is for a training run, but runs/swept is a sweep",
     "resume swept --multiplier mbm": "No such option.*--multiplier",

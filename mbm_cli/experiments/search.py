@@ -139,6 +139,7 @@ def search(
     """
     prices = prices or Prices.load()
     config = config.with_train(threads=config.train.threads or max(1, torch.get_num_threads() // jobs))
+    config = config.with_model(multiplier=EXACT)  # a search has its own
     device = lifecycle.use_device(config)
     uniform = _uniform(config, _parse(candidates), device)
     named = {label(one): one for one in map(_only, uniform)}
@@ -203,7 +204,7 @@ def _uniform(config: Config, candidates: Sequence[Multiplier], device: torch.dev
     if twice or len(names) < 2:
         problem = f"several are called {twice}" if twice else "name at least one beside the exact one"
         raise RequestError(f"--candidates: {problem}")
-    layers = [layer.name for layer in lifecycle.layers(config.with_model(multiplier=EXACT))]
+    layers = [layer.name for layer in lifecycle.layers(config)]
     uniform = [_assigned(config, dict.fromkeys(layers, one)) for one in candidates]
     try:
         return lifecycle.resolve(uniform, device)
@@ -307,6 +308,8 @@ def _carry_out(
             done = count
             watch.done(", ".join(evaluation.multipliers.values()), evaluation)
 
+        # This process holds the run: a lock in its folder is that of a process that died.
+        (run.folder / f"{STUDY}.lock").unlink(missing_ok=True)
         with lifecycle.computing(run, watch, summarize, lambda: f"after {done} of {trials} evaluations"):
             candidates = {label(one): one for one in map(_only, varied)}
             costs = dict(zip(candidates, settings.candidates.values(), strict=True))
@@ -321,14 +324,12 @@ def _carry_out(
             done = study.count
             what = f"{config.name}: {config.model.name}, {len(candidates)} candidates for {len(layers)} layers"
             watch.begin(f"{what}, on {len(evaluator.held_out):,} images", "evaluation", trials, done)
-            study.evaluate(
-                planned,
-                trials,
-                settings.strategy == "nsga2",
-                lambda one: (_cost(one, layers, costs), evaluator(one, evaluator.held_out)[1]),
-                report,
-                stopped,
-            )
+
+            def evaluate_one(one: Assignment) -> tuple[float, float]:
+                return _cost(one, layers, costs), evaluator(one, evaluator.held_out)[1]
+
+            study.evaluate(planned, trials, settings.strategy == "nsga2", evaluate_one, report, stopped)
+            study.complete([dict.fromkeys(layers, name) for name in candidates], evaluate_one)
             settings = settings.model_copy(update={"held_out": len(evaluator.held_out)})
             plan = plan.model_copy(update={"search": settings})
             plan, varied = _training_plan(run, config, plan, varied, candidates, study, layers, start)
@@ -380,8 +381,8 @@ def _planned(
     for one in measured:
         losses[one["layer"]][one["candidate"]] = one["loss"]
     of_layers = {layer: {name: layers[layer] * cost for name, cost in costs.items()} for layer in layers}
-    members = additive_front(of_layers, losses)
     uniform = [dict.fromkeys(layers, name) for name in costs]
+    members = [one for one in additive_front(of_layers, losses) if one not in uniform]
     room = settings.trials - len(uniform)
     count = min(len(members), room if settings.strategy == "sensitivity" else max(1, room // STARTED))
     places = [round(i * (len(members) - 1) / max(1, count - 1)) for i in range(count)]
@@ -407,7 +408,7 @@ def _training_plan(
     varied = []
     for assignment in wanted:
         one = _assigned(uniform[0], {layer: candidates[name] for layer, name in assignment.items()})
-        varied.append(one.with_model(backward=config.model.backward).with_train(init=start))
+        varied.append(one.with_model(backward=uniform[-1].model.backward).with_train(init=start))
     varied = lifecycle.resolve(varied, lifecycle.use_device(config))
     combinations = [
         sweep.combination(one, plan.vary, costs[tuple(assignment.items())])

@@ -12,7 +12,8 @@ Assignment = dict[str, str]  # layers to candidates
 POPULATION = 20
 # NSGA-II ends when it has suggested so many assignments in turn that are known already.
 PATIENCE = 10 * POPULATION
-_RUN, _SECONDS, _NETWORK, _SENSITIVITIES = "run", "seconds", "network", "sensitivities"
+# What is kept beside Optuna's own: of a trial its run and its evaluation (cost, accuracy, seconds), and of the study.
+_RUN, _RESULT, _NETWORK, _SENSITIVITIES = "run", "result", "network", "sensitivities"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Study:
         optuna = load_optuna()
         self.study = _open(file)
         refuse_other(self.study, network, file)
-        self.study.set_user_attr(_NETWORK, dict(network))
+        if _NETWORK not in self.study.user_attrs:
+            self.study.set_user_attr(_NETWORK, dict(network))
         # Those that join a study suggest other assignments than the one that began it.
         sampler_seed = (seed + len(self.study.get_trials(deepcopy=False))) % 2**32
         self.study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=sampler_seed)
@@ -73,9 +75,8 @@ class Study:
         complete = self.study.get_trials(deepcopy=False, states=(self.states.COMPLETE,))
         found: dict[tuple[str, ...], Evaluation] = {}
         for trial in complete:
-            if _SECONDS in trial.user_attrs:
-                cost, accuracy = trial.values
-                one = Evaluation(self._assignment(trial.params), cost, accuracy, trial.user_attrs[_SECONDS])
+            if _RESULT in trial.user_attrs:
+                one = Evaluation(self._assignment(trial.params), *trial.user_attrs[_RESULT])
                 found.setdefault(tuple(one.multipliers.values()), one)
         return list(found.values())
 
@@ -100,7 +101,7 @@ class Study:
         Raises:
             Interrupted: ``stopped`` returned true.
         """
-        self._forget_unfinished()
+        self._settle_unfinished()
         known = {self._key(self._fixed(trial)) for trial in self._trials_but_failed()}
         for assignment in planned:
             if self._key(assignment) not in known:
@@ -115,7 +116,7 @@ class Study:
             trial.set_user_attr(_RUN, self.run)
             assignment = self._assignment(trial.params)
             others = [one for one in self._trials_but_failed() if one.number != trial.number]
-            same = [one for one in others if one.params and self._assignment(one.params) == assignment]
+            same = [one for one in others if self._key(one.params) == self._key(assignment)]
             if done := next((one for one in same if one.values), None):
                 self.study.tell(trial, done.values)  # for the algorithm; it is no evaluation
                 repeated += 1
@@ -126,25 +127,46 @@ class Study:
                 started = time.perf_counter()
                 values = evaluate(assignment)
                 seconds = time.perf_counter() - started
-                trial.set_user_attr(_SECONDS, seconds)
+                trial.set_user_attr(_RESULT, [*values, seconds])  # first: a killed run keeps it
                 self.study.tell(trial, values)
                 repeated, count = 0, count + 1
                 report(Evaluation(assignment, *values, seconds), count)
+
+    def complete(
+        self, assignments: Sequence[Assignment], evaluate: Callable[[Assignment], tuple[float, float]]
+    ) -> None:
+        """Evaluate those of some assignments that another process has begun and not finished."""
+        known = [one.multipliers for one in self.evaluations()]
+        for assignment in assignments:
+            if assignment not in known:
+                values = evaluate(assignment)
+                self.study.add_trial(
+                    load_optuna().trial.create_trial(
+                        params=assignment,
+                        distributions=self.space,
+                        values=values,
+                        user_attrs={_RESULT: [*values, 0.0]},
+                    )
+                )
 
     @property
     def count(self) -> int:
         """How many assignments this run has evaluated."""
         complete = self.study.get_trials(deepcopy=False, states=(self.states.COMPLETE,))
-        return sum(one.user_attrs.get(_RUN) == self.run and _SECONDS in one.user_attrs for one in complete)
+        return sum(one.user_attrs.get(_RUN) == self.run and _RESULT in one.user_attrs for one in complete)
 
     def _trials_but_failed(self) -> list[Any]:
         return [one for one in self.study.get_trials(deepcopy=False) if one.state != self.states.FAIL]
 
-    def _forget_unfinished(self) -> None:
-        """Fail what this run was evaluating when it was killed."""
+    def _settle_unfinished(self) -> None:
+        """Settle what this run was evaluating when it was killed."""
         for one in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
             if one.user_attrs.get(_RUN) == self.run:
-                self.study.tell(one.number, state=self.states.FAIL)
+                result = one.user_attrs.get(_RESULT)
+                if result:
+                    self.study.tell(one.number, result[:2])
+                else:
+                    self.study.tell(one.number, state=self.states.FAIL)
 
     @staticmethod
     def _fixed(trial: Any) -> Mapping[str, str]:

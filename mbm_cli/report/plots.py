@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mbm_cli.costs import Prices
 from mbm_cli.experiments.characterize import Characterization, Characterized, Pairs, TruncationErrors
@@ -50,7 +50,6 @@ MAP_ROWS = 6  # multipliers in a column
 TRUNCATED = "truncated bits"
 NOTE = """Area and power, against an IEEE single-precision
 multiplier, as the paper reports (mbm is AFMB there)."""
-MOST_NAMED = 12  # points of a front that are named beside it
 
 
 @singledispatch
@@ -400,31 +399,36 @@ def cost_front(
 ) -> bytes:
     """Draw test accuracy against cost, and the front: the points with no cheaper one that is as accurate.
 
-    Points of a few are named by their numbers in the legend. ``others`` are uniform assignments of a search.
+    Points of a few are named in the legend. ``others`` are uniform assignments of a search.
     """
-    named = [] if others or len(points) > MOST_NAMED else points
-    figure = Figure(figsize=(COLUMN, 2.9 + 0.16 * len(named)), layout="constrained")
+    is_search, few = bool(others), len(points) <= MOST_LINES
+    named = 0 if is_search or not few else len(points)
+    figure = Figure(figsize=(COLUMN, 2.9 + 0.16 * named), layout="constrained")
     axes = figure.subplots()
     everything = [(one.cost, 100 * float(np.mean(one.accuracies))) for one in (*points, *others)]
     corners = [everything[i] for i in front(everything)]
-    axes.step(*zip(*corners, strict=True), where="post", color=COLORS[0], linewidth=1, label="front")
-    for one in points:
-        axes.vlines(one.cost, 100 * min(one.accuracies), 100 * max(one.accuracies), color=COLORS[2], alpha=0.5)
-    groups: tuple[tuple[Sequence[CostPoint], dict[str, Any]], ...] = (
-        (points, {"marker": "o", "color": COLORS[2], "label": "searched" if others else None}),
+    most = max(one[0] for one in everything)
+    axes.step(
+        *zip(*corners, (most, corners[-1][1]), strict=True), where="post", color="0.4", linewidth=1, label="front"
+    )
+    for i, one in enumerate(points):
+        style = _style(i) if named else {"color": COLORS[2], "marker": "o", "markersize": 4}
+        text = _wrapped(one.label, 44) if named else "searched" if is_search and i == 0 else None
+        axes.vlines(one.cost, 100 * min(one.accuracies), 100 * max(one.accuracies), color=style["color"], alpha=0.5)
+        axes.plot(one.cost, everything[i][1], **{**style, "linestyle": ""}, label=text)
+    groups: Sequence[tuple[Sequence[CostPoint], dict[str, Any]]] = (
         (others, {"marker": "s", "color": COLORS[1], "mfc": "none", "markersize": 6, "label": "uniform assignments"}),
         (chosen, {"marker": "*", "color": COLORS[3], "markersize": 10, "label": "chosen"}),
     )
     for group, style in groups:
         if group:
             heights = [100 * float(np.mean(one.accuracies)) for one in group]
-            axes.plot([one.cost for one in group], heights, **{"linestyle": "", "markersize": 4, **style})
-    for i, one in enumerate(named, 1):
-        axes.annotate(str(i), everything[i - 1], xytext=(4, -8), textcoords="offset points")
-        axes.plot([], [], " ", label=f"{i} {_wrapped(one.label, 44)}")
-    if max(one[0] for one in everything) >= 8 * min(one[0] for one in everything):
+            axes.plot([one.cost for one in group], heights, linestyle="", **style)
+    if most >= 8 * min(one[0] for one in everything):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=_plain("cost: " + costs.partition(" (")[0]), ylabel="test accuracy (%)")
     axes.margins(x=0.06, y=0.08)
     axes.grid(alpha=0.3)
