@@ -69,7 +69,7 @@ def test_report_is_imported_by_the_command_line_alone():
     [
         ("cli", ["torch", "numpy", "pydantic", "yaml", "matplotlib"]),
         ("runs", ["torch", "numpy"]),
-        ("experiments.sweep", ["torchvision", "matplotlib", "scipy", "cupy", "sympy"]),
+        ("experiments.search", ["torchvision", "matplotlib", "scipy", "cupy", "sympy", "optuna"]),
     ],
 )
 def test_nothing_unused_is_loaded(module, unused):

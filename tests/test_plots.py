@@ -140,6 +140,23 @@ def test_reported_figures_stand_below_their_points(figures):
     assert texts(figures[1]) == {}
 
 
+def test_sweep_with_costs_draws_accuracy_against_them(figures):
+    sweep = swept("exact", "mbm", "mbm-t20", "mitchell")
+    costs, accuracies = [1.0, 0.2, 0.15, 0.16], [[0.99, 0.97], [0.98, 0.98], [0.9, 0.9], [0.85, 0.85]]
+    combinations = [
+        replace(one, cost=cost, test_accuracy=of_seeds)
+        for one, cost, of_seeds in zip(sweep.combinations, costs, accuracies, strict=True)
+    ]
+    plots.pictures(replace(sweep, combinations=combinations, costs="power, exact = 1 (who; what)"), None)
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "cost: power, exact = 1"
+    front = next(line for line in axes.lines if line.get_label() == "front")
+    assert [*zip(*front.get_data(), strict=True)] == [(0.15, 90), (0.2, 98), (1.0, 98)]
+    combinations[0] = replace(combinations[0], cost=None)  # then truncated bits are what there is
+    plots.pictures(replace(sweep, combinations=combinations), None)
+    assert figures[1].axes[0].get_xlabel() == plots.TRUNCATED
+
+
 def test_best_of_many_combinations_are_drawn(figures):
     plots.sweep_ranges([(f"name {i}", [i / 1000, i / 900]) for i in range(500)], "optimizer.lr")
     drawn = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]

@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ Strategy = Literal["sensitivity", "nsga2"]
 HELD_OUT = 6  # one of so many training images, the last ones, is held out for evaluation
 STARTED = 4  # NSGA-II starts from the additive model's front, with at most one of so many evaluations
 STUDY = "study.log"
+WORST = 1e6  # the rise of a loss that is not finite
 ROUNDING = 1e-9  # of accuracies that are compared
 
 
@@ -260,7 +262,8 @@ class _Evaluator:
                 if stopped():
                     raise Interrupted("interrupted")
                 its_loss, its_accuracy = self({**dict.fromkeys(layers, exact), layer: candidate}, self.calibration)
-                found.append(Sensitivity(layer, candidate, 100 * (accuracy - its_accuracy), its_loss - loss))
+                rise = its_loss - loss if math.isfinite(its_loss) else WORST
+                found.append(Sensitivity(layer, candidate, 100 * (accuracy - its_accuracy), rise))
         return found
 
 
@@ -292,10 +295,9 @@ def _held_out(data: Split) -> int:
 def _carry_out(
     run: Run, config: Config, plan: Plan, varied: Sequence[Config], jobs: int, watch: Watch, stopped: Stopped
 ) -> Finished[Search]:
-    """Evaluate what is not evaluated yet, plan the training of the front, and train what is not trained."""
+    """Evaluate what is not evaluated yet, then train what is not trained."""
     settings = plan.search
     assert settings is not None
-    trials = settings.trials
     if settings.held_out is None:
         device, done = lifecycle.use_device(config), 0
 
@@ -308,32 +310,48 @@ def _carry_out(
             done = count
             watch.done(", ".join(evaluation.multipliers.values()), evaluation)
 
-        # This process holds the run: a lock in its folder is that of a process that died.
-        (run.folder / f"{STUDY}.lock").unlink(missing_ok=True)
-        with lifecycle.computing(run, watch, summarize, lambda: f"after {done} of {trials} evaluations"):
-            candidates = {label(one): one for one in map(_only, varied)}
-            costs = dict(zip(candidates, settings.candidates.values(), strict=True))
-            watch.status("loading the data")
-            data, _ = sweep.shared_data(config, device)
-            start = _start(run, config, len(data) - _held_out(data), watch, stopped)
-            evaluator = _Evaluator(varied[0], start, candidates, data, device)
-            layers = _layers(varied[0])
-            network = {**_network(varied, candidates, [*costs.values()]), "weights": evaluator.digest}
-            study = Study(_study_file(run, settings), network, [*layers], [*candidates], run.name, config.seed)
-            planned = _planned(study, evaluator, settings, layers, costs, stopped)
-            done = study.count
-            what = f"{config.name}: {config.model.name}, {len(candidates)} candidates for {len(layers)} layers"
-            watch.begin(f"{what}, on {len(evaluator.held_out):,} images", "evaluation", trials, done)
-
-            def evaluate_one(one: Assignment) -> tuple[float, float]:
-                return _cost(one, layers, costs), evaluator(one, evaluator.held_out)[1]
-
-            study.evaluate(planned, trials, settings.strategy == "nsga2", evaluate_one, report, stopped)
-            study.complete([dict.fromkeys(layers, name) for name in candidates], evaluate_one)
-            settings = settings.model_copy(update={"held_out": len(evaluator.held_out)})
-            plan = plan.model_copy(update={"search": settings})
-            plan, varied = _training_plan(run, config, plan, varied, candidates, study, layers, start)
+        with lifecycle.computing(run, watch, summarize, lambda: f"after {done} of {settings.trials} evaluations"):
+            plan, varied = _evaluate(run, config, plan, varied, device, watch, report, stopped)
     return sweep.carry_out(run, config, plan, varied, jobs, watch, stopped, conclude)
+
+
+def _evaluate(
+    run: Run,
+    config: Config,
+    plan: Plan,
+    uniform: Sequence[Config],
+    device: torch.device,
+    watch: Watch,
+    report: Callable[[Evaluation, int], None],
+    stopped: Stopped,
+) -> tuple[Plan, list[Config]]:
+    """Evaluate assignments until the study has enough; return the plan to train the best, with its configs."""
+    settings = plan.search
+    assert settings is not None
+    candidates = {label(one): one for one in map(_only, uniform)}
+    costs = dict(zip(candidates, settings.candidates.values(), strict=True))
+    layers = _layers(uniform[0])
+    watch.status("loading the data")
+    data, _ = sweep.shared_data(config, device)
+    start = _start(run, config, len(data) - _held_out(data), watch, stopped)
+    evaluator = _Evaluator(uniform[0], start, candidates, data, device)
+    network = {**_network(uniform, candidates, [*costs.values()]), "weights": evaluator.digest}
+    # This process holds the run: a lock in its folder is that of a process that died.
+    (run.folder / f"{STUDY}.lock").unlink(missing_ok=True)
+    study = Study(_study_file(run, settings), network, [*layers], [*candidates], run.name, config.seed)
+    planned = _planned(study, evaluator, settings, layers, costs, stopped)
+
+    def evaluate_one(one: Assignment) -> tuple[float, float]:
+        return _cost(one, layers, costs), evaluator(one, evaluator.held_out)[1]
+
+    what = f"{config.name}: {config.model.name}, {len(candidates)} candidates for {len(layers)} layers"
+    what = f"{what}, on {len(evaluator.held_out):,} images"
+    watch.begin(what, "evaluation", settings.trials, study.count)
+    study.evaluate(planned, settings.trials, settings.strategy == "nsga2", evaluate_one, report, stopped)
+    study.complete([dict.fromkeys(layers, name) for name in candidates], evaluate_one)
+    settings = settings.model_copy(update={"held_out": len(evaluator.held_out)})
+    plan = plan.model_copy(update={"search": settings})
+    return _training_plan(run, plan, uniform, candidates, study, layers, start, device)
 
 
 def _layers(config: Config) -> dict[str, int]:
@@ -391,13 +409,13 @@ def _planned(
 
 def _training_plan(
     run: Run,
-    config: Config,
     plan: Plan,
     uniform: Sequence[Config],
     candidates: Mapping[str, Multiplier],
     study: Study,
     layers: Mapping[str, int],
     start: str,
+    device: torch.device,
 ) -> tuple[Plan, list[Config]]:
     """Write the plan to train uniform assignments, and those on the front of the held-out images."""
     evaluations = study.evaluations()
@@ -409,7 +427,7 @@ def _training_plan(
     for assignment in wanted:
         one = _assigned(uniform[0], {layer: candidates[name] for layer, name in assignment.items()})
         varied.append(one.with_model(backward=uniform[-1].model.backward).with_train(init=start))
-    varied = lifecycle.resolve(varied, lifecycle.use_device(config))
+    varied = lifecycle.resolve(varied, device)
     combinations = [
         sweep.combination(one, plan.vary, costs[tuple(assignment.items())])
         for one, assignment in zip(varied, wanted, strict=True)
