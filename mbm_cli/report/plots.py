@@ -46,6 +46,7 @@ TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
 ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B2"))
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
+FAR_BELOW = 20  # times as far below the best accuracy as the median, a point is left out: others would lie on a line
 MAP_ROWS = 6  # multipliers in a column
 TRUNCATED = "truncated bits"
 NOTE = """Area and power, against an IEEE single-precision
@@ -432,6 +433,12 @@ def cost_front(
     axes.set(xlabel=_plain("cost: " + costs.partition(" (")[0]), ylabel="test accuracy (%)")
     axes.margins(x=0.06, y=0.08)
     axes.grid(alpha=0.3)
+    means = np.array([mean for _, mean in set(everything)])
+    lowest = means.max() - FAR_BELOW * (means.max() - np.median(means))
+    if below := int((means < lowest).sum()):
+        axes.set_ylim(lowest, means.max() + 0.08 * (means.max() - lowest))
+        text = f"{below} point{'s'[: below != 1]} below"
+        axes.annotate(text, (0.98, 0.02), xycoords="axes fraction", ha="right")
     _legend(figure, axes, "outside upper center")
     return _png(figure)
 

@@ -42,8 +42,10 @@ class Lines(Watch):
     def close(self) -> None:
         if self.spinner is not None:
             self.spinner.stop()
+            self.spinner = None
 
     def begin(self, what: str, unit: Unit, total: int, done: int = 0, layers: Sequence[Layer] = ()) -> None:
+        Lines.close(self)  # a bar has the terminal to itself
         self.unit, self.total, self.finished = unit, total, done
         already = f"; {done} of {total} {unit}s are done" if done and unit != "epoch" else ""
         self.screen.print(f"{what}{already}", soft_wrap=True)
