@@ -17,6 +17,7 @@ from typer import Argument, Exit, Option, Typer, confirm, echo
 
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.flags import (
+    CANDIDATES,
     CONFIG,
     DRY_RUN,
     EXPERIMENT,
@@ -24,7 +25,10 @@ from mbm_cli.flags import (
     MEASUREMENT,
     MODEL,
     NAMES,
+    PRICES,
     RUN,
+    SEARCH,
+    STRATEGY,
     TRAINING,
     VARY,
     WEIGHTS,
@@ -39,6 +43,7 @@ from mbm_cli.flags import (
     command,
     config_of,
     names_of,
+    prices_of,
     setting_for,
     with_bits,
 )
@@ -103,7 +108,7 @@ def train(
 @command(
     compare_app,
     "exact-vs-mbm",
-    f"{TRAINING} jobs on at_once pictures",
+    f"{TRAINING} jobs on at_once pictures {PRICES}",
     "mbm compare exact-vs-mbm --multiplier mbm,mbm-t8",
 )
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
@@ -114,11 +119,15 @@ def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> N
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
     engine = Engine().with_flags(o.jobs, o.on, o.at_once)
-    _compute(o, partial(experiment, config, names, seeds, o.output, backwards=backwards, engine=engine), latex=latex)
+    made = partial(experiment, config, names, seeds, o.output, backwards=backwards, engine=engine, prices=prices_of(o))
+    _compute(o, made, latex=latex)
 
 
 @command(
-    app, "sweep", f"{TRAINING} jobs on at_once pictures", "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3"
+    app,
+    "sweep",
+    f"{TRAINING} jobs on at_once pictures {PRICES}",
+    "mbm sweep --vary model.multiplier=mbm,mbm-t16 --seeds 3",
 )
 def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
@@ -128,12 +137,33 @@ def sweep(
     from mbm_cli.experiments.sweep import sweep as experiment
 
     engine = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
-    _compute(o, partial(experiment, config_of(o), vary or [], seeds, o.output, engine=engine), latex=latex)
+    made = partial(experiment, config_of(o), vary or [], seeds, o.output, engine=engine, prices=prices_of(o))
+    _compute(o, made, latex=latex)
+
+
+@command(app, "search", SEARCH, "mbm search --candidates mbm,mbm-t15,mbm-t20 --init RUN --max-drop 0.5")
+def search(
+    o: Options,
+    candidates: Annotated[str, Option(**CANDIDATES)],
+    strategy: Annotated[str, Option(**STRATEGY)] = "nsga2",
+    trials: Annotated[int, Option(min=1, max=10**6, help="Evaluations at most, for example 200.")] = 100,
+    max_drop: Annotated[float | None, Option(min=0.0, help="Points of accuracy to lose, for example 0.5.")] = None,
+    study: Annotated[Path | None, Option(help="A file that several searches share, for example study.log.")] = None,
+) -> None:
+    """Find which multiplier in which layer costs least for its accuracy, and retrain the best."""
+    from mbm_cli.config import Engine
+    from mbm_cli.experiments.search import search as experiment
+
+    config = config_of(replace(o, bits=None))
+    names = names_of(candidates, o.bits)
+    how: Any = {"strategy": strategy, "trials": trials, "max_drop": max_drop, "study": study}
+    how["engine"] = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
+    _compute(o, partial(experiment, config, names, o.output, **how, prices=prices_of(o)))
 
 
 @command(app, "resume", "epochs jobs on at_once pictures trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
-    """Resume what was interrupted: a training run, a comparison or a sweep."""
+    """Resume what was interrupted: a training run, a comparison, a sweep or a search."""
     from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 
@@ -185,7 +215,7 @@ def profile_epoch(o: Options) -> None:
     _compute(o, partial(experiment, config_of(o), o.output))
 
 
-@command(app, "characterize", MEASUREMENT, "mbm characterize mbm mbm-t16-r7 mitchell mbm-int8")
+@command(app, "characterize", f"{MEASUREMENT} costs", "mbm characterize mbm mbm-t16-r7 mitchell mbm-int8")
 def characterize(
     o: Options,
     names: Annotated[list[str], Argument(metavar="NAME...", help=MEASURED)],
@@ -198,7 +228,8 @@ def characterize(
     from mbm_cli.experiments.characterize import characterize as experiment
 
     drawn, place = (samples, o.seed or 0), (o.device or "auto", o.threads)
-    _compute(o, partial(experiment, with_bits(names, o.bits), o.output, *drawn, *place, sweep_truncate))
+    named = with_bits(names, o.bits)
+    _compute(o, partial(experiment, named, o.output, *drawn, *place, sweep_truncate, prices=prices_of(o)))
 
 
 @command(app, "doctor", "seed threads json quiet", "mbm doctor")
@@ -302,19 +333,21 @@ def runs_delete(
         run.delete()
 
 
-@command(multipliers_app, "list", "json", "mbm multipliers list")
+@command(multipliers_app, "list", "costs json", "mbm multipliers list")
 def multipliers_list(o: Options) -> None:
-    """List the multipliers and how to name them."""
+    """List the multipliers, how to name them, and what publications report about their costs."""
     from mbm_cli.multipliers.names import NAMES
-    from mbm_cli.report.text import print_table
+    from mbm_cli.report.text import console, costs_table, print_table
 
+    costs = prices_of(o).reported()
     if o.json:
-        _print_json({"multipliers": [name._asdict() for name in NAMES]})
+        _print_json({"multipliers": [name._asdict() for name in NAMES], "costs": [asdict(cost) for cost in costs]})
     else:
         print_table(("name", "what it is", "for example"), NAMES)
+        console().print(costs_table(costs))
 
 
-@command(multipliers_app, "show", "json", "mbm multipliers show drum-int8-k4")
+@command(multipliers_app, "show", "costs json", "mbm multipliers show drum-int8-k4")
 def multipliers_show(
     o: Options, name: Annotated[str, Argument(help="A multiplier, for example int8:mul8s_1KVL.c.")]
 ) -> None:
@@ -322,19 +355,25 @@ def multipliers_show(
     from mbm_cli.experiments.characterize import describe
     from mbm_cli.multipliers.names import NAMES
     from mbm_cli.report.tables import print_circuit
-    from mbm_cli.report.text import print_table
+    from mbm_cli.report.text import console, costs_table, print_table
 
     multiplier = _resolved(name)
+    costs = prices_of(o).of(multiplier)
     if multiplier.is_integer:
         circuit = describe(multiplier)
-        _print_json(asdict(circuit)) if o.json else print_circuit(circuit)
-        return
-    what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
+        shown = asdict(circuit)
+    else:
+        what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
+        shown = {"name": str(multiplier), "what": what}
     if o.json:
-        _print_json({"name": str(multiplier), "what": what})
+        _print_json({**shown, "reported": [asdict(cost) for cost in costs]})
+        return
+    if multiplier.is_integer:
+        print_circuit(circuit)
     else:
         print_table(("name", "what it is"), [(str(multiplier), what)])
         echo(f"mbm characterize {name} measures its errors")
+    console().print(costs_table(costs))
 
 
 @command(multipliers_app, "export", "", "mbm multipliers export mbm-t16-r7 mbm.bin --bits 7")

@@ -51,7 +51,14 @@ def _device(name: str | None) -> str | None:
     return name
 
 
+def _one_of(allowed: tuple[str, ...], name: str, flag: str) -> str:
+    if name not in allowed:
+        raise RequestError(f"{flag} must be {' or '.join(allowed)}, not {name!r}")
+    return name
+
+
 COUNT = 2**31 - 1
+QUANTITIES = ("power", "area", "delay", "energy")  # as mbm_cli.costs has them, which imports much
 CONFIG = {
     "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
     "autocompletion": _configs,
@@ -87,6 +94,22 @@ DEVICE = {
     "autocompletion": lambda incomplete: [n for n in ("auto", "cpu", "cuda") if n.startswith(incomplete)],
     "callback": _device,
 }
+STRATEGIES = ("sensitivity", "nsga2")
+STRATEGY = {
+    "help": "How to search: sensitivity or nsga2, which begins with it, for example sensitivity.",
+    "autocompletion": lambda incomplete: [name for name in STRATEGIES if name.startswith(incomplete)],
+    "callback": lambda name: _one_of(STRATEGIES, name, "--strategy"),
+}
+CANDIDATES = {
+    "metavar": "A,B,...",
+    "help": "Multipliers of one kind, for example mbm,mbm-t20; or int8:FOLDER, all files of a folder.",
+    "autocompletion": _multipliers,
+}
+QUANTITY = {
+    "help": "What a cost is: power, area, delay or energy, for example area.",
+    "autocompletion": lambda incomplete: [name for name in QUANTITIES if name.startswith(incomplete)],
+    "callback": lambda name: _one_of(QUANTITIES, name, "--quantity"),
+}
 BITS = {"min": 1, "max": 11, "help": "Fraction bits of a function's table, for example 5."}
 
 
@@ -110,6 +133,8 @@ class Options:
     threads: Annotated[int | None, Option(min=1, max=4096, help="CPU threads of each run, for example 4.")] = None
     set_: Annotated[list[str] | None, Option("--set", **FIELD)] = None
     pictures: Annotated[bool, Option("--pictures", help=PICTURES)] = False
+    costs: Annotated[Path | None, Option(help="A YAML file of multipliers' costs, for example my-costs.yaml.")] = None
+    quantity: Annotated[str, Option(**QUANTITY)] = "power"
     name: Annotated[str | None, Option(help="Of the run's folder, for example first-try.")] = None
     note: Annotated[str | None, Option(help="A text that lists show, for example 'as in table 2'.")] = None
     trust: Annotated[bool, Option("--trust", help="Run the code that the run names, for example your own.")] = False
@@ -119,9 +144,11 @@ class Options:
     debug: Annotated[bool, Option("--debug", help="Show an error's traceback, for example to report it.")] = False
 
 
+PRICES = "costs quantity"
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier backward set_ {MEASUREMENT}"
 TRAINING = f"{EXPERIMENT} epochs init name note"
+SEARCH = f"config backward set_ {MEASUREMENT} epochs init name note jobs {PRICES}"
 RUN = {
     "metavar": "RUN",
     "help": "A run's folder, or its name in --output or the last part of it, for example runs/RUN.",
@@ -175,6 +202,13 @@ def config_of(o: Options) -> Any:
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
     return load(base, [*(o.set_ or []), *overrides])
+
+
+def prices_of(o: Options) -> Any:
+    """Read the costs of multipliers, with those of ``--costs``."""
+    from mbm_cli.costs import Prices
+
+    return Prices.load(o.costs, o.quantity)  # type: ignore[arg-type]
 
 
 def _text(name: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from mbm_cli.multipliers.content import handle_of, resolve, resolve_backward, resolve_layers
 from mbm_cli.multipliers.integer import IntegerTable
 from mbm_cli.multipliers.names import EXACT, KINDS, Backward, LayerMultipliers, Multiplier
-from mbm_cli.multipliers.tables import Table
+from mbm_cli.multipliers.tables import Table, tensor_on
 from mbm_cli.ops import (
     BackwardLike,
     conv2d_of_operands,
@@ -61,7 +61,8 @@ class _Approximate(nn.Module):
         self._bounds = multiplier.content.bounds if isinstance(multiplier.content, IntegerTable) else None
         device = self.weight.device
         for name, one in zip(_TABLES, (multiplier, *backward), strict=True):
-            table = one.content.tensor().to(device) if isinstance(one.content, Table | IntegerTable) else None
+            # The same tensor in every layer: what backends prepare for a table, they keep by its tensor.
+            table = tensor_on(one.content, device) if isinstance(one.content, Table | IntegerTable) else None
             self.register_buffer(name, table, persistent=False)
         before: Quantizer | None = getattr(self, "quantizer", None)
         quantization = quantization or (before.quantization if before else Quantization())

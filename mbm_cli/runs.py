@@ -33,7 +33,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 
 @dataclass(frozen=True)
 class Summary:
-    """``summary.json`` of a training run, and of a comparison or a sweep over its members.
+    """``summary.json`` of a training run, and of a comparison, a sweep or a search over its members.
 
     Accuracies are fractions, times seconds. ``reason`` says why a run failed.
     """
@@ -75,20 +75,42 @@ class _EpochMetrics:
 
 
 class Combination(BaseModel):
-    """Values of the varied fields, the config that has them, and the content keys of its multipliers."""
+    """Values of the varied fields, the config that has them, the content keys of its multipliers, and its cost."""
 
     values: dict[str, Any]
     config: dict[str, Any]
     keys: list[str]
+    cost: float | None = None
+
+
+class SearchPlan(BaseModel):
+    """What a search evaluates before it trains.
+
+    Attributes:
+        trials: evaluations, at most.
+        max_drop: points of accuracy that the chosen assignment may lose; ``None`` chooses none.
+        candidates: multipliers by their names with absolute paths, and their costs.
+        study: the file with the evaluations, in the run's folder or shared.
+        held_out: images of an evaluation, once everything is evaluated and the combinations are what is trained.
+    """
+
+    strategy: Literal["sensitivity", "nsga2"]
+    trials: Count
+    max_drop: Annotated[float, Field(ge=0)] | None
+    candidates: Annotated[dict[str, float], Field(min_length=2)]
+    study: str
+    held_out: Count | None = None
 
 
 class Plan(Engine):
-    """``plan.json``: what a comparison or a sweep trains, and where."""
+    """``plan.json``: what a comparison, a sweep or a search trains, and where; ``costs`` says what the costs are."""
 
-    kind: Literal["comparison", "sweep"]
+    kind: Literal["comparison", "sweep", "search"]
     vary: dict[str, list[str]]
     seeds: Count
     combinations: Annotated[list[Combination], Field(min_length=1)]
+    costs: str | None = None
+    search: SearchPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +183,7 @@ class Run:
 
     @property
     def has_several(self) -> bool:
-        """Whether this is a comparison or a sweep."""
+        """Whether this is a comparison, a sweep or a search."""
         return (self.folder / "plan.json").exists()
 
     def refuse_several(self) -> None:

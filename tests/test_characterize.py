@@ -184,7 +184,7 @@ def test_results_keep_the_order_asked_for():
 
 def test_table_says_which_pairs_were_tried():
     out = mbm("characterize", "mbm", "mbm-uint8", *FEW).out
-    rows = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line.startswith(" mbm")}
+    rows = {line.split()[0]: " ".join(line.split()) for line in reversed(out.splitlines()) if line.startswith(" mbm")}
     assert rows["mbm-uint8"] == "mbm-uint8 0.05 2.69 7.81 3.31 1 x 64 all 65,536"
     assert rows["mbm"].endswith(" 20,000")
     assert "drawn at random with seed 0" in out

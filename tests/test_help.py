@@ -35,6 +35,7 @@ PROMISED = {  # in design.md, section 5
     "train": f"{EXPERIMENT} --epochs",
     "compare exact-vs-mbm": f"{EXPERIMENT} --epochs --seeds",
     "sweep": f"{EXPERIMENT} --epochs --seeds --vary --jobs --on --pictures",
+    "search": f"{COMPUTE} --seed --set --config --init --epochs --candidates --strategy --trials --max-drop --study",
     "resume": "--epochs --jobs --on --pictures --trust --output --json --quiet --debug",
     "eval": f"{COMPUTE} --multiplier --plot --trust",
     "profile conv": EXPERIMENT,

@@ -99,7 +99,7 @@ def test_functions_in_c_are_tabulated(name, function):
     write(name.partition(":")[2], PUBLISHED + function)
     found = resolve(name).content
     assert np.array_equal(found.entries, lopsided(found.operands))
-    assert found.costs == {"power": "0.301 mW", "area": "558.9 um2", "delay": "1.36 ns"}
+    assert found.costs == {"process": "PDK45", "power": "0.301 mW", "area": "558.9 um2", "delay": "1.36 ns"}
 
 
 def test_function_is_the_only_one_that_fits_or_named():

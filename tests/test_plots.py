@@ -121,12 +121,12 @@ def test_reported_figures_stand_below_their_points(figures):
             line("mitchell", "mitchell", False, {0: [0.97], 20: [0.5]}),
             line("mbm", "mbm-tT-rR", True, {20: [0.3]}),
         ],
-        plots.REPORTED,
+        plots.reported(),
     )
     shown = texts(figures[0])
     found = " ".join(" ".join(shown).split())
     for words in (
-        "mbm: area ÷ 11.7, power ÷ 16.1 mitchell: area ÷ 13.6, power ÷ 19.2",
+        "mbm: area ÷ 11.7, power ÷ 16.1",
         "mbm: area ÷ 28, power ÷ 57",
         "against an IEEE single-precision multiplier, as the paper reports",
     ):
@@ -136,8 +136,25 @@ def test_reported_figures_stand_below_their_points(figures):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     lowest = figures[0].axes[0].transData.transform((0, 30))[1]
     assert all(box.y1 < lowest for box in boxes)
-    plots.sweep_lines([line("drum", "drum", False, {3: [0.9], 5: [0.8]})], plots.REPORTED)
+    plots.sweep_lines([line("drum", "drum", False, {3: [0.9], 5: [0.8]})], plots.reported())
     assert texts(figures[1]) == {}
+
+
+def test_sweep_with_costs_draws_accuracy_against_them(figures):
+    sweep = swept("exact", "mbm", "mbm-t20", "mitchell")
+    costs, accuracies = [1.0, 0.2, 0.15, 0.16], [[0.99, 0.97], [0.98, 0.98], [0.9, 0.9], [0.85, 0.85]]
+    combinations = [
+        replace(one, cost=cost, test_accuracy=of_seeds)
+        for one, cost, of_seeds in zip(sweep.combinations, costs, accuracies, strict=True)
+    ]
+    plots.pictures(replace(sweep, combinations=combinations, costs="power, exact = 1 (who; what)"), None)
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "cost: power, exact = 1"
+    front = next(line for line in axes.lines if line.get_label() == "front")
+    assert [*zip(*front.get_data(), strict=True)] == [(0.15, 90), (0.2, 98), (1.0, 98)]
+    combinations[0] = replace(combinations[0], cost=None)  # then truncated bits are what there is
+    plots.pictures(replace(sweep, combinations=combinations), None)
+    assert figures[1].axes[0].get_xlabel() == plots.TRUNCATED
 
 
 def test_best_of_many_combinations_are_drawn(figures):

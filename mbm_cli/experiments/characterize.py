@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbm_cli.costs import Cost, Prices
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import Interrupted, RequestError
 from mbm_cli.experiments import lifecycle
@@ -62,12 +63,16 @@ class TruncationErrors(Errors):
 
 @dataclass(frozen=True)
 class Characterization:
-    """``characterize.json``: a row a multiplier, in the order asked for; ``sweep`` over truncations if asked for."""
+    """``characterize.json``: a row a multiplier, in the order asked for; ``sweep`` over truncations if asked for.
+
+    ``costs`` are those that a source reports.
+    """
 
     seed: int
     device: str
     multipliers: list[Errors]
     sweep: list[TruncationErrors] | None = None
+    costs: list[Cost] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ def characterize(
     sweep_truncate: bool = False,
     watch: Watch | None = None,
     stopped: Stopped = never,
+    prices: Prices | None = None,
 ) -> Characterized:
     """Measure the relative errors of multipliers.
 
@@ -148,6 +154,7 @@ def characterize(
         threads: CPU threads.
         sweep_truncate: measure also the named families over all their truncations.
         stopped: called before each chunk of pairs.
+        prices: the sources of costs; the package's without any.
 
     Raises:
         RequestError: a name is not a multiplier, a file is wrong, or there is no such device; nothing is written.
@@ -179,7 +186,8 @@ def characterize(
                 )
                 for m in swept
             ]
-        result = Characterization(seed, place.type, [errors for errors, _ in measured], sweep)
+        costs = [cost for one in parsed.values() for cost in (prices or Prices.load()).of(one)]
+        result = Characterization(seed, place.type, [errors for errors, _ in measured], sweep, costs)
         run.write_json("characterize.json", result)
     return Characterized(run, result, [pairs for _, pairs in measured])
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config, Engine
+from mbm_cli.costs import Prices
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
@@ -58,11 +59,15 @@ class Column:
     trained_here_evaluated_exact: list[float]
     accuracy_difference: Interval | None = None
     epoch_seconds_ratio: Interval | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``compare.json``: a column for each multiplier, exact first, and the runs with their metrics."""
+    """``compare.json``: a column for each multiplier, exact first, and the runs with their metrics.
+
+    ``costs`` says what the columns' costs are, if there are any.
+    """
 
     config: str
     model: str
@@ -73,6 +78,7 @@ class Comparison:
     columns: list[Column]
     runs: list[dict[str, Any]]
     verdicts: list[str]
+    costs: str | None = None
 
 
 def compare(
@@ -84,6 +90,7 @@ def compare(
     stopped: Stopped = never,
     backwards: Sequence[str] = (),
     engine: Engine | None = None,
+    prices: Prices | None = None,
 ) -> Finished[Comparison]:
     """Train the config's network exact and with each multiplier, for so many seeds from the config's on.
 
@@ -95,6 +102,7 @@ def compare(
         backwards: multipliers of the gradients, each of which is combined with each multiplier; the config's without
             any.
         engine: where, and how many runs at once; one by default, because epochs that share a device take longer.
+        prices: what multipliers cost; the package's without any.
 
     Raises:
         RequestError: there is nothing to compare with, or a multiplier is wrong; nothing is written then.
@@ -112,7 +120,7 @@ def compare(
     vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
     if backwards:
         vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
-    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, engine, output)
+    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, engine, output, prices)
     with run.hold():
         return sweep.carry_out(run, config, plan, varied, watch or Watch(), stopped, partial(conclude, stopped))
 
@@ -143,7 +151,8 @@ def _conclude(task: Any, stopped: Stopped = never) -> Turns[Comparison]:
     columns = []
     for number, one in enumerate(varied, 1):
         runs = [of_column for of_column in trained if of_column.row.combination == number]
-        columns.append(_column(one, runs, exact, varied[0], device, data))
+        column = _column(one, runs, exact, varied[0], device, data)
+        columns.append(replace(column, cost=plan.combinations[number - 1].cost))
     result = Comparison(
         config=config.name,
         model=str(config.model.name),
@@ -154,6 +163,7 @@ def _conclude(task: Any, stopped: Stopped = never) -> Turns[Comparison]:
         columns=columns,
         runs=[one.as_json() for one in trained],
         verdicts=[_verdict(column, plan.seeds) for column in columns[1:]],
+        costs=plan.costs,
     )
     run.write_json("compare.json", result)
     run.write("compare.csv", sweep.csv_of(plan.vary, rows))

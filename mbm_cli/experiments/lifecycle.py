@@ -17,10 +17,10 @@ from mbm_cli.data import OwnFile, dataset_of
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import weights
-from mbm_cli.models import Layer, build, try_out
+from mbm_cli.models import Layer, build, describe_layers, try_out
 from mbm_cli.multipliers import content
 from mbm_cli.multipliers.code import Namespace, UsersNetwork, check_magnitude, read_network
-from mbm_cli.multipliers.names import Backward, Multiplier
+from mbm_cli.multipliers.names import EXACT, Backward, Multiplier
 from mbm_cli.ops import multiply
 from mbm_cli.quantize import Quantization, calibrate, quantizers
 from mbm_cli.runs import Run
@@ -53,6 +53,9 @@ class RunsFailed(RunError):
         self.finished = finished
 
 
+Unit = Literal["epoch", "run", "evaluation"]
+
+
 class Watch:
     """Receives the progress of an experiment. This one ignores it; `mbm_cli.report.progress` has some that show it."""
 
@@ -62,16 +65,14 @@ class Watch:
     def note(self, text: str) -> None:
         """Report something that the user should know."""
 
-    def begin(
-        self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
-    ) -> None:
-        """Report what is computed, in how many epochs or runs, of which some may be done."""
+    def begin(self, what: str, unit: Unit, total: int, done: int = 0, layers: Sequence[Layer] = ()) -> None:
+        """Report what is computed, in how many epochs, runs or evaluations, of which some may be done."""
 
     def progress(self, label: str, fraction: float, step: Progress | None = None) -> None:
         """Report, a few times a second, how much of an epoch or a run is done, 0 to 1; runs overlap."""
 
     def done(self, label: str, row: Any) -> None:
-        """Report the end of an epoch (its metrics) or of a run (its row)."""
+        """Report the end of an epoch (its metrics), of a run (its row) or of an evaluation."""
 
     def close(self) -> None:
         """End the display, whatever happened."""
@@ -226,6 +227,26 @@ def refuse_other_products(config: Config, keys: list[str], folder: Path) -> None
             f"{files.get(changed, config.model.products)} differs from the {kind} that {folder} was trained with: "
             "restore its file, or config.yaml, or train a new run"
         )
+
+
+def products(config: Config) -> dict[Multiplier, int]:
+    """Return how many products of an image's forward pass each multiplier computes, in convolutions and dense layers.
+
+    The config's multipliers must be resolved.
+    """
+    named = {str(one): one for one in (EXACT, *config.model.multiplier.distinct())}
+    counts: dict[Multiplier, int] = {}
+    for layer in layers(config):
+        one = named[layer.multiplier]
+        counts[one] = counts.get(one, 0) + layer.multiplications
+    return counts
+
+
+def layers(config: Config) -> list[Layer]:
+    """Describe the convolutions and dense layers of the config's network, whose multipliers must be resolved."""
+    model = build_model(config, torch.device("cpu"))
+    described = describe_layers(model, dataset_of(config.data.dataset).shape)
+    return [layer for layer in described if layer.kind in ("Conv2d", "Linear")]
 
 
 def load_data(data: DataConfig, device: torch.device) -> tuple[Split, Split]:

@@ -1,11 +1,12 @@
-"""`mbm resume`: continue what was interrupted, be it a training run, a comparison or a sweep."""
+"""`mbm resume`: continue what was interrupted, be it a training run, a comparison, a sweep or a search."""
 
 from functools import partial
 
 from mbm_cli.errors import RequestError
-from mbm_cli.experiments import compare, sweep, train
+from mbm_cli.experiments import compare, search, sweep, train
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.experiments.search import Search
 from mbm_cli.experiments.sweep import Sweep
 from mbm_cli.experiments.train import Trained
 from mbm_cli.runs import Run
@@ -19,12 +20,12 @@ def resume(
     stopped: Stopped = never,
     on: str | None = None,
     at_once: str | None = None,
-) -> Trained | Finished[Comparison] | Finished[Sweep]:
+) -> Trained | Finished[Comparison] | Finished[Sweep] | Finished[Search]:
     """Resume a run of any kind; what is complete is returned as it is.
 
     Args:
         epochs: of a training run, instead of its config's.
-        jobs: of a comparison or a sweep, instead of its plan's.
+        jobs: of a comparison, a sweep or a search, instead of its plan's.
         on, at_once: the same, as the command line takes them.
 
     Raises:
@@ -39,6 +40,8 @@ def resume(
     kind = run.plan().kind
     if epochs is not None:
         raise RequestError(f"--epochs is for a training run, but {run.folder} is a {kind}")
+    if kind == "search":
+        return search.resume(run, (jobs, on, at_once), watch, stopped)
     if kind == "sweep":
         return sweep.resume(run, (jobs, on, at_once), watch, stopped, sweep.conclude)
     return sweep.resume(run, (jobs, on, at_once), watch, stopped, partial(compare.conclude, stopped))

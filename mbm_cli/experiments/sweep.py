@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,13 +19,14 @@ import yaml
 from mbm_cli import config as configs
 from mbm_cli import slurm
 from mbm_cli.config import Config, DataConfig, Engine
+from mbm_cli.costs import Prices
 from mbm_cli.data import dataset_of
 from mbm_cli.device import choose_device, environment
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import lifecycle, train
 from mbm_cli.experiments.lifecycle import Finished, RunsFailed, Stopped, Watch, never
 from mbm_cli.launch import launch
-from mbm_cli.runs import Combination, Plan, Run, Summary, as_json, list_runs
+from mbm_cli.runs import Combination, Plan, Run, SearchPlan, Summary, as_json, list_runs
 from mbm_cli.training import Progress, Split
 from mbm_cli.turns import Turns
 
@@ -37,6 +38,7 @@ CSV_FIELDS = (
     *("seed", "status", "test_accuracy", "best_test_accuracy", "test_loss", "train_loss"),
     *("epochs", "epoch_seconds", "train_seconds", "run"),
 )
+Flags = tuple[int | None, str | None, str | None]  # --jobs, --on and --at-once
 R = TypeVar("R")
 
 
@@ -77,11 +79,15 @@ class CombinationResult:
     failed: int
     runs: list[str | None]
     train_seconds_median: float | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """``sweep.json``. ``model``, ``device`` and ``epochs`` are ``None`` where they are varied."""
+    """``sweep.json``. ``model``, ``device`` and ``epochs`` are ``None`` where they are varied.
+
+    ``costs`` says what the costs of the combinations' products are, if there are any.
+    """
 
     config: str
     vary: dict[str, list[str]]
@@ -94,6 +100,7 @@ class Sweep:
     device: str | None = None
     epochs: int | None = None
     threads: int | None = None
+    costs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ def sweep(
     watch: Watch | None = None,
     stopped: Stopped = never,
     engine: Engine | None = None,
+    prices: Prices | None = None,
 ) -> Finished[Sweep]:
     """Train the config with every combination of values, for so many seeds from the config's on.
 
@@ -143,6 +151,7 @@ def sweep(
         vary: ``section.field=A,B,...`` each; a comma in a value is protected by brackets, braces or quotes.
         engine: where, and how many runs at once; by default in turn on a GPU. A script that asks for several processes
             must be importable (``if __name__ == "__main__":``), as for every use of Python's ``multiprocessing``.
+        prices: what multipliers cost; the package's without any.
 
     ``train.threads`` are those of each run, which decide a result's last bits; by default PyTorch's choice is shared
     among the jobs, and a cluster's have as many as CPUs.
@@ -158,7 +167,7 @@ def sweep(
         )
     values, engine = _parse_vary(vary), engine or Engine(at_once=None)
     config = with_threads(config, engine)
-    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, engine, output)
+    run, plan, varied = create("sweep", config, values, _combinations(config, values), seeds, engine, output, prices)
     with run.hold():
         return carry_out(run, config, plan, varied, watch or Watch(), stopped, conclude)
 
@@ -175,13 +184,23 @@ def with_threads(config: Config, engine: Engine) -> Config:
     return config.with_train(threads=config.train.threads or threads)
 
 
-def resume(
-    run: Run, flags: tuple[int | None, str | None, str | None], watch: Watch, stopped: Stopped, conclude: Conclude[R]
-) -> Finished[R]:
+def resume(run: Run, flags: Flags, watch: Watch, stopped: Stopped, conclude: Conclude[R]) -> Finished[R]:
     """Resume a sweep or a comparison: keep complete runs, resume those that were begun, train the others.
 
     ``flags`` are those of the command line that change the engine; ``conclude`` is the experiment's own. Otherwise as
     `sweep`.
+    """
+    config, plan, varied = reopen(run, flags)
+    with run.hold():
+        return carry_out(run, config, plan, varied, watch, stopped, conclude)
+
+
+def reopen(run: Run, flags: Flags) -> tuple[Config, Plan, list[Config]]:
+    """Return the config and the plan of a run, and the combinations' configs with resolved multipliers.
+
+    Raises:
+        RequestError: the run cannot be resumed here.
+        RunError: something in it is damaged, or a multiplier's file has changed.
     """
     plan, config = run.plan(), run.config()
     members = [run] if plan.on is None else list_runs(run.folder)  # a cluster's device is not this process's
@@ -197,21 +216,22 @@ def resume(
         for begun in members if plan.on is None else []:
             lifecycle.refuse_other_device(one, begun)
     _fetch_data(varied)
-    with run.hold():
-        return carry_out(run, config, plan, varied, watch, stopped, conclude)
+    return config, plan, varied
 
 
 # What is planned
 
 
 def create(
-    kind: Literal["comparison", "sweep"],
+    kind: Literal["comparison", "sweep", "search"],
     config: Config,
     vary: dict[str, list[str]],
     varied: Sequence[Config],
     seeds: int,
     engine: Engine,
     output: Path,
+    prices: Prices | None,
+    search: SearchPlan | None = None,
 ) -> tuple[Run, Plan, list[Config]]:
     """Check the config of every combination, fetch the data, and create the folder with the plan.
 
@@ -225,28 +245,30 @@ def create(
             raise RequestError(f"--seeds {seeds} from {one.seed} goes beyond the last, 2^63 - 1: use a smaller --seed")
     varied = lifecycle.resolve(varied, device)
     _fetch_data(varied)
+    of_what, costs = (prices or Prices.load()).of_networks([lifecycle.products(one) for one in varied])
     plan = Plan(
         kind=kind,
         vary=vary,
         seeds=seeds,
         **engine.model_dump(),
-        combinations=[
-            Combination(
-                values={field: _value(one, field) for field in vary},
-                config=one.model_dump(),
-                keys=lifecycle.content_keys(one),
-            )
-            for one in varied
-        ],
+        combinations=[combination(one, vary, cost) for one, cost in zip(varied, costs, strict=True)],
+        costs=of_what,
+        search=search,
     )
     files = {
         "config.yaml": configs.dump(config),
         "environment.json": as_json(environment(device)),
         "plan.json": as_json(plan.model_dump()),
-        "summary.json": as_json(replace(_summary("running", varied, device, []), note=config.note)),
+        "summary.json": as_json(replace(summary_of("running", varied, device, []), note=config.note)),
     }
-    name = "compare" if kind == "comparison" else "sweep"
+    name = "compare" if kind == "comparison" else kind
     return Run.create(output, f"{config.name}-{name}", files), plan, varied
+
+
+def combination(config: Config, vary: Iterable[str], cost: float | None) -> Combination:
+    """Return a plan's combination for a config, whose multipliers must be resolved."""
+    values = {field: _value(config, field) for field in vary}
+    return Combination(values=values, config=config.model_dump(), keys=lifecycle.content_keys(config), cost=cost)
 
 
 def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
@@ -325,7 +347,7 @@ def _members(run: Run, plan: Plan, varied: Sequence[Config]) -> list[Member]:
             named = config.model_copy(update={"name": name, "seed": seed})
             label = ", ".join([*values, f"seed {seed}"])
             members.append(Member(label, number, combination.values, run.folder, named, begun.get(name)))
-    return members if plan.kind == "sweep" else sorted(members, key=lambda member: member.config.seed)
+    return members if plan.kind != "comparison" else sorted(members, key=lambda member: member.config.seed)
 
 
 def _begun(run: Run) -> dict[str, Run]:
@@ -381,7 +403,7 @@ def carry_out(
 
     def summarize(status: str, reason: str | None = None) -> None:
         run.write_json(
-            "summary.json", replace(_summary(status, varied, device, summaries), reason=reason, note=config.note)
+            "summary.json", replace(summary_of(status, varied, device, summaries), reason=reason, note=config.note)
         )
 
     def done(member: Member, reason: str | None) -> None:
@@ -409,9 +431,8 @@ def carry_out(
         launch(todo, work, plan, run.folder, look, done, stopped)
         failed = [row for row in rows.values() if row.status == "failed"]
         ordered = [rows[member.config.name] for member in members]
-        finished = (
-            Finished(run, conclude(run, config, plan, varied, ordered)) if not failed or plan.kind == "sweep" else None
-        )
+        concludes = not failed or plan.kind != "comparison"
+        finished = Finished(run, conclude(run, config, plan, varied, ordered)) if concludes else None
         if failed:
             raise RunsFailed(
                 f"{len(failed)} of {len(members)} runs failed, the first one: {failed[0].reason}",
@@ -480,8 +501,8 @@ def _row(member: Member, run: Run | None, reason: str | None = None) -> Row:
     )
 
 
-def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: Sequence[Summary]) -> Summary:
-    """Summarize all runs in the form of one, so that ``mbm runs list`` shows comparisons and sweeps, too."""
+def summary_of(status: Any, varied: Sequence[Config], device: torch.device, runs: Sequence[Summary]) -> Summary:
+    """Summarize all runs in the form of one, so that ``mbm runs list`` shows what has several, too."""
     best = [run.best_test_accuracy for run in runs if run.best_test_accuracy is not None]
     return Summary(
         status=status,
@@ -502,7 +523,7 @@ def _summary(status: Any, varied: Sequence[Config], device: torch.device, runs: 
 def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]) -> Sweep:
     """Write a sweep's result from its rows."""
     combinations = [
-        _over_seeds(one.values, [row for row in rows if row.combination == number])
+        replace(_over_seeds(one.values, [row for row in rows if row.combination == number]), cost=one.cost)
         for number, one in enumerate(plan.combinations, 1)
     ]
     devices = [Run(run.folder / row.run).summary().device for row in rows if row.run]
@@ -519,6 +540,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         device=None if "device" in plan.vary or not devices else devices[0],
         epochs=None if "train.epochs" in plan.vary else config.train.epochs,
         threads=None if "train.threads" in plan.vary else config.train.threads,
+        costs=plan.costs,
     )
     run.write_json("sweep.json", result)
     run.write("sweep.csv", csv_of(result.vary, result.runs))

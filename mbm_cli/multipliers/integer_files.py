@@ -30,7 +30,8 @@ _ARRAY = re.compile(r"\b(?P<name>[A-Za-z_]\w*)\s*(?:\[[^\]{}]*\]\s*)+[^={};]*=\s
 _C_NUMBER = re.compile(r"[-+]?\s*(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<decimal>[0-9]+))[uUlL]*")
 # As EvoApproxLib writes them, `// PDK45_PWR = 0.301 mW`, and in words.
 _COST = re.compile(
-    r"(?:\b|_)(?P<name>power|pwr|area|delay)\b[ \t]*[=:][ \t]*(?P<figure>[0-9][0-9.]*(?:e[-+]?[0-9]+)?)"
+    r"(?:\b(?P<process>[A-Za-z0-9]+)_|\b|_)(?P<name>power|pwr|area|delay)\b[ \t]*[=:][ \t]*"
+    r"(?P<figure>[0-9][0-9.]*(?:e[-+]?[0-9]+)?)"
     r"[ \t]*(?P<unit>[munpµμ]?(?:W|s|m\^?2|m²)\b)?",
     re.IGNORECASE,
 )
@@ -400,10 +401,15 @@ def _c_numbers(words: str, where: str) -> list[int]:
 
 
 def costs_of(text: str) -> dict[str, str]:
-    """Return power, area and delay of a circuit, with their units, from the comments of its source."""
+    """Return power, area and delay of a circuit, with their units, from the comments of its source.
+
+    What their names begin with, as in ``PDK45_PWR``, is the ``process``.
+    """
     costs: dict[str, str] = {}
     for comment in re.findall(_COMMENT, text, re.DOTALL):
         for match in _COST.finditer(comment):
+            if match["process"]:
+                costs.setdefault("process", match["process"])
             name = match["name"].lower().replace("pwr", "power")
             costs.setdefault(name, f"{match['figure'].rstrip('.')} {match['unit'] or ''}".rstrip())
     return costs

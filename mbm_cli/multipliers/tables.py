@@ -82,7 +82,8 @@ def tensor_on(table: HasTensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _kept_tensor(table: HasTensor, device: torch.device) -> Tensor:
-    return table.tensor().to(device)
+    with torch.inference_mode(False):  # whose tensors no training may save
+        return table.tensor().to(device)
 
 
 def read(path: Path) -> Table:

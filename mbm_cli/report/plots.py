@@ -14,13 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from mbm_cli.costs import Prices
 from mbm_cli.experiments.characterize import Characterization, Characterized, Pairs, TruncationErrors
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
+from mbm_cli.experiments.fronts import front
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.search import Search
 from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.multipliers.float32 import FAMILIES
@@ -43,14 +46,11 @@ TEST = {"color": "#D55E00", "linestyle": "-", "marker": "s", "markersize": 4}
 ERRORS = LinearSegmentedColormap.from_list("errors", ("#0b2545", "#2f6fb0", "#b0b0b0", "#f2b44b", "#fff3c4"))
 ACCURACIES = LinearSegmentedColormap.from_list("accuracies", ("#ffffff", "#0072B2"))
 LEGEND_INSIDE = 14  # characters of a name, above which a legend has no room between the lines
+FAR_BELOW = 20  # times as far below the best accuracy as the median, a point is left out: others would lie on a line
 MAP_ROWS = 6  # multipliers in a column
 TRUNCATED = "truncated bits"
-# Improvements of area and power over an IEEE 754 single-precision multiplier, by family and truncated bits, as reported
-# in the multipliers' paper (H. Saadat et al., IEEE TCAD 37(11), 2018; mitchell is AFMA there).
-REPORTED = {("mbm", 0): (11.7, 16.1), ("mitchell", 0): (13.6, 19.2), ("mbm", 20): (28.0, 57.0)}
 NOTE = """Area and power, against an IEEE single-precision
-multiplier, as the paper reports (mbm is AFMB there,
-mitchell AFMA)."""
+multiplier, as the paper reports (mbm is AFMB there)."""
 
 
 @singledispatch
@@ -75,12 +75,15 @@ def _(result: Sweep, made: object) -> dict[str, bytes]:
     drawn = [one for one in result.combinations if one.test_accuracy]
     if not drawn or not result.vary:
         return {}
+    if all(one.cost is not None for one in drawn) and len({one.cost for one in drawn}) > 1:
+        points = [CostPoint(_label(one.values), one.cost or 0.0, one.test_accuracy) for one in drawn]
+        return {"sweep.png": cost_front(points, result.costs or "")}
     fields, sizes = list(result.vary), sorted(map(len, result.vary.values()))
     lines, (field, numbers) = _lines(drawn, fields), _numbers(drawn, fields)
     # Of two fields, truncated bits lie along the axis where they have most values, and enough of them for a line.
     least = max([2, *(len(line.accuracies) for line in numbers)]) if len(fields) == 2 else 1
     if lines and max(len(line.accuracies) for line in lines) > least:
-        png = sweep_lines(lines, REPORTED)
+        png = sweep_lines(lines, reported())
     elif numbers:
         png = sweep_lines(numbers, {}, field, ", ".join(other for other in fields if other != field))
     elif len(fields) == 2 and sizes[0] <= MOST_COLUMNS and sizes[1] <= MOST_RANGES:
@@ -88,6 +91,15 @@ def _(result: Sweep, made: object) -> dict[str, bytes]:
     else:
         png = sweep_ranges([(_label(one.values), one.test_accuracy) for one in drawn], ", ".join(fields))
     return {"sweep.png": png}
+
+
+@pictures.register
+def _(result: Search, made: object) -> dict[str, bytes]:
+    searched, uniform, chosen = (
+        [CostPoint("", one.cost, [one.test_accuracy]) for one in points if one and one.test_accuracy is not None]
+        for points in (result.searched, result.uniform, [result.chosen])
+    )
+    return {"search.png": cost_front(searched, result.costs or "", uniform, chosen)} if searched and uniform else {}
 
 
 @pictures.register
@@ -300,6 +312,16 @@ class SweepLine:
 Reported = Mapping[tuple[str, int], tuple[float, float]]
 
 
+def reported() -> Reported:
+    """Return how many times less area and power float families take by their truncated bits, as publications report."""
+    named = [(Multiplier.parse(cost.multiplier), cost.figures) for cost in Prices.load().reported()]
+    return {
+        (one.family, one.truncate): (1 / figures["area"], 1 / figures["power"])
+        for one, figures in named
+        if not one.is_integer and {"area", "power"} <= figures.keys()
+    }
+
+
 @small
 def sweep_lines(lines: Sequence[SweepLine], reported: Reported, field: str = TRUNCATED, title: str = "") -> bytes:
     """Draw test accuracy against a field's numbers: means over seeds, with bands from the lowest to the highest.
@@ -355,11 +377,70 @@ def _write_below(axes: Axes, marked: dict[int, dict[str, float]], reported: Repo
     for t, families in marked.items():
         axes.vlines(t, low - 0.03 * (high - low), min(families.values()), color="0.4", linestyle=":", linewidth=0.8)
         text = "\n".join(
-            f"{family}: area ÷ {reported[family, t][0]:g},\npower ÷ {reported[family, t][1]:g}" for family in families
+            f"{family}: area ÷ {reported[family, t][0]:.3g},\npower ÷ {reported[family, t][1]:.3g}"
+            for family in families
         )
         side = "left" if t < middle else "right"
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(t, low - 0.06 * (high - low), text, ha=side, va="top", linespacing=1.1, bbox=blank)
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A point of `cost_front`: a cost, and the test accuracies (fractions) of some seeds."""
+
+    label: str
+    cost: float
+    accuracies: Sequence[float]
+
+
+@small
+def cost_front(
+    points: Sequence[CostPoint], costs: str, others: Sequence[CostPoint] = (), chosen: Sequence[CostPoint] = ()
+) -> bytes:
+    """Draw test accuracy against cost, and the front: the points with no cheaper one that is as accurate.
+
+    Points of a few are named in the legend. ``others`` are uniform assignments of a search.
+    """
+    is_search, few = bool(others), len(points) <= MOST_LINES
+    named = 0 if is_search or not few else len(points)
+    figure = Figure(figsize=(COLUMN, 2.9 + 0.16 * named), layout="constrained")
+    axes = figure.subplots()
+    everything = [(one.cost, 100 * float(np.mean(one.accuracies))) for one in (*points, *others)]
+    corners = [everything[i] for i in front(everything)]
+    most = max(one[0] for one in everything)
+    axes.step(
+        *zip(*corners, (most, corners[-1][1]), strict=True), where="post", color="0.4", linewidth=1, label="front"
+    )
+    for i, one in enumerate(points):
+        style = _style(i) if named else {"color": COLORS[2], "marker": "o", "markersize": 4}
+        text = _wrapped(one.label, 44) if named else "searched" if is_search and i == 0 else None
+        axes.vlines(one.cost, 100 * min(one.accuracies), 100 * max(one.accuracies), color=style["color"], alpha=0.5)
+        axes.plot(one.cost, everything[i][1], **{**style, "linestyle": ""}, label=text)
+    groups: Sequence[tuple[Sequence[CostPoint], dict[str, Any]]] = (
+        (others, {"marker": "s", "color": COLORS[1], "mfc": "none", "markersize": 6, "label": "uniform assignments"}),
+        (chosen, {"marker": "*", "color": COLORS[3], "markersize": 10, "label": "chosen"}),
+    )
+    for group, style in groups:
+        if group:
+            heights = [100 * float(np.mean(one.accuracies)) for one in group]
+            axes.plot([one.cost for one in group], heights, linestyle="", **style)
+    if most >= 8 * min(one[0] for one in everything):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=_plain("cost: " + costs.partition(" (")[0]), ylabel="test accuracy (%)")
+    axes.margins(x=0.06, y=0.08)
+    axes.grid(alpha=0.3)
+    means = np.array([mean for _, mean in set(everything)])
+    lowest = means.max() - FAR_BELOW * (means.max() - np.median(means))
+    if below := int((means < lowest).sum()):
+        axes.set_ylim(lowest, means.max() + 0.08 * (means.max() - lowest))
+        text = f"{below} point{'s'[: below != 1]} below"
+        axes.annotate(text, (0.98, 0.02), xycoords="axes fraction", ha="right")
+    _legend(figure, axes, "outside upper center")
+    return _png(figure)
 
 
 @small

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from mbm_cli.experiments.lifecycle import Watch
+from mbm_cli.experiments.lifecycle import Unit, Watch
 from mbm_cli.models import Layer
 from mbm_cli.report.tables import epoch_table, layer_table
 from mbm_cli.report.text import console, percent
@@ -42,20 +42,20 @@ class Lines(Watch):
     def close(self) -> None:
         if self.spinner is not None:
             self.spinner.stop()
+            self.spinner = None
 
-    def begin(
-        self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
-    ) -> None:
+    def begin(self, what: str, unit: Unit, total: int, done: int = 0, layers: Sequence[Layer] = ()) -> None:
+        Lines.close(self)  # a bar has the terminal to itself
         self.unit, self.total, self.finished = unit, total, done
-        already = f"; {done} of {total} runs are done" if done and unit == "run" else ""
+        already = f"; {done} of {total} {unit}s are done" if done and unit != "epoch" else ""
         self.screen.print(f"{what}{already}", soft_wrap=True)
         if layers:
             self.screen.print(layer_table(layers))
 
     def done(self, label: str, row: Any) -> None:
         self.finished += 1
-        text = _epoch_line(row) if self.unit == "epoch" else _run_line(row)
-        number = label if self.unit == "epoch" else f"run {self.finished}/{self.total}: {label}"
+        text = {"epoch": _epoch_line, "run": _run_line, "evaluation": _evaluation_line}[self.unit](row)
+        number = label if self.unit == "epoch" else f"{self.unit} {self.finished}/{self.total}: {label}"
         self.screen.print(f"{number}: {text}", soft_wrap=True)
 
 
@@ -73,18 +73,20 @@ def _run_line(row: Any) -> str:
     return f"test accuracy {percent(row.test_accuracy)}, {row.epoch_seconds:.2f} s an epoch"
 
 
+def _evaluation_line(row: Any) -> str:
+    return f"cost {row.cost:.3f}, accuracy {percent(row.accuracy)}"
+
+
 class Live(Lines):
     """Shows a bar: for the current epoch, below a table that grows by a row an epoch, or for all runs, below lines."""
 
     bar: Progress | None = None
 
-    def begin(
-        self, what: str, unit: Literal["epoch", "run"], total: int, done: int = 0, layers: Sequence[Layer] = ()
-    ) -> None:
+    def begin(self, what: str, unit: Unit, total: int, done: int = 0, layers: Sequence[Layer] = ()) -> None:
         super().begin(what, unit, total, done, layers)
         self.heading = True
         self.parts: dict[str, float] = {}
-        text = "{task.percentage:>3.0f} %" if unit == "epoch" else "{task.completed:.1f}/{task.total:.0f} runs"
+        text = "{task.percentage:>3.0f} %" if unit == "epoch" else "{task.completed:.1f}/{task.total:.0f} " + f"{unit}s"
         columns = [TextColumn("{task.fields[what]}"), BarColumn(bar_width=None), TextColumn(text)]
         facts = [TextColumn("{task.fields[facts]}")] if unit == "epoch" else []
         self.bar = Progress(
@@ -110,7 +112,7 @@ class Live(Lines):
 
     def done(self, label: str, row: Any) -> None:
         assert self.bar is not None
-        if self.unit == "run":
+        if self.unit != "epoch":
             self.parts.pop(label, None)
             super().done(label, row)
             self._update_runs()

@@ -1,5 +1,6 @@
 """Results of experiments as tables, in at most 100 columns."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import singledispatch
@@ -19,11 +20,12 @@ from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.lifecycle import Finished
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
+from mbm_cli.experiments.search import Point, Search
 from mbm_cli.experiments.sweep import Sweep, shown
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
 from mbm_cli.report.runs import epoch_table, print_runs
-from mbm_cli.report.text import NARROW, TextTable, console, percent, table
+from mbm_cli.report.text import NARROW, TextTable, console, costs_table, percent, table
 from mbm_cli.runs import Run
 
 
@@ -89,7 +91,7 @@ def print_run(run: Run) -> None:
     if summary.reason:
         screen.print(f"{summary.status}: {summary.reason}\n", soft_wrap=True)
     if run.has_several:
-        for name, kind in {"compare.json": Comparison, "sweep.json": Sweep}.items():
+        for name, kind in {"compare.json": Comparison, "sweep.json": Sweep, "search.json": Search}.items():
             if (run.folder / name).exists():
                 screen.print(table_of(run.read(kind, name)))
     if metrics:
@@ -116,7 +118,11 @@ def table_of(of: Any) -> Any:
 
 @table_of.register
 def _(of: Comparison) -> Group:
-    return Group(paper_table(of), *of.verdicts)
+    return Group(paper_table(of), *_costs_note(of), *of.verdicts)
+
+
+def _costs_note(of: Comparison | Sweep | Search) -> list[str]:
+    return [f"cost: {of.costs}"] if of.costs else []
 
 
 def paper_table(of: Comparison | Sweep) -> TextTable:
@@ -144,6 +150,8 @@ def _comparison_table(of: Comparison) -> TextTable:
         ("images/s, median", lambda c: f"{c.images_per_second_median:,.0f}"),
         ("peak memory, MiB", lambda c: f"{c.peak_memory_bytes / 2**20:,.0f}"),
     ]
+    if of.costs:
+        measures.insert(4, ("cost of the products", lambda c: _number(c.cost, "{:.3f}")))
     rows = [(name, *(measure(column) for column in of.columns)) for name, measure in measures]
     title = f"{of.model} on {of.device}, {_count(of.epochs, 'epoch')}, {_count(of.seeds, 'seed')}"
     return table(title, ("", *of.multipliers), rows)
@@ -167,8 +175,8 @@ def _count(number: int, of: str) -> str:
 
 
 @table_of.register
-def _(of: Sweep) -> Table:
-    return paper_table(of)
+def _(of: Sweep) -> Group:
+    return Group(paper_table(of), *_costs_note(of))
 
 
 def _sweep_table(of: Sweep) -> TextTable:
@@ -180,6 +188,7 @@ def _sweep_table(of: Sweep) -> TextTable:
             _number(row.test_accuracy_mean, "{:.2f}", 100),
             _number(row.test_accuracy_std, "{:.2f}", 100),
             _number(row.test_accuracy_best, "{:.2f}", 100),
+            *([_number(row.cost, "{:.3f}")] if of.costs else []),
             _number(row.test_loss_mean, "{:.4f}"),
             _number(row.epoch_seconds_median, "{:.2f}"),
             _number(row.train_seconds_median, "{:.3g}"),
@@ -187,13 +196,58 @@ def _sweep_table(of: Sweep) -> TextTable:
         )
         for row in of.combinations
     ]
-    columns = ("accuracy, %", "std", "best", "test loss", "s/epoch", "s to train", "runs")
+    columns = (
+        "accuracy, %",
+        "std",
+        "best",
+        *(["cost"] if of.costs else []),
+        "test loss",
+        "s/epoch",
+        "s to train",
+        "runs",
+    )
     names = short if len(set(short)) == len(short) else fields
     common = [part for part in (of.model, of.device, of.epochs and _count(of.epochs, "epoch")) if part]
     at_once = f", {of.jobs} processes" if of.jobs > 1 else ""
     at_once += "" if of.at_once == 1 else ", runs in turn, whose epochs take longer than alone"
     title = f"{of.config}: {', '.join(common)}, {_count(of.seeds, 'seed')}{at_once}"
     return table(title, (*names, *columns), rows, left=len(fields))
+
+
+@table_of.register
+def _(of: Search) -> Group:
+    def row(name: str, point: Point) -> tuple[str, ...]:
+        accuracies = f"{100 * point.accuracy:.2f}", _number(point.test_accuracy, "{:.2f}", 100)
+        return name, *(_circuit(one) for one in point.multipliers.values()), f"{point.cost:.3f}", *accuracies
+
+    members = [row(str(i), point) for i, point in enumerate(of.front, 1)]
+    if of.chosen:
+        members.append(row("chosen", of.chosen))
+    how = f"{of.strategy}, {_count(of.evaluations, 'evaluation')} on {of.held_out:,} images"
+    layers = table(
+        f"{of.config}: {of.model} on {of.device}; the front; {how}",
+        ("", *of.layers, "cost", "held out, %", "retrained, %"),
+        members,
+        left=1 + len(of.layers),
+    )
+    uniform = table(
+        "uniform assignments",
+        ("multiplier", "cost", "held out, %", "retrained, %"),
+        [(name, *row("", point)[-3:]) for name, point in zip(of.candidates, of.uniform, strict=True)],
+    )
+    volumes = ", ".join(f"{name} {value:.4f}" for name, value in of.hypervolume.items())
+    return Group(
+        layers,
+        uniform,
+        "held out: training images, before retraining; retrained: accuracy on the test images",
+        f"{of.seconds:.1f} s of evaluations; hypervolumes, retrained: {volumes}",
+        *_costs_note(of),
+    )
+
+
+def _circuit(name: str) -> str:
+    """Return the name of a candidate, which all have the same operands; of a file without them and its suffix."""
+    return re.sub(r"^u?int\d+:|\.\w+$", "", name)
 
 
 @table_of.register
@@ -373,9 +427,9 @@ def _(of: Characterization) -> Group:
     made = table("relative error, %", columns, [row(m) for m in of.multipliers])
     for column in made.columns[1:]:
         column.no_wrap = True  # a long name wraps instead
-    if all(m.exhaustive for m in of.multipliers):
-        return Group(made)
-    return Group(made, f"pairs are all there are, or drawn at random with seed {of.seed}")
+    drawn = not all(m.exhaustive for m in of.multipliers)
+    note = [f"pairs are all there are, or drawn at random with seed {of.seed}"] if drawn else []
+    return Group(made, *note, costs_table(of.costs))
 
 
 def _percentage(value: float) -> str:

@@ -3,11 +3,15 @@
 import errno
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from mbm_cli.costs import Cost
 
 WIDTH = 100
 NARROW = 40  # below so many columns an epoch has two figures, and a check is written as lines
@@ -86,6 +90,24 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def costs_table(costs: "Sequence[Cost]") -> Group:
+    """Make the table of what sources report about multipliers, with the sources below it; nothing without costs."""
+    sources = list(dict.fromkeys(f"{cost.source}; {cost.technology}" for cost in costs))
+    quantities = list(dict.fromkeys(name for cost in costs for name in cost.figures))
+    rows = [
+        (
+            cost.multiplier,
+            f"[{sources.index(f'{cost.source}; {cost.technology}') + 1}] {cost.where}",
+            *(f"{cost.figures[name]:.3g}" if name in cost.figures else "-" for name in quantities),
+        )
+        for cost in costs
+    ]
+    title = "costs; the exact multiplier of the same operands in the same source is 1"
+    notes = [f"[{i}] {source}" for i, source in enumerate(sources, 1)]
+    parts: list[Table | str] = [table(title, ("name", "source", *quantities), rows, left=2), *notes]
+    return Group(*(parts if costs else []))
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ mbm() {
   case "$*" in
     train*) more=("${few[@]}" --epochs 1) ;;
     compare* | sweep*) more=("${few[@]}" --epochs 1 --seeds 1) ;;
+    search*) more=("${few[@]}" --epochs 1 --trials 8) ;;
     'profile epoch'*) more=("${few[@]}") ;;
     'profile conv'*) more=(--help) ;; # takes half a minute; unknown options are still refused
     characterize*) more=(--samples 20000) ;;
