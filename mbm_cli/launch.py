@@ -17,8 +17,8 @@ from typing import Any
 
 from mbm_cli import slurm
 from mbm_cli.config import Engine
-from mbm_cli.errors import Interrupted, MbmError
-from mbm_cli.slurm import Done, Look, Stop
+from mbm_cli.errors import Interrupted
+from mbm_cli.slurm import Attempt, Done, Look, Stop
 from mbm_cli.turns import MOST, Turns, take_turns
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal sends them to all; only the parent acts on them
@@ -31,43 +31,30 @@ def launch(tasks: list, work: Work, engine: Engine, folder: Path, look: Look, do
 
     With several jobs each has a process, or a lane of a cluster (`mbm_cli.slurm`); that of job k uses CUDA device k
     modulo their number. In a process, several tasks can take turns (`mbm_cli.turns`). A task whose process dies is
-    computed once more. Processes see a file in ``folder`` for as long as they are to go on. ``look`` is called a few
-    times a second with each task that another process computes, ``done`` with a task and, if it failed, the reason.
-    Raise `Interrupted` when ``stopped`` has returned true.
+    computed once more. Processes go on while they see a file in ``folder``. ``look`` is called often, with each task
+    that another process computes, ``done`` with a task and, if it failed, the reason.
     """
     permission = folder.absolute() / f".computing-{os.getpid()}"
     slurm.end_lanes(permission.parent)  # of a process that was killed
     if engine.on is not None:
-        slurm.launch_lanes(tasks, partial(_attempt, work), engine.jobs, permission, look, done, stopped, engine.on)
+        slurm.launch_lanes(tasks, partial(_attempt, work, 1), engine.jobs, permission, look, done, stopped, engine.on)
     elif engine.jobs > 1:
         size = min(engine.at_once or MOST, -(-len(tasks) // engine.jobs))
         groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
-        _launch_workers(groups, partial(_attempt_all, work, engine), permission, look, done, stopped, engine.jobs)
+        _launch_workers(groups, partial(_attempt, work, engine.at_once), permission, look, done, stopped, engine.jobs)
     else:
-        _take_turns(tasks, work, engine, done, stopped)
+        take_turns(tasks, lambda task: work(task, stopped), engine.at_once, done)
 
 
-def _take_turns(tasks: list, work: Work, engine: Engine, done: Done, stopped: Stop) -> None:
-    def end(task: Any, error: Exception | None) -> None:
-        unknown = error is not None and not isinstance(error, MbmError)
-        done(task, f"{type(error).__name__}: {error}" if unknown else None if error is None else str(error))
-
-    take_turns(tasks, lambda task: work(task, stopped), engine.at_once, end)
-
-
-def _attempt_all(work: Work, engine: Engine, tasks: list, stopped: Stop) -> list[str | None]:
+def _attempt(work: Work, at_once: int | None, tasks: list, stopped: Stop) -> list[str | None]:
     """Compute tasks; return the reason for each that fails."""
     reasons: dict[int, str | None] = {}
-    _take_turns(tasks, work, engine, lambda task, reason: reasons.update({id(task): reason}), stopped)
+    take_turns(tasks, lambda one: work(one, stopped), at_once, lambda one, why: reasons.update({id(one): why}))
     return [reasons[id(task)] for task in tasks]
 
 
-def _attempt(work: Work, task: Any, stopped: Stop) -> str | None:
-    return _attempt_all(work, Engine(), [task], stopped)[0]
-
-
 def _launch_workers(
-    groups: list[list], attempt: Callable, permission: Path, look: Look, done: Done, stopped: Stop, jobs: int
+    groups: list[list], attempt: Attempt, permission: Path, look: Look, done: Done, stopped: Stop, jobs: int
 ) -> None:
     """Compute groups of tasks in worker processes, which stop when the file ``permission`` is gone."""
     waiting = deque((group, 1) for group in groups)  # with the number of the attempt

@@ -17,7 +17,7 @@ from mbm_cli.errors import Interrupted, RequestError, RunError
 Look = Callable[[Any], None]
 Done = Callable[[Any, str | None], None]
 Stop = Callable[[], bool]
-Attempt = Callable[[Any, Stop], str | None]  # computes a task; returns the reason if it fails
+Attempt = Callable[[list, Stop], list[str | None]]  # computes a task; returns the reason if it fails
 LOOK_INTERVAL, ASK_INTERVAL, PATIENCE = 0.3, 3, 30  # seconds: looks at the folder, asks Slurm, waits for an answer
 DEATHS = 2  # of lanes, after which their run is given up
 PLACE = "slurm"  # in a sweep's folder: what the lanes print, and a log of each run: its lane, then lines of these
@@ -125,7 +125,7 @@ def _compute_lane(tasks: dict[int, Any], attempt: Attempt, permission: Path, cou
         with open(path, "a", buffering=1) as file:
             file.write(BEGUN if BEGUN in log else log + BEGUN)
             try:
-                reason = attempt(tasks[index], lambda: bool(signals) or not permission.exists())
+                (reason,) = attempt([tasks[index]], lambda: bool(signals) or not permission.exists())
                 file.write(f"{ENDED}{reason or ''}\n")
             except Interrupted:
                 file.write(STOPPED)

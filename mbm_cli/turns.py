@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mbm_cli.errors import Interrupted
+from mbm_cli.errors import Interrupted, MbmError
 
 R = TypeVar("R")
 Turns = Generator[None, None, R]
@@ -35,7 +35,7 @@ def take_turns(
     tasks: Sequence[Any],
     begin: Callable[[Any], Turns[object]],
     at_once: int | None,
-    done: Callable[[Any, Exception | None], None],
+    done: Callable[[Any, str | None], None],
 ) -> None:
     """Compute all tasks, up to ``at_once`` in turn; one that fails does not stop the others.
 
@@ -45,7 +45,7 @@ def take_turns(
     Args:
         begin: starts to compute a task.
         at_once: ``None`` is as many as memory allows, up to 16.
-        done: called with a task, and with the error that ended it, if one did.
+        done: called with a task and, if it failed, the reason.
 
     Raises:
         Interrupted: a task was interrupted. The others had their turns until they were, too.
@@ -71,7 +71,7 @@ def take_turns(
                     most = len(active)  # which have the memory that it lacked: later it is resumed
                     waiting.append(one.task)
                 else:
-                    done(one.task, one.error)
+                    done(one.task, one.reason)
     finally:
         for one in active:
             one.turns.close()
@@ -98,6 +98,12 @@ class _Computation:
                 self.error = error
                 return False
         return True
+
+    @property
+    def reason(self) -> str | None:
+        if self.error is None:
+            return None
+        return str(self.error) if isinstance(self.error, MbmError) else f"{type(self.error).__name__}: {self.error}"
 
 
 class _Slot:

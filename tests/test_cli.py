@@ -33,7 +33,7 @@ FILES = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "ch
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", (ConvShape.square("", 4, 8, 16, 3, 1, 14),))
-    monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
+    monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda *_: 1e12)
     monkeypatch.setattr(doctor, "CHECKED", ["mbm"])
 
 
@@ -329,7 +329,10 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     # runs
     "resume zzz": "no run 'zzz'.*mbm runs list",
     "resume": "RUN",
-    "resume one --jobs 2": "--jobs and --on are for several runs, but runs/one is a training run",
+    "resume one --jobs 2": "--jobs, --on and --at-once are for several runs: runs/one is a training run",
+    "resume one --at-once 2": "--jobs, --on and --at-once are for several runs: runs/one is a training run",
+    "sweep --vary optimizer.lr=1,2 --at-once 0": "--at-once 0: write auto, or a number from 1 on",
+    "sweep --vary optimizer.lr=1,2 --at-once 2 --on slurm://a": "--at-once is for runs on this machine",
     "sweep --vary optimizer.lr=1,2 --on slurm": "--on slurm: write local, or slurm://PARTITION",
     "sweep --vary optimizer.lr=1,2 --on slurm://a?gpu=1": "--on .*: write local, or slurm://PARTITION",
     "sweep --vary optimizer.lr=1,2 --on slurm://a?cpus=0": "--on .*: write local, or slurm://PARTITION",

@@ -82,8 +82,11 @@ def test_failed_task_does_not_stop_the_others(log, jobs, at_once):
     assert (os.getpid() in left.values()) == (jobs == 1)
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize("others", [[], ["a", "b", "c"]], ids=["one slot", "two slots"])
+@pytest.mark.parametrize(
+    ("others", "at_once"),
+    [([], 1), (["a", "b", "c"], 1), (["a", "b", "c"], 4)],
+    ids=["one slot", "two slots", "in turn"],
+)
 @pytest.mark.parametrize(
     ("task", "reason"),
     [("kill", f"kill: {KILLED}"), ("exit", "exit: its process ended with exit code 3"), ("kill once", None)],

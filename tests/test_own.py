@@ -99,7 +99,7 @@ def test_own_network_and_images_go_through_every_command(monkeypatch):
     swept = mbm("sweep", *OWN, *CPU, "--seeds", 2, "--epochs", 1, "--jobs", 2, "--output", "swept", "--json")
     assert [one["failed"] for one in swept.json["combinations"]] == [0]
     monkeypatch.setattr(profile_conv, "REFERENCE_SHAPES", ())
-    monkeypatch.setattr(profile_conv, "measure_ceiling", lambda multiplier, device: 1e12)
+    monkeypatch.setattr(profile_conv, "measure_ceiling", lambda *_: 1e12)
     profiled = mbm("profile", "conv", *OWN, *CPU, "--output", "profiled", "--json").json["convolutions"]
     assert [one["shape"] for one in profiled[:2]] == ["2->8 3x3 p1 10x12", "8->8 3x3 p1 g2 10x12"]
 

@@ -27,7 +27,7 @@ def own_folder(tmp_path, monkeypatch):
     """Give each test a folder with the weights of a network that knows a little."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save(MODELS["mlp"]().state_dict(), "w.pt")
+    torch.save(MODELS["mlp"]((1, 28, 28), 10).state_dict(), "w.pt")
 
 
 def evaluated(run: Run) -> list[tuple[str, ...]]:
@@ -179,7 +179,7 @@ def test_wrong_request_is_one_line(flags, message):
 def test_study_of_another_network_is_refused():
     command = [*SEARCH, "--trials", 3, "--study", "study.log", "--quiet"]
     assert mbm(*command) == SILENT
-    torch.save(MODELS["mlp"]().state_dict(), "other.pt")
+    torch.save(MODELS["mlp"]((1, 28, 28), 10).state_dict(), "other.pt")
     for others, what in ((["--candidates", "mbm"], "candidates"), (["--init", "other.pt"], "weights")):
         answer = mbm(*command, *others, "--output", "others")
         assert answer.code == 2

@@ -43,7 +43,7 @@ COMMANDS = {
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda multiplier, device: 1e12)
+    monkeypatch.setattr(profile_epoch, "measure_ceiling", lambda *_: 1e12)
     Path("my.py").write_text(CODE)
     names, shapes = ("0.weight", "0.bias", "2.weight", "2.bias"), ((2, 1, 5, 5), (2,), (10, 72), (10,))
     torch.save(dict(zip(names, map(torch.zeros, shapes), strict=True)), "w.pt")

@@ -93,7 +93,6 @@ class Sweep:
     vary: dict[str, list[str]]
     seeds: int
     jobs: int
-    at_once: int | None
     combinations: list[CombinationResult]
     runs: list[Row]
     model: str | None = None
@@ -101,6 +100,7 @@ class Sweep:
     epochs: int | None = None
     threads: int | None = None
     costs: str | None = None
+    at_once: int | None = 1
 
 
 @dataclass(frozen=True)

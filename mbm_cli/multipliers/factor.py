@@ -22,7 +22,7 @@ Combinatorica 13(3), 1993.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from time import monotonic
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Pair = tuple[Integers, Integers]
 
-BUDGET = 0.8  # seconds for a table
+BUDGET = 0.8  # seconds of this thread for a table: what else the machine does changes nothing
 SPAN = 255  # of an int8 vector, from its least to its largest element: constants move into f and g
 MOST_DIGITS = 4
 WIDEST = 1 << 32  # of elements on the way: rounding errors of larger ones are no longer far below FRACTION
@@ -94,7 +94,7 @@ def factorize(table: NDArray[np.integer]) -> Terms | None:
 @lru_cache(maxsize=64)
 def _kept(content: bytes, n: int) -> Terms | None:
     table = np.frombuffer(content, np.int64).reshape(n, n)
-    deadline = monotonic() + BUDGET
+    deadline = thread_time() + BUDGET
     least = rank(_centred(table))
     best, most = None, n
     for factors in _candidates(table, thorough=least <= MOST_RANK, deadline=deadline):
@@ -102,7 +102,7 @@ def _kept(content: bytes, n: int) -> Terms | None:
         terms = None if found is None else _verified(table, found)
         if terms is not None:
             best, most = terms, terms.count - 1
-        if most < least or monotonic() > deadline:
+        if most < least or thread_time() > deadline:
             break
     return best
 
@@ -119,7 +119,7 @@ def _candidates(table: Integers, thorough: bool, deadline: float) -> Iterator[_F
             centred = _centred(rest)
             sides = [(generate(centred), False), (generate(centred.T), True)]
             for generators, transposed in sorted(sides, key=lambda side: len(side[0].v)):
-                basis = _skeleton(generators, min(deadline, monotonic() + BUDGET / 2))
+                basis = _skeleton(generators, min(deadline, thread_time() + BUDGET / 2))
                 if basis is not None:
                     bases.append((head, basis.transposed if transposed else basis))
                     yield _joined(*bases[-1])
@@ -208,7 +208,7 @@ def _skeleton(generators: _Factors, deadline: float) -> _Factors | None:
         else:  # against long rows and the updates' rounding errors
             basis = _balanced(np.linalg.pinv(basis), basis)[1]
             coordinates = rows @ np.linalg.pinv(basis)
-        if max(np.abs(basis).max(), np.abs(coordinates).max()) > WIDEST or monotonic() > deadline:
+        if max(np.abs(basis).max(), np.abs(coordinates).max()) > WIDEST or thread_time() > deadline:
             return None
     u: Integers = np.rint(rows @ np.linalg.pinv(basis)).astype(np.int64)
     if not np.array_equal(
