@@ -91,6 +91,19 @@ def test_the_kernel_suits_the_layer(slots, layer, kernel):
     assert (launch and launch.tile.kernel) == kernel
 
 
+@pytest.mark.parametrize("slots", [1, 4, 16])
+def test_small_layers_have_room_for_their_outputs(slots, monkeypatch):
+    monkeypatch.setattr(cuda_matrix, "_pays", lambda *_: True)
+    of_warps = 4 * 16 * 72 * 4  # Products::write of matrix.cu
+    for tile in cuda_matrix._TILES:
+        monkeypatch.setattr(cuda_matrix, "_TILES", (tile,))
+        for layer in (geometry.linear((1, 1), (1, 1), 1, (1, 1)), forward((2, 3, 4, 4), (5, 3, 3, 3))):
+            cuda_matrix.plan.cache_clear()
+            launch = cuda_matrix.plan(layer, slots, 132)
+            assert launch is None or launch.shared_bytes >= of_warps, tile
+    cuda_matrix.plan.cache_clear()
+
+
 def test_runs_on_the_cpu_say_that_nothing_changes(tmp_path):
     found = []
     for on in ("false", "true"):

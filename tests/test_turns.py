@@ -20,8 +20,8 @@ ON_EACH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
 # Dropout, batch norm, quantisation, other lengths, other settings of PyTorch's arithmetic.
 RUNS = {
     "dropout": ("cnn3-mbm", ["train.epochs=2"]),
-    "exact": ("cnn3-exact", ["seed=5", "data.batch_size=48"]),
-    "quantised": ("lenet-int8", ["data.train_limit=150"]),
+    "exact": ("cnn3-exact", ["seed=5", "data.batch_size=24"]),
+    "quantised": ("lenet-int8", ["data.train_limit=75"]),
     "longer": ("lenet-exact", ["train.epochs=2"]),
     "any-algorithm": ("lenet-exact", ["train.deterministic=false"]),
 }
@@ -35,7 +35,7 @@ def own_folder(tmp_path, monkeypatch):
 
 def config_of(device: str, name: str, *more: str) -> Config:
     base, fields = RUNS[name]
-    few = ["data.train_limit=200", "data.test_limit=100", "data.batch_size=32", "train.epochs=1", "train.threads=1"]
+    few = ["data.train_limit=100", "data.test_limit=50", "data.batch_size=16", "train.epochs=1", "train.threads=1"]
     return load(base, [*few, f"name={name}", f"device={device}", *fields, *more])
 
 

@@ -35,6 +35,7 @@ _SHARED = 229_376  # bytes of a multiprocessor's shared memory for all blocks, 3
 # As in matrix.cu: of an expansion, threads, positions of a block and chunks of a segment; of a chunk, bytes and
 # channels; threads of a block of products.
 _EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS = 256, 128, 8, 16, 8, 128
+_TURNED = 4 * 16 * (64 + 8) * 4  # bytes in which a block's warps turn their outputs
 
 
 class Tile(NamedTuple):
@@ -398,12 +399,12 @@ def _steps(tile: Tile, g: Geometry, slots: int) -> tuple[int, int]:
 
 
 def _shared_bytes(tile: Tile, g: Geometry, slots: int) -> int:
-    """Return the bytes of a block: of the steps that are fetched, and of the positions."""
+    """Return the bytes of a block: of the steps that are fetched, and of the positions; at last, of its outputs."""
     of_step = _chunks_of_step(slots) * _CHUNK
     if not tile.of_positions:
-        return 3 * (tile.channels * slots + tile.pixels) * of_step
+        return max(_TURNED, 3 * (tile.channels * slots + tile.pixels) * of_step)
     positions = (_positions_of_tile(g, tile.pixels) + 1) * _SEGMENT * _CHUNK
-    return (4 if slots == 1 else 3) * tile.channels * slots * of_step + positions
+    return max(_TURNED, (4 if slots == 1 else 3) * tile.channels * slots * of_step + positions)
 
 
 def _resident(tile: Tile, g: Geometry, slots: int) -> int:
