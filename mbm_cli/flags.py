@@ -148,7 +148,7 @@ PRICES = "costs quantity"
 MEASUREMENT = "bits device seed threads output json quiet"
 EXPERIMENT = f"config multiplier backward set_ {MEASUREMENT}"
 TRAINING = f"{EXPERIMENT} epochs init name note"
-SEARCH = f"config backward set_ {MEASUREMENT} epochs init name note jobs {PRICES}"
+SEARCH = f"config backward set_ {MEASUREMENT} epochs init name note jobs on at_once {PRICES}"
 RUN = {
     "metavar": "RUN",
     "help": "A run's folder, or its name in --output or the last part of it, for example runs/RUN.",
