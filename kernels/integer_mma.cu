@@ -26,9 +26,7 @@
 //   Cost of a step (64 x 128 x 64 products): 288 wavefronts of shared memory to write and to read operands, and 206
 //     clocks of the matrix units as mma.sync drives them. 380 clocks were measured.
 //   Limit: shared memory's wavefronts, in large layers 240 to 290 T int8 products a second on an H100; with one term,
-//     the memory that takes the output as well. With the expansion, 64 -> 64 3x3 56x56 b64 takes 67 us with 1 term and
-//     164 us with 4 (110 and 45 TMAC/s), 64 -> 128 3x3 14x14 b256 39 and 85 us (95 and 43 TMAC/s). cuDNN's float32
-//     takes 357 and 117 us, and integer.cu's rows 1250 and 620 us.
+//     the memory that takes the output as well. docs/integers.md has the times of layers.
 //   Tried, with 5 terms: copies past the L1 cache, half as fast at 14x14, as all blocks read the padding's position
 //     from one part of the L2 cache, and 12 % slower at 56x56; there, steps in the order of memory, another 5 %; 128 by
 //     128 and 64 by 256 with 64 by 64 a warp, 3 % faster at best and up to 28 % slower; 4 stages, which leave less L1

@@ -43,7 +43,9 @@ Limit = Annotated[int | None, _whole(1, _COUNT, null="all")]
 Steps = Annotated[int | None, _whole(1, _COUNT, null="never")]
 Threads = Annotated[int | None, _whole(1, 4096, null="PyTorch's choice")]
 Seed = Annotated[int, _whole(0, 2**63 - 1, shown="2^63 - 1")]
+MOST_AT_ONCE = 1024  # runs that take turns
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a finite number above 0")]
+Width = Annotated[float, Field(gt=0, le=100, description="a number above 0, at most 100")]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a finite number, at least 0")]
 Fraction = Annotated[float, Field(ge=0, lt=1, description="a number, at least 0 and below 1")]
 Switch = Annotated[bool, Field(description="true or false")]
@@ -205,7 +207,7 @@ class ModelConfig(_Section):
     """
 
     name: NetworkField = Network("lenet")
-    width: Positive = 1.0
+    width: Width = 1.0
     multiplier: MultiplierField = Multiplier("mbm")
     backward: BackwardField = Backward()
 
@@ -365,13 +367,11 @@ class Engine(BaseModel):
         """
         named: dict[str, Any] = {"jobs": jobs or self.jobs, "on": cluster(on) if on else self.on}
         if at_once is not None:
-            if at_once != "auto" and not (at_once.isdecimal() and int(at_once) > 0):
-                raise RequestError(f"--at-once {at_once}: write auto, or a number from 1 on")
+            if at_once != "auto" and not (at_once.isdecimal() and 1 <= int(at_once) <= MOST_AT_ONCE):
+                raise RequestError(f"--at-once {at_once}: write auto, or a number from 1 to {MOST_AT_ONCE}")
             named["at_once"] = None if at_once == "auto" else int(at_once)
         if named["on"] and at_once not in (None, "1"):
-            raise RequestError(
-                "--at-once is for runs on this machine: a lane of a cluster computes one after the other"
-            )
+            raise RequestError("--at-once is for runs on this machine: a lane of a cluster computes one run at a time")
         return self.model_copy(update=named)
 
 

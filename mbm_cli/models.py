@@ -151,7 +151,11 @@ def try_out(network: str | UsersNetwork, shape: Shape, classes: int, width: floa
         ValueError: as `create`, or it does not map images of this shape to this many logits.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = create(network, shape, classes, width)
+        try:
+            model = create(network, shape, classes, width)
+        except RuntimeError as error:  # PyTorch's: no layer has such a size
+            where = network if isinstance(network, str) else network.where(error)
+            raise ValueError(f"{where} cannot be built for images {shape}: {first_line(error)}") from None
         for training in (True, False):
             try:
                 logits = model.train(training)(torch.zeros(2, *shape))

@@ -63,7 +63,7 @@ def launch_lanes(
                     if ENDED in logs[index] and logs[index].endswith("\n"):
                         done(left.pop(index), logs[index].partition(ENDED)[2].strip() or None)
             if not logs:
-                raise RunError(f"no lane began a run: see what they wrote in {folder}")
+                raise RunError(f"no job began a run: see what they wrote in {folder}")
             for index in left.keys() & logs.keys():
                 (folder / str(index)).unlink()
                 deaths[index] += logs[index].count(BEGUN) - logs[index].count(STOPPED)

@@ -4,6 +4,7 @@ A computation is a generator that yields wherever it can give up its turn, and r
 launches work without waiting for it, so that the work of other turns fills what one small network leaves idle.
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from mbm_cli.errors import Interrupted, MbmError
 R = TypeVar("R")
 Turns = Generator[None, None, R]
 
-STEPS = 16  # of a turn: changing the stream and the random state takes longer than launching a step
+STEPS = 16  # of a turn: a change of turns costs more than launching a step
 MOST = 16  # computations at once
 SPARE = 2  # times the memory of one computation that must be free before another begins
 
@@ -65,10 +66,12 @@ def take_turns(
                     continue
                 active.remove(one)
                 slots.append(one.slot)
-                if isinstance(one.error, Interrupted):
+                if one.reason is not None:
+                    gc.collect()  # what a failed computation had on the device
+                if one.is_interrupted:
                     interrupted = True
-                elif one.error is not None and is_out_of_memory(one.error.__cause__ or one.error) and active:
-                    most = len(active)  # which have the memory that it lacked: later it is resumed
+                elif one.lacked_memory and active:
+                    most = len(active)  # which have it: this one is tried again when another has ended
                     waiting.append(one.task)
                 else:
                     done(one.task, one.reason)
@@ -80,11 +83,12 @@ def take_turns(
 
 
 class _Computation:
-    """A task that is being computed, and the error that ended it."""
+    """A task that is being computed, and why it ended if it failed."""
 
     def __init__(self, task: Any, begin: Callable[[Any], Turns[object]], slot: "_Slot") -> None:
         self.task, self.turns, self.slot = task, begin(task), slot
-        self.error: Exception | None = None
+        self.reason: str | None = None
+        self.is_interrupted = self.lacked_memory = False
 
     def go_on(self) -> bool:
         """Take a turn; return whether more is to be computed."""
@@ -94,16 +98,13 @@ class _Computation:
                     next(self.turns)
             except StopIteration:
                 return False
-            except Exception as error:
-                self.error = error
+            except Exception as error:  # it is not kept: its traceback holds all that was computed with
+                known = isinstance(error, MbmError)
+                self.reason = str(error) if known else f"{type(error).__name__}: {error}"
+                self.is_interrupted = isinstance(error, Interrupted)
+                self.lacked_memory = is_out_of_memory(error.__cause__ or error)
                 return False
         return True
-
-    @property
-    def reason(self) -> str | None:
-        if self.error is None:
-            return None
-        return str(self.error) if isinstance(self.error, MbmError) else f"{type(self.error).__name__}: {self.error}"
 
 
 class _Slot:
@@ -137,12 +138,15 @@ class _Slot:
 
 def _state() -> tuple[Any, ...]:
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return torch.get_rng_state(), cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    settings = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    return torch.get_rng_state(), torch.get_num_threads(), *settings
 
 
 def _set_state(state: tuple[Any, ...]) -> None:
-    random, *settings = state
+    random, threads, *settings = state
     torch.set_rng_state(random)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings[:2]
     torch.backends.cudnn.deterministic = settings[2]
 
@@ -165,6 +169,11 @@ class _Memory:
             return active == 0
         free = self._free()
         return free * active > SPARE * (self._before - free)
+
+
+def in_turn(device: torch.device) -> bool:
+    """Return whether several computations take turns on a CUDA device, whose memory they share, and this is one."""
+    return device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -22,6 +22,7 @@ SLOTS = {
     **{"drum-k6": 1, "drum-k8": 1, "exact-t16": 1, "mbm-t22-r1": 1, "mbm-t20-r3": 4, "mitchell-t20": 8},
     **{"mbm-t18-r5": 16, "mbm-t18": 16, "drum-k6-r5": 16, "mitchell-t18": 32},
 }
+SHARED = 233_472  # bytes of an H100's multiprocessor
 OTHERS = ("mbm", "mbm-t16-r7", "drum-k9", "exact-t15", "exact-t18-r5", "mitchell-t17")
 
 
@@ -84,11 +85,21 @@ def test_every_kernel_compiles_without_spills(slots):
         (1, geometry.linear((64, 400), (400, 1), 120, (400, 1)), None),
         (4, forward((64, 64, 56, 56), (64, 1, 3, 3), padding=(1, 1), groups=64), None),
         (1, forward((1, 1, 1 << 16, 1 << 15), (8, 1, 1, 1)), None),
+        (1, geometry.linear((64, 0), (0, 1), 120, (0, 1)), None),
     ],
 )
 def test_the_kernel_suits_the_layer(slots, layer, kernel):
-    launch = cuda_matrix.plan(layer, slots, 132)
+    launch = cuda_matrix.plan(layer, slots, 132, SHARED)
     assert (launch and launch.tile.kernel) == kernel
+
+
+@pytest.mark.parametrize("slots", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, SHARED])
+def test_blocks_fit_into_the_shared_memory(slots, shared):
+    wide = forward((64, 64, 200, 200), (64, 64, 3, 3), padding=(1, 1))
+    for layer in (forward((64, 64, 56, 56), (64, 64, 3, 3), padding=(1, 1)), wide):
+        launch = cuda_matrix.plan(layer, slots, 132, shared)
+        assert launch is None or launch.shared_bytes < shared - 1024
 
 
 @pytest.mark.parametrize("slots", [1, 4, 16])
@@ -99,7 +110,7 @@ def test_small_layers_have_room_for_their_outputs(slots, monkeypatch):
         monkeypatch.setattr(cuda_matrix, "_TILES", (tile,))
         for layer in (geometry.linear((1, 1), (1, 1), 1, (1, 1)), forward((2, 3, 4, 4), (5, 3, 3, 3))):
             cuda_matrix.plan.cache_clear()
-            launch = cuda_matrix.plan(layer, slots, 132)
+            launch = cuda_matrix.plan(layer, slots, 132, SHARED)
             assert launch is None or launch.shared_bytes >= of_warps, tile
     cuda_matrix.plan.cache_clear()
 

@@ -65,9 +65,12 @@ def test_every_network_takes_other_images_and_classes(name):
         assert sum(p.numel() for p in wider.parameters()) > 3 * sum(p.numel() for p in one.parameters())
 
 
-def test_too_small_images_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"^lenet fails for two images \(1, 11, 28\): RuntimeError: ") as error:
-        try_out("lenet", (1, 11, 28), 10)
+@pytest.mark.parametrize(
+    ("size", "fault"), [(11, r"fails for two images \(1, 11, 28\)"), (6, r"cannot be built for images \(1, 6, 28\)")]
+)
+def test_too_small_images_are_refused_in_one_line(size, fault):
+    with pytest.raises(ValueError, match=f"^lenet {fault}: RuntimeError: ") as error:
+        try_out("lenet", (1, size, 28), 10)
     assert "\n" not in str(error.value)
 
 

@@ -106,6 +106,10 @@ def test_interrupted_search_resumes():
     again = contents()
     assert mbm("resume", made().name, "--json").json == result
     assert contents().keys() == again.keys()
+    (made().folder / "study.log").unlink()
+    answer = mbm("resume", made().name)
+    assert answer.code == 1
+    assert re.search("study.log is missing, with the evaluations of this search: restore it", answer.err)
 
 
 def test_killed_search_repeats_no_evaluation(tmp_path):

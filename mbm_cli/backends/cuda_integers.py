@@ -19,6 +19,7 @@ from mbm_cli.backends.cuda_programs import (
     Program,
     address,
     divisor,
+    has_matrix_units,
     import_cupy,
     multiprocessors_of,
     refuse_capture,
@@ -203,7 +204,7 @@ def _look_up(g: Geometry, device: int, wide: bool, aligned: bool, path: str) -> 
 def _chosen_terms(g: Geometry, table: Tensor, most: float) -> DeviceTerms | None:
     """Return the table's terms if they are expected to take fewer clocks than ``most``."""
     device = table.device.index
-    if not cuda_terms.supported(device):
+    if not has_matrix_units(device):
         return None
     multiprocessors = multiprocessors_of(device)
     if cuda_terms.expected_clocks(g, 1, multiprocessors) >= most:  # to find terms takes up to a second

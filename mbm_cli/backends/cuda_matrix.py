@@ -18,9 +18,11 @@ from mbm_cli.backends.cuda_programs import (
     address,
     divisor,
     filled,
+    has_matrix_units,
     multiprocessors_of,
     refuse_capture,
     seconds,
+    shared_bytes_of,
     source,
 )
 from mbm_cli.backends.geometry import Geometry
@@ -31,7 +33,7 @@ from mbm_cli.multipliers.float32 import FRACTION_BITS, reference_product
 _INDEX_LIMIT = 1 << 31
 _MOST_EXPANDED = 1 << 28  # bytes of a weight
 _MOST_BITS, _SLOTS = 7, (1, 4, 8, 16, 32)  # fraction bits that are looked at; the kernels' numbers of slots
-_SHARED = 229_376  # bytes of a multiprocessor's shared memory for all blocks, 3 KiB less than an H100 has
+_RESERVED = 4096  # bytes of a multiprocessor's shared memory that are not the blocks'
 # As in matrix.cu: of an expansion, threads, positions of a block and chunks of a segment; of a chunk, bytes and
 # channels; threads of a block of products.
 _EXPANDERS, _POSITIONS, _SEGMENT, _CHUNK, _CHANNELS, _THREADS = 256, 128, 8, 16, 8, 128
@@ -249,12 +251,6 @@ def _on_device(factors: Factors | None, device: int) -> DeviceFactors | None:
     return made
 
 
-@lru_cache(maxsize=64)
-def supported(device: int) -> bool:
-    """Return whether a device has the matrix units that the kernels use, those of compute capability 8.0."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 @lru_cache(maxsize=len(_SLOTS))
 def program(slots: int) -> Program:
     name = f"matrix units, {slots} slot{'s'[: slots != 1]}"
@@ -277,10 +273,10 @@ def run(
     """
     device = input.device.index
     launch = None
-    if _allowed.get() and supported(device) and (geometry.is_dense or not geometry.divisible):
+    if _allowed.get() and has_matrix_units(device) and (geometry.is_dense or not geometry.divisible):
         factors = factors_of(multiplier, table, device)
         if factors is not None:
-            launch = plan(geometry, factors.slots, multiprocessors_of(device))
+            launch = plan(geometry, factors.slots, multiprocessors_of(device), shared_bytes_of(device))
     if launch is None:
         return cuda.run(geometry, input, weight, bias, output, multiplier, table)
     assert factors is not None
@@ -301,14 +297,16 @@ def run(
 
 def chosen_path(geometry: Geometry, multiplier: str, table: Tensor | None, device: int) -> str:
     """Return how a forward pass is computed where matrix units are allowed: on ``matrix units``, or ``scalar``."""
-    factors = factors_of(multiplier, table, device) if supported(device) else None
-    planned = factors is not None and plan(geometry, factors.slots, multiprocessors_of(device)) is not None
-    return "matrix units" if planned else "scalar"
+    factors = factors_of(multiplier, table, device) if has_matrix_units(device) else None
+    if factors is None:
+        return "scalar"
+    launch = plan(geometry, factors.slots, multiprocessors_of(device), shared_bytes_of(device))
+    return "scalar" if launch is None else "matrix units"
 
 
 def ceiling(multiplier: str, table: Tensor | None, device: int) -> float | None:
     """Measure the multiply-accumulates a second of the matrix units alone; ``None`` where they cannot compute them."""
-    factors = factors_of(multiplier, table, device) if supported(device) else None
+    factors = factors_of(multiplier, table, device) if has_matrix_units(device) else None
     if factors is None:
         return None
     blocks, rounds = 3 * multiprocessors_of(device), 20_000
@@ -325,8 +323,14 @@ def _chunks_of_step(slots: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
-    """Choose the tile for a layer, and lay out the arguments; ``None`` where the scalar kernels are to compute it."""
+def plan(g: Geometry, slots: int, multiprocessors: int, shared: int) -> Launch | None:
+    """Choose the tile for a layer, and lay out the arguments; ``None`` where the scalar kernels are to compute it.
+
+    Args:
+        shared: bytes of a multiprocessor's shared memory.
+    """
+    if g.steps == 0:
+        return None
     plane, elements, pixels = math.prod(g.size), math.prod(g.kernel), g.batch * math.prod(g.out_size)
     positions, rows = g.groups * g.batch * plane, g.groups * g.out_channels
     chunks, of_step = -(-g.channels // _CHANNELS), _chunks_of_step(slots)
@@ -337,11 +341,11 @@ def plan(g: Geometry, slots: int, multiprocessors: int) -> Launch | None:
         or most * _CHUNK > _MOST_EXPANDED
     ):
         return None
-    fitting = [tile for tile in _TILES if _resident(tile, g, slots) > 0]
+    fitting = [tile for tile in _TILES if _resident(tile, g, slots, shared) > 0]
     if not fitting:
         return None
-    tile = min(fitting, key=lambda tile: _clocks(g, slots, multiprocessors, tile))
-    if not _pays(g, slots, multiprocessors, tile):
+    tile = min(fitting, key=lambda tile: _clocks(g, slots, multiprocessors, tile, shared))
+    if not _pays(g, slots, multiprocessors, tile, shared):
         return None
     slab, steps = _steps(tile, g, slots)
     slabs = -(-chunks // slab) * elements
@@ -407,9 +411,9 @@ def _shared_bytes(tile: Tile, g: Geometry, slots: int) -> int:
     return max(_TURNED, (4 if slots == 1 else 3) * tile.channels * slots * of_step + positions)
 
 
-def _resident(tile: Tile, g: Geometry, slots: int) -> int:
+def _resident(tile: Tile, g: Geometry, slots: int, shared: int) -> int:
     """Return how many blocks a multiprocessor holds."""
-    return min(tile.resident, _SHARED // _shared_bytes(tile, g, slots))
+    return min(tile.resident, (shared - _RESERVED) // _shared_bytes(tile, g, slots))
 
 
 @lru_cache(maxsize=1024)
@@ -427,21 +431,22 @@ def _positions_of_tile(g: Geometry, pixels: int) -> int:
     return int((row(last, below) - row(first, 0) + 1).max()) * g.size[1]
 
 
-def _clocks(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> float:
+def _clocks(g: Geometry, slots: int, multiprocessors: int, tile: Tile, shared: int) -> float:
     """Return the clocks of a tile's blocks, which run in rounds of as many as the multiprocessors hold."""
     pixels, (_, steps) = g.batch * math.prod(g.out_size), _steps(tile, g, slots)
     blocks = g.groups * -(-g.out_channels // tile.channels) * -(-pixels // tile.pixels)
-    rounds, rest = divmod(-(-blocks // multiprocessors), _resident(tile, g, slots))
+    resident = _resident(tile, g, slots, shared)
+    rounds, rest = divmod(-(-blocks // multiprocessors), resident)
     of_units = steps * _chunks_of_step(slots) * max(1, slots / 2)  # steps of 16 products
     of_units /= 2 if slots == 1 else 1
 
     def time(at_once: int) -> float:
         return max(at_once * tile.step, _STEP_ALONE) * of_units + at_once * tile.output + _ROUND
 
-    return rounds * time(_resident(tile, g, slots)) + (time(rest) if rest else 0)
+    return rounds * time(resident) + (time(rest) if rest else 0)
 
 
-def _pays(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> bool:
+def _pays(g: Geometry, slots: int, multiprocessors: int, tile: Tile, shared: int) -> bool:
     """Return whether a layer is expected to take less time than the scalar kernels do."""
     chunks = -(-g.channels // _CHANNELS)
     of_input = g.groups * g.batch * math.prod(g.size) * (4 * g.channels + _CHUNK * chunks)
@@ -449,7 +454,7 @@ def _pays(g: Geometry, slots: int, multiprocessors: int, tile: Tile) -> bool:
     expansion = (of_input + of_weight) / (_EXPANSION * multiprocessors)
     rate = _SCALAR[slots > 1] * (1 if g.out_channels >= 32 else 0.5)
     scalar = _SCALAR_LAUNCH + g.products / (rate * multiprocessors)
-    return _LAUNCHES + expansion + _clocks(g, slots, multiprocessors, tile) < scalar
+    return _LAUNCHES + expansion + _clocks(g, slots, multiprocessors, tile, shared) < scalar
 
 
 def _in_words(g: Geometry) -> int:

@@ -166,6 +166,18 @@ def multiprocessors_of(device: int) -> int:
 
 
 @lru_cache(maxsize=64)
+def has_matrix_units(device: int) -> bool:
+    """Return whether a device has the matrix units that the kernels use, those of compute capability 8.0."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=64)
+def shared_bytes_of(device: int) -> int:
+    """Return the shared memory of a multiprocessor; a block can have 1 KiB less."""
+    return int(import_cupy().cuda.Device(device).attributes["MaxSharedMemoryPerMultiprocessor"])
+
+
+@lru_cache(maxsize=64)
 def _stream(device: int, handle: int) -> Any:
     """Return PyTorch's current stream, which has this handle, as CuPy's."""
     cupy = import_cupy()

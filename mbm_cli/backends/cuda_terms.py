@@ -134,12 +134,6 @@ def on_device(terms: Terms, device: torch.device) -> DeviceTerms:
     return DeviceTerms(*made, terms.count, bool(terms.f.any()), bool(terms.g.any()))
 
 
-@lru_cache(maxsize=64)
-def supported(device_index: int) -> bool:
-    """Return whether a device has the matrix units that the kernels use, those of compute capability 8.0."""
-    return torch.cuda.get_device_capability(device_index) >= (8, 0)
-
-
 @lru_cache(maxsize=1)
 def program() -> Program:
     return Program(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,7 +129,7 @@ def conclude(
     stopped: Stopped, run: Run, config: Config, plan: Plan, varied: Sequence[Config], rows: list[Row]
 ) -> Comparison:
     """Write a comparison's result from its rows; on a cluster in a lane, which has the device that trained."""
-    task, failures = (run, config, plan, varied, rows), list[str | None]()
+    task, failures = _Conclusion(run, config, plan, varied, rows), list[str | None]()
     if plan.on is None:
         return finish(_conclude(task))
     done = lambda task, reason: failures.append(reason)  # noqa: E731
@@ -139,7 +139,20 @@ def conclude(
     return run.read(Comparison, "compare.json")
 
 
-def _conclude(task: Any, stopped: Stopped = never) -> Turns[Comparison]:
+class _Conclusion(NamedTuple):
+    """What the result is made of."""
+
+    run: Run
+    config: Config
+    plan: Plan
+    varied: Sequence[Config]
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        return "the conclusion"
+
+
+def _conclude(task: _Conclusion, stopped: Stopped = never) -> Turns[Comparison]:
     """Write the result in one turn."""
     yield
     run, config, plan, varied, rows = task

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mbm_cli.backends import cpu, cuda, cuda_programs, cuda_terms
+from mbm_cli.backends import cpu, cuda, cuda_programs
 from mbm_cli.config import DataConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import cpu_name
@@ -136,7 +136,11 @@ def integer_check(device: torch.device) -> Check:
     """Compare all products of integer multipliers, by each way to sum them, with their tables."""
     name, products = f"integer products on {device.type}", 0
     for short_form, path in product(CHECKED_INTEGERS, PATHS[device.type]):
-        if path == "terms" and device.type == "cuda" and not cuda_terms.supported(torch.cuda.current_device()):
+        if (
+            path == "terms"
+            and device.type == "cuda"
+            and not cuda_programs.has_matrix_units(torch.cuda.current_device())
+        ):
             continue
         table = resolve(short_form).content
         codes = torch.arange(256, dtype=torch.uint8).view(torch.int8 if table.operands.signed else torch.uint8)

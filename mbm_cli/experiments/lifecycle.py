@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mbm_cli.backends import cuda_matrix
+from mbm_cli.backends.cuda_programs import has_matrix_units
 from mbm_cli.config import Config, DataConfig, Network, OptimizerConfig
 from mbm_cli.data import OwnFile, dataset_of
 from mbm_cli.device import choose_device, set_arithmetic
@@ -285,14 +286,14 @@ def matrix_units(config: Config, device: torch.device) -> str | None:
     """Say what ``train.matrix_units`` changes for a config with resolved multipliers; ``None`` where it is false."""
     if not config.train.matrix_units:
         return None
-    if device.type != "cuda" or not cuda_matrix.supported(device.index):
+    if device.type != "cuda" or not has_matrix_units(device.index):
         return "train.matrix_units has no effect here: it needs an NVIDIA GPU of compute capability 8.0 or higher"
     floats = [one for one in config.model.multiplier.distinct() if not (one.is_exact or one.is_integer)]
     factored = [str(one) for one in floats if cuda_matrix.factors_of(*content.operands(one, device), device.index)]
     if not factored:
         return (
-            f"train.matrix_units has no effect on {config.model.products}: it needs operands and products of few "
-            "bits, as drum-k6, exact-t16, mbm-t18-r5 and tables of up to 5 bits have"
+            f"train.matrix_units has no effect on {config.model.products}: it works for multipliers of few bits, "
+            "such as drum-k6, exact-t16, mbm-t18-r5 and tables of up to 5 bits"
         )
     return (
         f"matrix units: large forward passes of {', '.join(factored)} are sums of bfloat16 products, in the order and "

@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
 from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix, cuda_terms
+from mbm_cli.backends.cuda_programs import has_matrix_units
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import dataset_of
@@ -240,7 +241,7 @@ def convolution_seconds(config: Config, device: torch.device) -> float:
 
 def _int8_ceiling(device: torch.device) -> float | None:
     """Measure the int8 products a second of a device's matrix units; ``None`` without such units."""
-    has_units = device.type == "cuda" and cuda_terms.supported(device.index or 0)
+    has_units = device.type == "cuda" and has_matrix_units(device.index or 0)
     return cuda_terms.ceiling(device) if has_units else None
 
 

@@ -16,7 +16,7 @@ from mbm_cli import config as configs
 from mbm_cli.config import Config, Engine
 from mbm_cli.costs import Prices, label, operands_of
 from mbm_cli.data import dataset_of
-from mbm_cli.errors import Interrupted, RequestError
+from mbm_cli.errors import Interrupted, RequestError, RunError
 from mbm_cli.experiments import lifecycle, sweep, weights
 from mbm_cli.experiments.fronts import additive_front, front, hypervolume
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
@@ -448,7 +448,10 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
     assert settings.held_out is not None
     layers = _layers(varied[0])
     names = [label(Multiplier.parse(name)) for name in settings.candidates]
-    study = Study(_study_file(run, settings), {}, [*layers], names, run.name, config.seed)
+    file = _study_file(run, settings)
+    if not file.exists():
+        raise RunError(f"{file} is missing, with the evaluations of this search: restore it, or search again")
+    study = Study(file, {}, [*layers], names, run.name, config.seed)
     evaluations = study.evaluations()
     accuracies = {tuple(one.multipliers.items()): one.accuracy for one in evaluations}
     points = []

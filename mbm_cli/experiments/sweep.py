@@ -387,9 +387,9 @@ def carry_out(
         RunsFailed: some did; a sweep concludes without them, a comparison cannot.
         Interrupted: ``stopped`` returned true.
     """
-    device = lifecycle.use_device(config)
-    if plan.at_once is None and (device.type == "cpu" or len({one.device for one in varied}) > 1):
-        plan = plan.model_copy(update={"at_once": 1})  # only on one GPU do turns save time
+    device = lifecycle.use_device(varied[0])
+    if len({one.device for one in varied}) > 1 or (plan.at_once is None and device.type == "cpu"):
+        plan = plan.model_copy(update={"at_once": 1})  # turns are for one device, and save time on a GPU
     members = _members(run, plan, varied)
     rows: dict[str, Row] = {}
     summaries: list[Summary] = []

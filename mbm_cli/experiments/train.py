@@ -24,7 +24,7 @@ from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.models import describe_layers
 from mbm_cli.runs import Run, Summary, as_json
 from mbm_cli.training import PartOfEpoch, Progress, Split, Trainer, learning_rates
-from mbm_cli.turns import Turns, finish, is_out_of_memory
+from mbm_cli.turns import Turns, finish, in_turn, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class _Training:
     ) -> None:
         self.run, self.config, self.device, self.data = run, config, device, data
         self.watch, self.stopped = watch, stopped
+        self.keys = lifecycle.content_keys(config)  # of what is used, whatever becomes of the files
         self.trainer = lifecycle.build_trainer(config, device, data, run.folder)
         self.metrics: list[dict[str, Any]] = []  # of the epochs that have ended
         self.part: PartOfEpoch | None = None
@@ -245,7 +246,7 @@ class _Training:
             "metrics": metrics,
             "part": None if part is None else {"step": part.step, "logits": part.logits, "seconds": part.seconds},
             "total_seconds": time.perf_counter() - self.started,
-            "multipliers": lifecycle.content_keys(self.config),
+            "multipliers": self.keys,
             "model": trainer.model.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "random": {
@@ -261,10 +262,15 @@ class _Training:
         try:
             yield
         except Exception as error:
-            failure = RunError(_batch_that_fits(self.config, self.device)) if is_out_of_memory(error) else error
+            failure = RunError(self._full_memory()) if is_out_of_memory(error) else error
             if not isinstance(failure, RunError):
                 raise
             raise RunError(f"{self.epoch}: {failure} (run: {self.run.folder})") from error
+
+    def _full_memory(self) -> str:
+        if in_turn(self.device):
+            return "the GPU's memory is too small: --at-once 1 tries which batch fits"
+        return _batch_that_fits(self.config, self.device)
 
 
 def _summary(
@@ -292,8 +298,13 @@ def _summary(
     )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return bytes: on a GPU the most that PyTorch held during this run, on the CPU the process's peak."""
+def peak_memory(device: torch.device) -> int | None:
+    """Return bytes: on a GPU the most that PyTorch held during this run, on the CPU the process's peak.
+
+    ``None`` for one of several runs at once on a GPU.
+    """
+    if in_turn(device):
+        return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -92,7 +92,7 @@ def test_wheel_holds_package_kernels_and_configs_only(contents):
     wanted = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mbm_cli").rglob("*.py*") if path.suffix != ".pyc"}
     wanted |= {f"mbm_cli/kernels/{name}" for name in (*cuda._SOURCES, *cpu._SOURCES)}
-    wanted |= {f"mbm_cli/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.cu")}
+    wanted |= {f"mbm_cli/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.cu*")}
     wanted |= {"mbm_cli/costs.yaml"} | {f"mbm_cli/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     wanted |= {f"mbm_cli/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", "mbm_cli/py.typed"}
     assert {"mbm_cli/_cpu.pyi", "mbm_cli/experiments/train.py", "mbm_cli/configs/lenet-mbm.yaml"} <= wanted
