@@ -83,13 +83,14 @@ def test_failed_task_does_not_stop_the_others(log, jobs, at_once):
 
 
 @pytest.mark.parametrize(
-    ("others", "at_once"),
-    [([], 1), (["a", "b", "c"], 1), (["a", "b", "c"], 4)],
-    ids=["one slot", "two slots", "in turn"],
-)
-@pytest.mark.parametrize(
-    ("task", "reason"),
-    [("kill", f"kill: {KILLED}"), ("exit", "exit: its process ended with exit code 3"), ("kill once", None)],
+    ("task", "reason", "others", "at_once"),
+    [
+        ("kill", f"kill: {KILLED}", [], 1),
+        ("exit", "exit: its process ended with exit code 3", ["a", "b", "c"], 1),
+        ("kill once", None, [], 1),
+        ("kill once", None, ["a", "b", "c"], 4),
+    ],
+    ids=["killed", "ended", "killed once", "killed once in turn"],
 )
 def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others, at_once):
     log.launch([task, *others], Engine(jobs=2, at_once=at_once))
