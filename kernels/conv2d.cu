@@ -22,7 +22,7 @@
 // gradient as its input and the weight with its channels exchanged; that of the weight takes channels as images, images
 // as channels, and the gradient as its kernel. A dense layer is a 1x1 convolution of 1x1 images.
 //
-// Sums start at 0.0 and round to nearest. There are no atomics, so the same inputs give the same bits.
+// Sums start at 0.0 and round to nearest. No kernel uses atomics, so the same inputs give the same bits.
 #include "arithmetic.cuh"
 #include "entry.cuh"
 

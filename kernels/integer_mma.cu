@@ -32,7 +32,7 @@
 //     128 and 64 by 256 with 64 by 64 a warp, 3 % faster at best and up to 28 % slower; 4 stages, which leave less L1
 //     cache, 2 to 4 % slower, and 2 stages, 6 %; steps of 128 bytes, 5 to 27 %; 4 blocks a multiprocessor, 1 to 14 %.
 //
-// Sums are integers modulo 2^32, so that they do not depend on the order. There are no atomics.
+// Sums are integers modulo 2^32, so that they do not depend on the order. No kernel uses atomics.
 #include "entry.cuh"
 #include "implicit_gemm.cuh"
 

@@ -456,7 +456,7 @@ def backward(name: str) -> Backward:
 
 
 def cluster(on: str) -> Cluster | None:
-    """Parse ``slurm://PARTITION?gpus=1&cpus=4&time=60`` of the command line; ``local`` is no cluster.
+    """Parse ``slurm://PARTITION?gpus=1&cpus=4&time=60`` of the command line; ``local`` means this machine.
 
     Raises:
         RequestError: it is neither.

@@ -139,7 +139,7 @@ class Trainer:
         batch_size: images in a training step; the last step of an epoch may have fewer.
         eval_batch_size: images in an evaluation step.
         label_smoothing: of the loss that is minimised; reported losses have none.
-        augment: move the training images as `epoch` is told.
+        augment: move the training images by the `moves` of an epoch.
         cuda_graph: capture steps once and replay them; for a CUDA device only.
         phase: opens the ranges of a step, named as in PHASES; can be replaced between epochs that run eagerly.
     """

@@ -67,6 +67,22 @@ def test_runs_in_turn_come_to_what_they_do_alone(device):
             check_same(made(config.name).folder, alone(config))
 
 
+def test_settings_of_pytorch_belong_to_a_computation():
+    seen = []
+
+    def begin(threads: int):
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = threads == 1
+        for _ in range(9):
+            yield
+            seen.append((threads, torch.get_num_threads(), torch.backends.cudnn.deterministic))
+
+    before = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    take_turns([1, 2], begin, 2, lambda threads, reason: None)
+    assert set(seen) == {(1, 1, True), (2, 2, False)}
+    assert (torch.get_num_threads(), torch.backends.cudnn.deterministic) == before
+
+
 @ON_EACH
 def test_a_failing_run_takes_no_other_with_it(device):
     configs = [

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-STEPS = 10_000  # costs of a network are told apart by so many parts of an exact one's
+STEPS = 10_000  # into which the largest cost of a network is divided: costs are rounded to these
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

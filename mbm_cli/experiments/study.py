@@ -119,7 +119,7 @@ class Study:
             others = [one for one in self._trials_but_failed() if one.number != trial.number]
             same = [one for one in others if self._key(one.params) == self._key(assignment)]
             if done := next((one for one in same if one.values), None):
-                self.study.tell(trial, done.values)  # for the algorithm; it is no evaluation
+                self.study.tell(trial, done.values)  # the algorithm learns from it; nothing was evaluated
                 repeated += 1
             elif same:  # another process evaluates it
                 self.study.tell(trial, state=self.states.FAIL)
