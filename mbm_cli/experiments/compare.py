@@ -15,10 +15,10 @@ from mbm_cli import config as configs
 from mbm_cli.config import Config, Engine
 from mbm_cli.costs import Prices
 from mbm_cli.errors import RequestError, RunError
-from mbm_cli.experiments import lifecycle, sweep, weights
+from mbm_cli.experiments import lifecycle, members, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.experiments.members import Row
 from mbm_cli.experiments.profile_conv import convolution_seconds
-from mbm_cli.experiments.sweep import Row
 from mbm_cli.launch import launch
 from mbm_cli.multipliers.names import Backward
 from mbm_cli.runs import Plan, Run
@@ -109,7 +109,7 @@ def compare(
         RunError, Interrupted: as ``mbm_cli.experiments.sweep.sweep``.
     """
     engine = engine or Engine()
-    config = sweep.with_threads(config, engine)
+    config = members.with_threads(config, engine)
     named = [configs.multiplier(name) for name in multipliers] or [config.model.multiplier]
     exact = configs.multiplier(EXACT)
     if exact in named:
@@ -117,12 +117,12 @@ def compare(
     gradients = [configs.backward(name) for name in backwards] or [config.model.backward]
     columns = list(dict.fromkeys([(exact, Backward()), *itertools.product(named, gradients)]))
     varied = [config.with_model(multiplier=multiplier, backward=backward) for multiplier, backward in columns]
-    vary = {sweep.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
+    vary = {members.MULTIPLIER: [str(multiplier) for multiplier in dict.fromkeys(column[0] for column in columns)]}
     if backwards:
-        vary[sweep.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
-    run, plan, varied = sweep.create("comparison", config, vary, varied, seeds, engine, output, prices)
+        vary[members.BACKWARD] = [str(backward) for backward in dict.fromkeys(column[1] for column in columns)]
+    run, plan, varied = members.create("comparison", config, vary, varied, seeds, engine, output, prices)
     with run.hold():
-        return sweep.carry_out(run, config, plan, varied, watch or Watch(), stopped, partial(conclude, stopped))
+        return members.carry_out(run, config, plan, varied, watch or Watch(), stopped, partial(conclude, stopped))
 
 
 def conclude(
@@ -157,7 +157,7 @@ def _conclude(task: _Conclusion, stopped: Stopped = never) -> Turns[Comparison]:
     yield
     run, config, plan, varied, rows = task
     device = lifecycle.use_device(config)
-    data = sweep.shared_data(config, device)
+    data = members.shared_data(config, device)
     steps = math.ceil(len(data[0]) / config.data.batch_size)
     trained = [_Trained(row, Run(run.folder / str(row.run)), steps) for row in rows]
     exact = [one for one in trained if one.row.combination == 1]
@@ -179,7 +179,7 @@ def _conclude(task: _Conclusion, stopped: Stopped = never) -> Turns[Comparison]:
         costs=plan.costs,
     )
     run.write_json("compare.json", result)
-    run.write("compare.csv", sweep.csv_of(plan.vary, rows))
+    run.write("compare.csv", members.csv_of(plan.vary, rows))
     return result
 
 

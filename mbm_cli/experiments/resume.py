@@ -3,7 +3,7 @@
 from functools import partial
 
 from mbm_cli.errors import RequestError
-from mbm_cli.experiments import compare, search, sweep, train
+from mbm_cli.experiments import compare, members, search, sweep, train
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.search import Search
@@ -43,5 +43,5 @@ def resume(
     if kind == "search":
         return search.resume(run, (jobs, on, at_once), watch, stopped)
     if kind == "sweep":
-        return sweep.resume(run, (jobs, on, at_once), watch, stopped, sweep.conclude)
-    return sweep.resume(run, (jobs, on, at_once), watch, stopped, partial(compare.conclude, stopped))
+        return members.resume(run, (jobs, on, at_once), watch, stopped, sweep.conclude)
+    return members.resume(run, (jobs, on, at_once), watch, stopped, partial(compare.conclude, stopped))

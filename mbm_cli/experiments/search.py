@@ -17,11 +17,11 @@ from mbm_cli.config import Config, Engine
 from mbm_cli.costs import Prices, label, operands_of
 from mbm_cli.data import dataset_of
 from mbm_cli.errors import Interrupted, RequestError, RunError
-from mbm_cli.experiments import lifecycle, sweep, weights
+from mbm_cli.experiments import lifecycle, members, weights
 from mbm_cli.experiments.fronts import additive_front, front, hypervolume
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
+from mbm_cli.experiments.members import Flags, Member, Row
 from mbm_cli.experiments.study import Assignment, Evaluation, Study, check, load_optuna
-from mbm_cli.experiments.sweep import Flags, Member, Row
 from mbm_cli.multipliers.names import EXACT, INTEGER_FILES, Backward, LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.runs import Plan, Run, SearchPlan
@@ -142,7 +142,7 @@ def search(
     """
     prices = prices or Prices.load()
     engine = engine or Engine(at_once=None)
-    config = sweep.with_threads(config, engine)
+    config = members.with_threads(config, engine)
     config = config.with_model(multiplier=EXACT)  # a search has its own
     device = lifecycle.use_device(config)
     uniform = _uniform(config, _parse(candidates), device)
@@ -164,15 +164,15 @@ def search(
         candidates={one.located: cost for one, cost in zip(named.values(), costs, strict=True)},
         study=str(file or STUDY),
     )
-    vary = {sweep.MULTIPLIER: [*named]}
-    run, plan, uniform = sweep.create("search", config, vary, uniform, 1, engine, output, prices, settings)
+    vary = {members.MULTIPLIER: [*named]}
+    run, plan, uniform = members.create("search", config, vary, uniform, 1, engine, output, prices, settings)
     with run.hold():
         return _carry_out(run, config, plan, uniform, watch or Watch(), stopped)
 
 
 def resume(run: Run, flags: Flags, watch: Watch, stopped: Stopped) -> Finished[Search]:
-    """Resume a search: keep what is evaluated and trained. ``flags`` as in `sweep.resume`; otherwise as `search`."""
-    config, plan, varied = sweep.reopen(run, flags)
+    """Resume a search: keep what is evaluated and trained. ``flags`` as in `members.resume`; otherwise as `search`."""
+    config, plan, varied = members.reopen(run, flags)
     with run.hold():
         return _carry_out(run, config, plan, varied, watch, stopped)
 
@@ -303,7 +303,7 @@ def _carry_out(
         device, done = lifecycle.use_device(config), 0
 
         def summarize(status: str, reason: str | None = None) -> None:
-            summary = sweep.summary_of(status, varied, device, [])
+            summary = members.summary_of(status, varied, device, [])
             run.write_json("summary.json", replace(summary, reason=reason, note=config.note))
 
         def report(evaluation: Evaluation, count: int) -> None:
@@ -313,7 +313,7 @@ def _carry_out(
 
         with lifecycle.computing(run, watch, summarize, lambda: f"after {done} of {settings.trials} evaluations"):
             plan, varied = _evaluate(run, config, plan, varied, device, watch, report, stopped)
-    return sweep.carry_out(run, config, plan, varied, watch, stopped, conclude)
+    return members.carry_out(run, config, plan, varied, watch, stopped, conclude)
 
 
 def _evaluate(
@@ -333,7 +333,7 @@ def _evaluate(
     costs = dict(zip(candidates, settings.candidates.values(), strict=True))
     layers = _layers(uniform[0])
     watch.status("loading the data")
-    data, _ = sweep.shared_data(config, device)
+    data, _ = members.shared_data(config, device)
     start = _start(run, config, len(data) - _held_out(data), watch, stopped)
     evaluator = _Evaluator(uniform[0], start, candidates, data, device)
     network = {**_network(uniform, candidates, [*costs.values()]), "weights": evaluator.digest}
@@ -372,7 +372,7 @@ def _start(run: Run, config: Config, images: int, watch: Watch, stopped: Stopped
     data = config.data.model_copy(update={"train_limit": images})
     exact = config.model_copy(update={"name": "start", "data": data}).with_model(multiplier=EXACT, backward=Backward())
     member = Member("start", 0, {}, run.folder, exact, None)
-    finish(sweep.train_member(member, stopped))
+    finish(members.train_member(member, stopped))
     assert member.run is not None
     return str((member.run.folder / "checkpoint.pt").absolute())
 
@@ -401,11 +401,11 @@ def _planned(
         losses[one["layer"]][one["candidate"]] = one["loss"]
     of_layers = {layer: {name: layers[layer] * cost for name, cost in costs.items()} for layer in layers}
     uniform = [dict.fromkeys(layers, name) for name in costs]
-    members = [one for one in additive_front(of_layers, losses) if one not in uniform]
+    modelled = [one for one in additive_front(of_layers, losses) if one not in uniform]
     room = settings.trials - len(uniform)
-    count = min(len(members), room if settings.strategy == "sensitivity" else max(1, room // STARTED))
-    places = [round(i * (len(members) - 1) / max(1, count - 1)) for i in range(count)]
-    return [*uniform, *(members[place] for place in places)]
+    count = min(len(modelled), room if settings.strategy == "sensitivity" else max(1, room // STARTED))
+    places = [round(i * (len(modelled) - 1) / max(1, count - 1)) for i in range(count)]
+    return [*uniform, *(modelled[place] for place in places)]
 
 
 def _training_plan(
@@ -430,7 +430,7 @@ def _training_plan(
         varied.append(one.with_model(backward=uniform[-1].model.backward).with_train(init=start))
     varied = lifecycle.resolve(varied, device)
     combinations = [
-        sweep.combination(one, plan.vary, costs[tuple(assignment.items())])
+        members.combination(one, plan.vary, costs[tuple(assignment.items())])
         for one, assignment in zip(varied, wanted, strict=True)
     ]
     plan = plan.model_copy(update={"combinations": combinations})
@@ -466,7 +466,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         name = f"front-{number}"
         points[i] = replace(points[i], config=f"{name}.yaml")
         run.write(f"{name}.yaml", configs.dump(varied[i].model_copy(update={"name": name})))
-    uniform, members = points[: len(names)], [points[i] for i in on_front]
+    uniform, best = points[: len(names)], [points[i] for i in on_front]
     searched, chosen = [points[i] for i in front([(point.cost, point.accuracy) for point in points])], None
     if settings.max_drop is not None:
         least = uniform[0].accuracy - settings.max_drop / 100
@@ -489,11 +489,11 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         sensitivities=[Sensitivity(**one) for one in study.sensitivities(list)],
         uniform=uniform,
         searched=searched,
-        front=members,
+        front=best,
         chosen=chosen,
         hypervolume={
             name: hypervolume([(one.cost, one.test_accuracy or 0.0) for one in some], 1.0, 1 / dataset.classes)
-            for name, some in (("front", members), ("searched", searched), ("uniform", uniform))
+            for name, some in (("front", best), ("searched", searched), ("uniform", uniform))
         },
     )
     run.write_json("search.json", result)

@@ -21,10 +21,11 @@ from mbm_cli.experiments.characterize import Characterization, Characterized, Pa
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.fronts import front
+from mbm_cli.experiments.members import MULTIPLIER, shown
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.search import Search
-from mbm_cli.experiments.sweep import MULTIPLIER, CombinationResult, Sweep, shown
+from mbm_cli.experiments.sweep import CombinationResult, Sweep
 from mbm_cli.experiments.train import Trained
 from mbm_cli.multipliers.float32 import FAMILIES
 from mbm_cli.multipliers.names import Multiplier

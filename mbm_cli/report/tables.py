@@ -18,10 +18,11 @@ from mbm_cli.experiments.doctor import Check
 from mbm_cli.experiments.estimate import Estimate
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.lifecycle import Finished
+from mbm_cli.experiments.members import shown
 from mbm_cli.experiments.profile_conv import ConvProfile
 from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.search import Point, Search
-from mbm_cli.experiments.sweep import Sweep, shown
+from mbm_cli.experiments.sweep import Sweep
 from mbm_cli.experiments.train import Trained
 from mbm_cli.models import Layer
 from mbm_cli.report.runs import epoch_table, print_runs
