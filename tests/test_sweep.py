@@ -12,7 +12,7 @@ from stress.runs import check_same, state
 from tables import exported
 
 from mbm_cli.errors import Interrupted
-from mbm_cli.experiments import sweep
+from mbm_cli.experiments import members
 from mbm_cli.runs import Run, list_runs
 
 COLUMNS = ["optimizer.lr", "model.multiplier", "seed", "status", "test_accuracy", "best_test_accuracy", "test_loss"]
@@ -121,7 +121,7 @@ def test_threads_are_shared_among_jobs_and_kept(available, jobs, threads, monkey
         asked.append((engine.jobs, {task.config.train.threads for task in tasks}))
         raise Interrupted("interrupted")
 
-    monkeypatch.setattr(sweep, "launch", launch)
+    monkeypatch.setattr(members, "launch", launch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: available)
     assert mbm(*SWEEP, "--jobs", jobs).code == 130
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
