@@ -21,7 +21,7 @@ test-docs: $(VENV)/installed
 # Sweeps whose processes die, in worker processes and on a Slurm of one node (as root, where it is installed).
 test-engines: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
-	$(VENV)/bin/python -m pytest -rs tests/engines
+	$(VENV)/bin/python -m pytest -rs -n 2 tests/engines
 
 # The pictures of the documents; those that show a GPU are drawn only where there is one.
 docs-figures: $(VENV)/installed

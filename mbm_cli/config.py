@@ -370,8 +370,6 @@ class Engine(BaseModel):
             if at_once != "auto" and not (at_once.isdecimal() and 1 <= int(at_once) <= MOST_AT_ONCE):
                 raise RequestError(f"--at-once {at_once}: write auto, or a number from 1 to {MOST_AT_ONCE}")
             named["at_once"] = None if at_once == "auto" else int(at_once)
-        if named["on"] and at_once not in (None, "1"):
-            raise RequestError("--at-once is for runs on this machine: a lane of a cluster computes one run at a time")
         return self.model_copy(update=named)
 
 

@@ -11,18 +11,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mbm_cli import slurm
 from mbm_cli.config import Engine
 from mbm_cli.errors import Interrupted
-from mbm_cli.slurm import Attempt, Done, Look, Stop
+from mbm_cli.slurm import INTERRUPTED, LOOK_INTERVAL, Attempt, Done, Look, Stop
 from mbm_cli.turns import MOST, Turns, take_turns
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal sends them to all; only the parent acts on them
-LOOK_INTERVAL = 0.1  # seconds between two looks at what the workers have written
 Work = Callable[[Any, Stop], Turns]  # computes a task; workers import it by its name, and get tasks by pickling
 
 
@@ -31,34 +29,32 @@ def launch(tasks: list, work: Work, engine: Engine, folder: Path, look: Look, do
 
     With several jobs each has a process, or a lane of a cluster (`mbm_cli.slurm`); that of job k uses CUDA device k
     modulo their number. In a process, several tasks can take turns (`mbm_cli.turns`). A task whose process dies is
-    computed once more. Processes go on while they see a file in ``folder``. ``look`` is called often, with each task
-    that another process computes, ``done`` with a task and, if it failed, the reason.
+    computed once more, by itself. Processes go on while they see a file in ``folder``. ``look`` is called often, with
+    tasks that another process computes, ``done`` with a task and, if it failed, the reason.
     """
     permission = folder.absolute() / f".computing-{os.getpid()}"
     slurm.end_lanes(permission.parent)  # of a process that was killed
-    if engine.on is not None:
-        slurm.launch_lanes(tasks, partial(_attempt, work, 1), engine.jobs, permission, look, done, stopped, engine.on)
-    elif engine.jobs > 1:
-        size = min(engine.at_once or MOST, -(-len(tasks) // engine.jobs))
-        groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
-        _launch_workers(groups, partial(_attempt, work, engine.at_once), permission, look, done, stopped, engine.jobs)
-    else:
-        take_turns(tasks, lambda task: work(task, stopped), engine.at_once, done)
+    if engine.on is None and engine.jobs == 1:
+        return take_turns(tasks, lambda task: work(task, stopped), engine.at_once, done)
+    size = max(1, min(engine.at_once or MOST, -(-len(tasks) // engine.jobs)))
+    groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    launch_groups = slurm.launch_lanes if engine.on else _launch_workers
+    launch_groups(groups, partial(_attempt, work, engine.at_once), engine, permission, look, done, stopped)
 
 
 def _attempt(work: Work, at_once: int | None, tasks: list, stopped: Stop) -> list[str | None]:
-    """Compute tasks; return the reason for each that fails."""
-    reasons: dict[int, str | None] = {}
-    take_turns(tasks, lambda one: work(one, stopped), at_once, lambda one, why: reasons.update({id(one): why}))
-    return [reasons[id(task)] for task in tasks]
+    reasons: list[str | None] = [INTERRUPTED] * len(tasks)
+    with suppress(Interrupted):
+        take_turns(range(len(tasks)), lambda place: work(tasks[place], stopped), at_once, reasons.__setitem__)
+    return reasons
 
 
 def _launch_workers(
-    groups: list[list], attempt: Attempt, permission: Path, look: Look, done: Done, stopped: Stop, jobs: int
+    groups: list[list], attempt: Attempt, engine: Engine, permission: Path, look: Look, done: Done, stopped: Stop
 ) -> None:
     """Compute groups of tasks in worker processes, which stop when the file ``permission`` is gone."""
     waiting = deque((group, 1) for group in groups)  # with the number of the attempt
-    slots = [_Slot(number) for number in range(min(jobs, len(groups)))]
+    slots = [_Slot(number) for number in range(min(engine.jobs, len(groups)))]
     idle, running = slots.copy(), dict[Future[list[str | None]], tuple[_Slot, list, int]]()
     revoked = partial(_is_gone, permission)
     # After a kill Python's resource tracker removes the pools' semaphores, and would warn of them.
@@ -72,18 +68,17 @@ def _launch_workers(
             for future in wait(running, LOOK_INTERVAL, FIRST_COMPLETED).done:
                 slot, group, number = running.pop(future)
                 idle.append(slot)
-                error = future.exception()
-                died = slot.close() if isinstance(error, BrokenProcessPool) else None
-                if isinstance(error, Interrupted) or (died and number == 1):
-                    waiting.extend(([task], number + 1) for task in group)
-                else:
-                    reasons = [f"{task}: its process {died}" for task in group] if died else future.result()
-                    for task, reason in zip(group, reasons, strict=True):
+                died = slot.close() if isinstance(future.exception(), BrokenProcessPool) else None
+                lost = [INTERRUPTED if number == 1 else f"{task}: its process {died}" for task in group]
+                for task, reason in zip(group, lost if died else future.result(), strict=True):
+                    if reason == INTERRUPTED:
+                        waiting.append(([task], number + 1))
+                    else:
                         done(task, reason)
                 if not waiting:
                     slot.close()  # which frees its memory
-            for task in chain.from_iterable(group for _, group, _ in running.values()):
-                look(task)
+            for _, group, _ in running.values():
+                look(group)
             if stopped():
                 permission.unlink(missing_ok=True)
     finally:
@@ -105,8 +100,7 @@ class _Slot:
         import torch  # not at the top: a worker first sets which one of several CUDA devices it sees
 
         count = torch.cuda.device_count()
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = listed.split(",") if listed else [str(k) for k in range(count)]
+        names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
         self.environment = {} if count < 2 else {"CUDA_VISIBLE_DEVICES": names[number % count].strip()}
         self.pool: ProcessPoolExecutor | None = None
         self.born: set[Any] = set()

@@ -1,26 +1,30 @@
-"""Runs on a Slurm cluster: jobs of one array, each a lane that computes one run after the other."""
+"""Runs on a Slurm cluster: jobs of one array, each a lane that computes one group of runs after the other."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mbm_cli.config import Cluster
+from mbm_cli.config import Cluster, Engine
 from mbm_cli.errors import Interrupted, RequestError, RunError
 
-Look = Callable[[Any], None]
+Look = Callable[[list], object]
 Done = Callable[[Any, str | None], None]
 Stop = Callable[[], bool]
-Attempt = Callable[[list, Stop], list[str | None]]  # computes a task; returns the reason if it fails
-LOOK_INTERVAL, ASK_INTERVAL, PATIENCE = 0.3, 3, 30  # seconds: looks at the folder, asks Slurm, waits for an answer
-DEATHS = 2  # of lanes, after which their run is given up
-PLACE = "slurm"  # in a sweep's folder: what the lanes print, and a log of each run: its lane, then lines of these
+Attempt = Callable[[list, Stop], list[str | None]]  # computes a group of tasks; returns the reason of each that fails
+INTERRUPTED = ""  # instead of a reason: the task is to be computed again
+LOOK_INTERVAL, ASK_INTERVAL, PATIENCE = 0.2, 3, 30  # seconds: looks at the folder, asks Slurm, waits for an answer
+DEATHS = 2  # of lanes, after which their group is given up
+PLACE = "slurm"  # in a sweep's folder: what the lanes print, and a log of each group: its lane, then lines of these
 BEGUN, STOPPED, ENDED = "begun\n", "stopped\n", "ended: "
 
 
@@ -42,15 +46,16 @@ def _ask(*command: str) -> str:
 
 
 def launch_lanes(
-    tasks: list[Any], attempt: Attempt, jobs: int, permission: Path, look: Look, done: Done, stopped: Stop, on: Cluster
+    groups: list[list], attempt: Attempt, engine: Engine, permission: Path, look: Look, done: Done, stopped: Stop
 ) -> None:
-    """Compute tasks in lanes, and what they leave because some died in new ones; stop them by removing a file."""
-    folder, left, deaths, ask = permission.parent / PLACE, dict(enumerate(tasks)), [0] * len(tasks), 0.0
+    """Compute groups in lanes, and what they leave because some died in new ones; stop them by removing a file."""
+    folder, left, ask = permission.parent / PLACE, dict(enumerate(groups)), 0.0
+    deaths, numbers = Counter[int](), count(len(groups))
     permission.touch()
     try:
         while left:
-            count, queued, logs = min(jobs, len(left)), True, dict[int, str]()
-            _submit(partial(_compute_lane, left.copy(), attempt, permission, count), count, folder, on)
+            lanes, queued, logs = min(engine.jobs, len(left)), True, dict[int, str]()
+            _submit(partial(_compute_lane, left.copy(), attempt, permission, lanes), lanes, folder, engine)
             while queued:
                 time.sleep(LOOK_INTERVAL)
                 if stopped():
@@ -61,17 +66,22 @@ def launch_lanes(
                     logs[index] = (folder / str(index)).read_text()
                     look(left[index])
                     if ENDED in logs[index] and logs[index].endswith("\n"):
-                        done(left.pop(index), logs[index].partition(ENDED)[2].strip() or None)
+                        for one in zip(left.pop(index), json.loads(logs[index].partition(ENDED)[2]), strict=True):
+                            done(*one)
             if not logs:
                 raise RunError(f"no job began a run: see what they wrote in {folder}")
             for index in left.keys() & logs.keys():
                 (folder / str(index)).unlink()
                 deaths[index] += logs[index].count(BEGUN) - logs[index].count(STOPPED)
-                if deaths[index] >= DEATHS:
-                    done(left[index], f"{left.pop(index)}: its lane died {DEATHS} times: see {folder}")
+                if deaths[index] and len(left[index]) > 1:
+                    alone = {next(numbers): [task] for task in left.pop(index)}
+                    left, deaths = left | alone, deaths + Counter(alone.keys())
+                elif deaths[index] >= DEATHS:
+                    (task,) = left.pop(index)
+                    done(task, f"{task}: its lane died {DEATHS} times: see {folder}")
     finally:
         permission.unlink(missing_ok=True)
-        end_lanes(permission.parent, keep=bool(left) or max(deaths, default=0) >= DEATHS)
+        end_lanes(permission.parent, keep=bool(left) or DEATHS in deaths.values())
 
 
 def end_lanes(folder: Path, keep: bool = False) -> None:
@@ -93,42 +103,40 @@ def _is_queued(name: str) -> bool:  # not by sacct, which submitit would ask: it
         return True
 
 
-def _submit(lane: Callable[[int], None], count: int, folder: Path, on: Cluster) -> None:
+def _submit(lane: Callable[[int], None], lanes: int, folder: Path, engine: Engine) -> None:
     import submitit
 
-    executor = submitit.SlurmExecutor(folder)
+    on, executor = engine.on, submitit.SlurmExecutor(folder)
+    assert on is not None
     job = {"job_name": folder.parent.name, "partition": on.partition or None, "time": on.time}
     job |= {"gpus_per_node": on.gpus or None, "cpus_per_task": on.cpus, "signal_delay_s": min(90, 15 * on.time)}
     executor.update_parameters(**job, stderr_to_stdout=True, additional_parameters={"requeue": True})
     try:
-        executor.map_array(lane, range(count))
+        executor.map_array(lane, range(lanes))
     except RuntimeError as error:
         raise RunError(f"Slurm refuses the lanes: {str(error).strip().splitlines()[-1]}") from None
 
 
-def _compute_lane(tasks: dict[int, Any], attempt: Attempt, permission: Path, count: int, lane: int) -> None:
-    """Compute a lane's slice of the runs, then what the others have not begun."""
+def _compute_lane(groups: dict[int, list], attempt: Attempt, permission: Path, lanes: int, lane: int) -> None:
+    """Compute a lane's slice of the groups, then what the others have not begun."""
     signals: list[int] = []
     # submitit would ignore SIGTERM (cancelled, preempted), and break off a step at SIGUSR2 (the time is over).
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: signals.append(number))
-    for _, index in sorted(enumerate(tasks), key=lambda one: (one[0] - lane) % count):
-        path, log = permission.parent / PLACE / str(index), f"{lane}\n"
+    for _, index in sorted(enumerate(groups), key=lambda one: (one[0] - lane) % lanes):
+        path = permission.parent / PLACE / str(index)
         if signals or not permission.exists():
             break
-        try:
-            path.touch(exist_ok=False)  # one lane alone succeeds, also where flock does not hold between nodes
-        except FileExistsError:  # of this lane before it was requeued, or of another
-            log = path.read_text()
+        # One lane alone makes it, also where flock does not hold between nodes; this one, perhaps, before a requeue.
+        with suppress(FileExistsError), open(path, "x") as file:
+            file.write(f"{lane}\n")
+        log = path.read_text()
         if not log.startswith(f"{lane}\n") or ENDED in log or log.count(BEGUN) - log.count(STOPPED) >= DEATHS:
             continue
         with open(path, "a", buffering=1) as file:
-            file.write(BEGUN if BEGUN in log else log + BEGUN)
-            try:
-                (reason,) = attempt([tasks[index]], lambda: bool(signals) or not permission.exists())
-                file.write(f"{ENDED}{reason or ''}\n")
-            except Interrupted:
-                file.write(STOPPED)
+            file.write(BEGUN)
+            reasons = attempt(groups[index], lambda: bool(signals) or not permission.exists())
+            file.write(STOPPED if INTERRUPTED in reasons else f"{ENDED}{json.dumps(reasons)}\n")
     if signal.SIGUSR2 in signals and permission.exists():
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
     os._exit(0)  # nobody reads what submitit would write, and to tear down PyTorch's modules takes a second

@@ -332,7 +332,6 @@ REFUSED = {f"{command} {flags}": message for command in EXPERIMENTS for flags, m
     "resume one --jobs 2": "--jobs, --on and --at-once are for several runs: runs/one is a training run",
     "resume one --at-once 2": "--jobs, --on and --at-once are for several runs: runs/one is a training run",
     "sweep --vary optimizer.lr=1,2 --at-once 0": "--at-once 0: write auto, or a number from 1 to 1024",
-    "sweep --vary optimizer.lr=1,2 --at-once 2 --on slurm://a": "--at-once is for runs on this machine",
     "sweep --vary optimizer.lr=1,2 --on slurm": "--on slurm: write local, or slurm://PARTITION",
     "sweep --vary optimizer.lr=1,2 --on slurm://a?gpu=1": "--on .*: write local, or slurm://PARTITION",
     "sweep --vary optimizer.lr=1,2 --on slurm://a?cpus=0": "--on .*: write local, or slurm://PARTITION",

@@ -59,7 +59,7 @@ class Log:
         self.looks: set[str] = set()
 
     def launch(self, tasks: list[str], engine: Engine, stopped=lambda: False) -> None:
-        launch(tasks, work, engine, Path(), self.looks.add, lambda *one: self.reasons.append(one), stopped)
+        launch(tasks, work, engine, Path(), self.looks.update, lambda *one: self.reasons.append(one), stopped)
 
 
 @pytest.fixture
@@ -97,11 +97,16 @@ def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others, at
     assert sorted(log.reasons) == sorted([(task, reason), *((other, None) for other in others)])
 
 
-@pytest.mark.parametrize(("jobs", "tasks"), [(1, ["a", WAIT, "b"]), (2, ["a", WAIT, WAIT])])
-def test_interrupt_keeps_what_is_done(log, jobs, tasks):
+@pytest.mark.parametrize(
+    ("jobs", "at_once", "tasks", "done"),
+    [(1, 1, ["a", WAIT, "b"], "a"), (2, 1, ["a", WAIT, WAIT], "a"), (2, 2, ["a", WAIT, "b", WAIT], "ab")],
+    ids=["one process", "two", "two with two in turn"],
+)
+def test_interrupt_keeps_what_is_done(log, jobs, at_once, tasks, done):
+    engine = Engine(jobs=jobs, at_once=at_once)
     with pytest.raises(Interrupted):
-        log.launch(tasks, Engine(jobs=jobs), stopped=lambda: len(list(Path().glob("waiting *"))) == jobs)
-    assert log.reasons == [("a", None)]
+        log.launch(tasks, engine, stopped=lambda: len(list(Path().glob("waiting *"))) == jobs)
+    assert sorted(log.reasons) == [(task, None) for task in done]
     assert (WAIT in log.looks) == (jobs > 1)
 
 
@@ -109,7 +114,7 @@ def test_removed_file_stops_the_workers(log, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
 
-    def remove(task: str) -> None:
+    def remove(tasks: list[str]) -> None:
         for path in folder.iterdir():
             path.unlink()
 
@@ -122,7 +127,7 @@ def test_failing_callback_stops_the_workers(log):
         raise RunError("the disk is full")
 
     with pytest.raises(RunError, match="the disk is full"):
-        launch(["a", WAIT], work, Engine(jobs=2), Path(), log.looks.add, fail, lambda: False)
+        launch(["a", WAIT], work, Engine(jobs=2), Path(), log.looks.update, fail, lambda: False)
 
 
 @pytest.mark.parametrize(

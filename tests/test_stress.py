@@ -21,7 +21,7 @@ EPOCH += ["--set", "data.train_limit=60", "--set", "data.test_limit=50"]
 @pytest.mark.parametrize(
     "code",
     [
-        "import kills, disk; kills.main(3); disk.main(2)",
+        "import kills, disk; kills.main(2); disk.main(2)",
         "import memory, convolutions; memory.main(12); convolutions.main(150, 0)",
     ],
     ids=["kills and disk", "memory and convolutions"],

@@ -133,7 +133,7 @@ def conclude(
     if plan.on is None:
         return finish(_conclude(task))
     done = lambda task, reason: failures.append(reason)  # noqa: E731
-    launch([task], _conclude, Engine(on=plan.on), run.folder, lambda task: None, done, stopped)
+    launch([task], _conclude, Engine(on=plan.on), run.folder, lambda tasks: None, done, stopped)
     if failures != [None]:
         raise RunError(str(failures[0]))
     return run.read(Comparison, "compare.json")

@@ -247,7 +247,8 @@ def carry_out(
         Interrupted: ``stopped`` returned true.
     """
     device = lifecycle.use_device(varied[0])
-    if len({one.device for one in varied}) > 1 or (plan.at_once is None and device.type == "cpu"):
+    on_cpu = device.type == "cpu" if plan.on is None else plan.on.gpus == 0
+    if len({one.device for one in varied}) > 1 or (plan.at_once is None and on_cpu):
         plan = plan.model_copy(update={"at_once": 1})  # turns are for one device, and save time on a GPU
     members = _members(run, plan, varied)
     results = _Results(run, config.note, varied, device)
@@ -256,6 +257,10 @@ def carry_out(
         row = results.add(member, reason)
         results.summarize("running")
         watch.done(member.label, row)
+
+    def look(members: Sequence[Member]) -> None:
+        for member in members:
+            watch.progress(member.label, member.part)
 
     with lifecycle.computing(run, watch, results.summarize, lambda: f"after {len(results)} of {len(members)} runs"):
         for member in members:
@@ -266,7 +271,7 @@ def carry_out(
         watch.begin(what, "run", len(members), len(results))
         todo = [member for member in members if member not in results]
         work = train_member if plan.on or plan.jobs > 1 else partial(train_member, watch=watch)
-        launch(todo, work, plan, run.folder, lambda one: watch.progress(one.label, one.part), done, stopped)
+        launch(todo, work, plan, run.folder, look, done, stopped)
         rows = results.of(members)
         failed = [row for row in rows if row.status == "failed"]
         concludes = not failed or plan.kind != "comparison"

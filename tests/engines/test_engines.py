@@ -13,17 +13,17 @@ from stress.runs import DONE, SMALL, check_same, mbm, run_in, start, state
 from mbm_cli.runs import list_runs
 
 LOCAL, SLURM = ["--jobs", "2", "--on", "local"], ["--jobs", "2", "--on", "slurm://low?time=5"]
-ENGINES = pytest.mark.parametrize("engine", [LOCAL, SLURM], ids=["local", "slurm"])
+IN_TURN = ["--at-once", "2", "--on", "slurm://low?time=5"]  # two runs in one lane
 EPOCHS = [*SMALL, "--set", "train.checkpoint_every=8", "--epochs", "24"]  # a few seconds
-ONE, TWO = "mbm", "mbm,mbm-t20"  # runs, and processes that compute them
+ONE, TWO = "mbm", "mbm,mbm-t20"  # runs
 WAIT = 60  # seconds for anything
 
 
 @pytest.fixture(autouse=True)
 def engine_is_there(request):
     """Start Slurm for the tests that need it."""
-    local = "callspec" in request.node.keywords and SLURM not in request.node.callspec.params.values()
-    if not local:
+    local = "callspec" in request.node.keywords and request.node.callspec.params.get("engine") is LOCAL
+    if not local or "other" in request.node.callspec.params:
         request.getfixturevalue("slurm")
 
 
@@ -67,9 +67,9 @@ def workers(folder: Path) -> list[int]:
     return found
 
 
-def begun(folder: Path) -> Callable[[], bool]:
-    """Return what says whether all processes have computed something."""
-    return lambda: len(list(folder.glob("runs/*/*/checkpoint.pt"))) == len(workers(folder)) > 0
+def begun(folder: Path, multipliers: str) -> Callable[[], bool]:
+    """Return what says whether all runs have come to a checkpoint."""
+    return lambda: len(list(folder.glob("runs/*/*/checkpoint.pt"))) == len(multipliers.split(","))
 
 
 def slurm_says(*command: str) -> list[str]:
@@ -80,21 +80,19 @@ def jobs() -> list[str]:
     return slurm_says("squeue", "--noheader", "--partition=low", "--array", "--format=%A")
 
 
-@ENGINES
-@pytest.mark.parametrize("multipliers", [ONE, TWO], ids=["one lane", "two lanes"])
-def test_killed_process_changes_no_bit(engine, multipliers, undisturbed, tmp_path):
-    process = start(*sweep(multipliers), *engine, folder=tmp_path)
-    wait_for(begun(tmp_path))
+@pytest.mark.parametrize(("engine", "disturbed"), [(IN_TURN, 2), (SLURM, 1)], ids=["one lane", "two lanes"])
+def test_killed_lane_changes_no_bit(engine, disturbed, undisturbed, tmp_path):
+    process = start(*sweep(TWO), *engine, folder=tmp_path)
+    wait_for(begun(tmp_path, TWO))
     os.kill(workers(tmp_path)[0], signal.SIGKILL)
     assert process.wait() == DONE
-    check_same(run_in(tmp_path), undisturbed(multipliers))
-    assert sum("resumed" in run.environment() for run in list_runs(run_in(tmp_path))) == 1
+    check_same(run_in(tmp_path), undisturbed(TWO))
+    assert sum("resumed" in run.environment() for run in list_runs(run_in(tmp_path))) == disturbed
 
 
-@ENGINES
-def test_failing_run_stops_no_other(engine, undisturbed, tmp_path):
+def test_failing_run_stops_no_other(undisturbed, tmp_path):
     vary = ["--vary", "optimizer.lr=1e30,0.001"]
-    answer = mbm("sweep", *vary, "--multiplier", ONE, *EPOCHS, *engine, folder=tmp_path)
+    answer = mbm("sweep", *vary, "--multiplier", ONE, *EPOCHS, *IN_TURN, folder=tmp_path)
     assert answer.code == 1
     assert "1 of 2 runs failed, the first one: epoch 1 of 24: the loss of step" in answer.err
     (good,) = [run for run in list_runs(run_in(tmp_path)) if run.summary().status == "completed"]
@@ -107,7 +105,7 @@ def test_failing_run_stops_no_other(engine, undisturbed, tmp_path):
 )
 def test_interrupted_sweep_resumes_on_another_engine(engine, other, multipliers, undisturbed, tmp_path):
     process = start(*sweep(multipliers), *engine, folder=tmp_path)
-    wait_for(begun(tmp_path))
+    wait_for(begun(tmp_path, multipliers))
     process.send(signal.SIGINT)
     answer = process.wait()
     assert (answer.code, workers(tmp_path), jobs()) == (130, [], [])
@@ -116,10 +114,10 @@ def test_interrupted_sweep_resumes_on_another_engine(engine, other, multipliers,
     check_same(run_in(tmp_path), undisturbed(multipliers))
 
 
-@ENGINES
+@pytest.mark.parametrize("engine", [LOCAL, SLURM], ids=["local", "slurm"])
 def test_killed_parent_loses_nothing(engine, undisturbed, tmp_path):
     process = start(*sweep(ONE), *engine, folder=tmp_path)
-    wait_for(begun(tmp_path))
+    wait_for(begun(tmp_path, ONE))
     process.send(signal.SIGKILL)
     process.wait()
     end = {"completed"} if engine is SLURM else {"stopped"}  # lanes go on
@@ -130,7 +128,7 @@ def test_killed_parent_loses_nothing(engine, undisturbed, tmp_path):
 
 def test_resume_replaces_lanes_that_still_compute(undisturbed, tmp_path):
     process = start(*sweep(ONE), *SLURM, folder=tmp_path)
-    wait_for(begun(tmp_path))
+    wait_for(begun(tmp_path, ONE))
     process.send(signal.SIGKILL)
     process.wait()
     assert mbm("resume", run_in(tmp_path), "--quiet", *LOCAL, folder=tmp_path) == DONE
@@ -141,7 +139,7 @@ def test_resume_replaces_lanes_that_still_compute(undisturbed, tmp_path):
 @pytest.mark.parametrize("how", ["preempt", "requeue", "time limit"])
 def test_requeued_lane_computes_each_step_once(how, undisturbed, tmp_path):
     process = start(*sweep(ONE), *SLURM, folder=tmp_path)
-    wait_for(begun(tmp_path))
+    wait_for(begun(tmp_path, ONE))
     (job,) = jobs()
     if how == "preempt":
         slurm_says("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
