@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -93,6 +94,22 @@ def test_search_without_start_trains_one_without_held_out_images():
     assert (start.config().data.train_limit, str(start.config().model.multiplier)) == (50, "exact")
     assert len(made().read_json("search.json")["front"][0]["multipliers"]) == 5  # LeNet's layers
     assert made().read_json("search.json")["evaluations"] == 4
+    # In another folder, what is missing is trained from the same start.
+    moved = made().folder.rename("moved")
+    lost = next(run for run in list_runs(moved) if "init" in run.environment())
+    name = lost.config().name
+    shutil.rmtree(lost.folder)
+    assert mbm("resume", "moved", "--quiet") == SILENT
+    (found,) = (run for run in list_runs(moved) if run.config().name == name)
+    assert found.environment()["init"]["path"] == str(moved.absolute() / start.name / "checkpoint.pt")
+
+
+def test_interrupted_search_keeps_what_layers_do_alone():
+    answer = mbm(*SEARCH, "--trials", 4, stopped=after(3))
+    assert (answer.code, answer.out) == (130, "")
+    assert mbm("resume", made().name, "--quiet") == SILENT
+    written = [line for line in (made().folder / "study.log").read_text().splitlines() if '"drop"' in line]
+    assert [line.count('"drop"') for line in written] == [1, 2, 3, 4, 5, 6]
 
 
 def test_interrupted_search_resumes():

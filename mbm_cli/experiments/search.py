@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import io
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -174,7 +175,7 @@ def resume(run: Run, flags: Flags, watch: Watch, stopped: Stopped) -> Finished[S
     """Resume a search: keep what is evaluated and trained. ``flags`` as in `members.resume`; otherwise as `search`."""
     config, plan, varied = members.reopen(run, flags)
     with run.hold():
-        return _carry_out(run, config, plan, varied, watch, stopped)
+        return _carry_out(run, config, plan, [_with_start(one, run.folder) for one in varied], watch, stopped)
 
 
 # The candidates
@@ -254,19 +255,24 @@ class _Evaluator:
         convert(self.model, LayerMultipliers(tuple((layer, self.candidates[c]) for layer, c in assignment.items())))
         return evaluate(self.model, images, self.batch)
 
-    def sensitivities(self, layers: Sequence[str], stopped: Stopped) -> list[Sensitivity]:
-        """Measure each layer with each candidate but the first, the others being exact, on the calibration images."""
+    def sensitivities(
+        self, layers: Sequence[str], stopped: Stopped, known: Collection[tuple[str, str]]
+    ) -> Iterator[Sensitivity]:
+        """Measure each layer with each candidate but the first, the others being exact, on the calibration images.
+
+        Args:
+            known: layers and candidates that need not be measured.
+        """
         exact, *others = self.candidates
         loss, accuracy = self(dict.fromkeys(layers, exact), self.calibration)
-        found = []
-        for layer in layers:
-            for candidate in others:
-                if stopped():
-                    raise Interrupted("interrupted")
-                its_loss, its_accuracy = self({**dict.fromkeys(layers, exact), layer: candidate}, self.calibration)
-                rise = its_loss - loss if math.isfinite(its_loss) else WORST
-                found.append(Sensitivity(layer, candidate, 100 * (accuracy - its_accuracy), rise))
-        return found
+        for layer, candidate in itertools.product(layers, others):
+            if (layer, candidate) in known:
+                continue
+            if stopped():
+                raise Interrupted("interrupted")
+            its_loss, its_accuracy = self({**dict.fromkeys(layers, exact), layer: candidate}, self.calibration)
+            rise = its_loss - loss if math.isfinite(its_loss) else WORST
+            yield Sensitivity(layer, candidate, 100 * (accuracy - its_accuracy), rise)
 
 
 def _state(start: str, model: nn.Module) -> tuple[dict[str, Any], str]:
@@ -377,6 +383,13 @@ def _start(run: Run, config: Config, images: int, watch: Watch, stopped: Stopped
     return str((member.run.folder / "checkpoint.pt").absolute())
 
 
+def _with_start(config: Config, folder: Path) -> Config:
+    """Return the config with the start that lies in a search's folder, which may have been moved."""
+    before = Path(config.train.init or "")
+    start = folder.absolute() / before.parent.name / before.name
+    return config.with_train(init=str(start)) if start.is_file() else config
+
+
 def _cost(assignment: Assignment, layers: Mapping[str, int], costs: Mapping[str, float]) -> float:
     """Return the cost of all products, an exact network's being 1."""
     return sum(layers[layer] * costs[candidate] for layer, candidate in assignment.items()) / sum(layers.values())
@@ -394,11 +407,14 @@ def _planned(
 
     The model adds the rises of the cross-entropy: accuracies of so few images are too coarse to be added.
     """
-    measured = study.sensitivities(lambda: [vars(one) for one in evaluator.sensitivities([*layers], stopped)])
+    measured = [Sensitivity(**one) for one in study.sensitivities]
+    for one in evaluator.sensitivities([*layers], stopped, {(one.layer, one.candidate) for one in measured}):
+        measured.append(one)
+        study.keep_sensitivities([vars(one) for one in measured])
     exact = next(iter(costs))
     losses = {layer: {exact: 0.0} for layer in layers}
     for one in measured:
-        losses[one["layer"]][one["candidate"]] = one["loss"]
+        losses[one.layer][one.candidate] = one.loss
     of_layers = {layer: {name: layers[layer] * cost for name, cost in costs.items()} for layer in layers}
     uniform = [dict.fromkeys(layers, name) for name in costs]
     modelled = [one for one in additive_front(of_layers, losses) if one not in uniform]
@@ -486,7 +502,7 @@ def conclude(run: Run, config: Config, plan: Plan, varied: Sequence[Config], row
         held_out=settings.held_out,
         evaluations=len(evaluations),
         seconds=sum(one.seconds for one in evaluations),
-        sensitivities=[Sensitivity(**one) for one in study.sensitivities(list)],
+        sensitivities=[Sensitivity(**one) for one in study.sensitivities],
         uniform=uniform,
         searched=searched,
         front=best,

@@ -63,13 +63,14 @@ class Study:
         self.run = run
         self.states = optuna.trial.TrialState
 
-    def sensitivities(self, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Return what each layer's multiplier does alone, measured unless the study knows it."""
-        known: list[dict[str, Any]] | None = self.study.user_attrs.get(_SENSITIVITIES)
-        if known is None:
-            known = measure()
-            self.study.set_user_attr(_SENSITIVITIES, known)
+    @property
+    def sensitivities(self) -> list[dict[str, Any]]:
+        """What a layer's multiplier does alone, as far as it is known: plain data."""
+        known: list[dict[str, Any]] = self.study.user_attrs.get(_SENSITIVITIES, [])
         return known
+
+    def keep_sensitivities(self, known: list[dict[str, Any]]) -> None:
+        self.study.set_user_attr(_SENSITIVITIES, known)
 
     def evaluations(self) -> list[Evaluation]:
         """Return each assignment that was evaluated, by any process, in the order of the study."""
