@@ -104,7 +104,7 @@ class Network:
     """A network by its name, ``lenet`` or ``python:FILE.py:function``.
 
     Attributes:
-        content: of a function, what ``mbm_cli.multipliers.code.read_network`` returns. It stays in its process.
+        content: of a function, what ``mbm_cli.multipliers.code.python.read_network`` returns. It stays in its process.
 
     Raises:
         ValueError: not a name of a network.

@@ -49,3 +49,8 @@ def did_you_mean(word: object, choices: Iterable[str], cutoff: float = 0.6) -> s
 
 def clip(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """Write an error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

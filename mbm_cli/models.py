@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_cli.data import Shape
-from mbm_cli.multipliers.code import UsersNetwork, first_line
+from mbm_cli.errors import first_line
+from mbm_cli.multipliers.code.python import UsersNetwork
 from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.ops import BackwardLike

@@ -11,8 +11,8 @@ from tables import EXAMPLES, IN_C, IN_PYTHON
 from mbm_cli import conv2d, multiply, resolve
 from mbm_cli.errors import RunError
 from mbm_cli.experiments.lifecycle import check_function
-from mbm_cli.multipliers.code import check_magnitude, tabulate
 from mbm_cli.multipliers.float32 import reference_product
+from mbm_cli.multipliers.tabulate import check_magnitude, tabulate
 
 
 @pytest.fixture

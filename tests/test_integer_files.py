@@ -8,7 +8,7 @@ import pytest
 from commands import mbm
 
 from mbm_cli import resolve
-from mbm_cli.multipliers import code
+from mbm_cli.multipliers.code import compiler, integers
 from mbm_cli.multipliers.integer import IntegerTable, Operands
 
 SIGNED, UNSIGNED = Operands(8, True), Operands(8, False)
@@ -172,7 +172,7 @@ def refused(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["int8:hang.c", "int8:hang.py:f"])
 def test_hanging_functions_are_ended(name, monkeypatch):
-    monkeypatch.setattr(code, "SECONDS", 2.0)
+    monkeypatch.setattr(integers, "SECONDS", 2.0)
     write("hang.c", "int f(int A, int B) { volatile int x = 1; while (x) {} return 0; }")
     write("hang.py", "def f(a, b):\n    while True:\n        pass\n")
     start = time.monotonic()
@@ -181,7 +181,7 @@ def test_hanging_functions_are_ended(name, monkeypatch):
 
 
 def test_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(code.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     write("m.c", "int f(int A, int B) { return A; }")
     refused("int8:m.c", r"needs a C compiler on the CPU: install one \(gcc or clang\), or name it in CC")
 

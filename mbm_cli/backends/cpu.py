@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mbm_cli import _cpu
 from mbm_cli.backends.geometry import Geometry
 from mbm_cli.backends.operators import Operators
-from mbm_cli.multipliers.code import Function, compile_library
+from mbm_cli.multipliers.code.c import Function, compile_library
 from mbm_cli.multipliers.content import TABLE, exchange, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mbm_cli.backends.cuda_programs import CudaError, Program, address, multiprocessors_of, seconds, source
 from mbm_cli.backends.geometry import Geometry
-from mbm_cli.multipliers.code import Function, first_compiler_error
+from mbm_cli.multipliers.code.c import Function
+from mbm_cli.multipliers.code.compiler import first_compiler_error
 from mbm_cli.multipliers.content import TABLE, exchange, of_handle
 from mbm_cli.multipliers.float32 import FRACTION_BITS
 

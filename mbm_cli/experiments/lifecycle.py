@@ -20,8 +20,9 @@ from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import weights
 from mbm_cli.models import Layer, build, describe_layers, try_out
 from mbm_cli.multipliers import content
-from mbm_cli.multipliers.code import Namespace, UsersNetwork, check_magnitude, read_network
+from mbm_cli.multipliers.code.python import Namespace, UsersNetwork, read_network
 from mbm_cli.multipliers.names import EXACT, Backward, Multiplier
+from mbm_cli.multipliers.tabulate import check_magnitude
 from mbm_cli.ops import multiply
 from mbm_cli.quantize import Quantization, calibrate, quantizers
 from mbm_cli.runs import Run

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mbm_cli.multipliers import code, integer, integer_files, tables
-from mbm_cli.multipliers.code import Function, Namespace
+from mbm_cli.multipliers import integer, integer_files, tables
+from mbm_cli.multipliers.code.c import Function, read_c, tabulate_c
+from mbm_cli.multipliers.code.python import Namespace, read_python
 from mbm_cli.multipliers.float32 import reference_product
 from mbm_cli.multipliers.integer import IntegerTable
 from mbm_cli.multipliers.names import Backward, IntegerMultiplier, LayerMultipliers, Multiplier
 from mbm_cli.multipliers.tables import Table
+from mbm_cli.multipliers.tabulate import tabulate
 
 _exchanged = WeakTensorKeyDictionary()
 TABLE = "table"  # the handle of every product that a table defines
@@ -46,11 +48,11 @@ def resolve(multiplier: Multiplier | str, run: dict[Path, Namespace] | None = No
     if multiplier.family == "lut":
         content = tables.read(Path(os.path.expanduser(multiplier.file)))
     elif multiplier.family == "c":
-        content = code.read_c(multiplier.file, multiplier.function)
+        content = read_c(multiplier.file, multiplier.function)
         if multiplier.bits is not None:
-            content = code.tabulate_c(content, multiplier.bits, str(multiplier))
+            content = tabulate_c(content, multiplier.bits, str(multiplier))
     else:
-        content = code.read_python(multiplier.file, multiplier.function, multiplier.bits, {} if run is None else run)
+        content = read_python(multiplier.file, multiplier.function, multiplier.bits, {} if run is None else run)
     return replace(multiplier, content=content)
 
 
@@ -155,5 +157,5 @@ def export(multiplier: Multiplier, bits: int) -> Table:
         ValueError: more bits than a table may have, or a function in C that does not compile or multiply.
     """
     if isinstance(multiplier.content, Function):
-        return code.tabulate_c(multiplier.content, bits, str(multiplier))
-    return code.tabulate(lambda a, b: reference_product(a, b, multiplier), bits, str(multiplier))
+        return tabulate_c(multiplier.content, bits, str(multiplier))
+    return tabulate(lambda a, b: reference_product(a, b, multiplier), bits, str(multiplier))

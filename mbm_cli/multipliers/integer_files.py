@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbm_cli.multipliers import code
+from mbm_cli.multipliers.code import existing
+from mbm_cli.multipliers.code.c import C_SIZE_LIMIT, plain_type
+from mbm_cli.multipliers.code.integers import integers_of_c, integers_of_python
 from mbm_cli.multipliers.integer import IntegerTable, Operands
 from mbm_cli.multipliers.names import ORDERS, IntegerMultiplier
 
@@ -104,11 +106,11 @@ def _read(multiplier: IntegerMultiplier) -> IntegerTable:
     operands, orders = multiplier.operands, set(multiplier.order) - {TRANSPOSED}
     if len(orders) > 1:
         raise ValueError(f"{multiplier}: a table has one order, {CODES} or {SORTED}")
-    path = code.existing(multiplier.file)
+    path = existing(multiplier.file)
     content, costs = _content(path), {}
     match path.suffix.lower():
         case ".py":
-            found = _of_array(code.integers_of_python(path, multiplier.function, operands), operands, False)
+            found = _of_array(integers_of_python(path, multiplier.function, operands), operands, False)
         case ".npy":
             found = _of_npy(content, path, operands)
         case ".bin":
@@ -336,13 +338,13 @@ def _functions(plain: str) -> list[_Function]:
         before = _RESULT.search(plain, max(0, match.start() - 200), match.start())
         if before and match["name"] not in ("if", "while", "switch"):
             parameters = tuple(map(_parameter, match["parameters"].split(",")))
-            found.append(_Function(code.plain_type(before[0]), match["name"], parameters))
+            found.append(_Function(plain_type(before[0]), match["name"], parameters))
     return found
 
 
 def _parameter(text: str) -> tuple[str, str]:
     match = _PARAMETER.fullmatch(text.strip())
-    return (code.plain_type(match["type"]), match["name"]) if match else (code.plain_type(text), "")
+    return (plain_type(match["type"]), match["name"]) if match else (plain_type(text), "")
 
 
 def _is_integer(type: str) -> bool:
@@ -359,10 +361,10 @@ def _of_function(function: _Function, text: str, path: Path, operands: Operands)
     for type, _ in function.parameters:
         if operands.most > 127 and not _is_unsigned(type) and ("char" in type or "8_t" in type):
             raise ValueError(f"{path}: {function} takes {type}, which does not have all numbers of {operands}")
-    if len(text) > code.C_SIZE_LIMIT:
-        raise ValueError(f"{path} is larger than {code.C_SIZE_LIMIT >> 20} MiB, too large for a function")
+    if len(text) > C_SIZE_LIMIT:
+        raise ValueError(f"{path} is larger than {C_SIZE_LIMIT >> 20} MiB, too large for a function")
     call = function.call(operands)
-    products = code.integers_of_c(text, path.parent, call, operands, f"{path}:{function.name}")
+    products = integers_of_c(text, path.parent, call, operands, f"{path}:{function.name}")
     width = 2 * operands.bits
     if not _is_unsigned(function.result):
         return _Found(products, {width}, False)
