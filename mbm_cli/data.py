@@ -1,24 +1,21 @@
-"""Data sets: what each one is, and how its files become images and labels on a device.
+"""Data sets: what each one is, and how its files are had.
 
 Importing it loads neither NumPy nor PyTorch: configs are checked for the names of data sets without them.
 """
 
 import gzip
-import hashlib
-import io
 import itertools
 import os
-import pickle
 import tempfile
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from mbm_cli.data_arrays import Arrays, Shape, read_cifar, read_emnist, read_idx, splits
 from mbm_cli.data_files import (
     SOURCE_FAILURES,
     DigestOf,
@@ -32,18 +29,13 @@ from mbm_cli.data_files import (
     named_root,
     say,
 )
-from mbm_cli.errors import RequestError, RunError
+from mbm_cli.errors import RunError
+from mbm_cli.own_data import OwnFile
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from torch import Tensor
 
     from mbm_cli.training import Split
-
-Shape = tuple[int, int, int]  # of an image: channels, height, width
-# Images and labels of the training set, then of the test set: (N, C, H, W) and (N,), as files have them.
-Arrays = tuple["np.ndarray", "np.ndarray", "np.ndarray", "np.ndarray"]
 
 
 class Dataset(Protocol):
@@ -79,42 +71,6 @@ class Dataset(Protocol):
 
 
 # Published data sets
-
-
-def read_idx(files: Sequence[bytes]) -> Arrays:
-    """Read MNIST's format: training images and labels, test images and labels, each plain or gzip."""
-    train, train_labels, test, test_labels = map(_idx_array, files)
-    return train[:, None], train_labels, test[:, None], test_labels
-
-
-def _idx_array(content: bytes) -> "np.ndarray":
-    import numpy as np
-
-    # The IDX format: 2 zeros, the type, the number of dimensions, each dimension in 4 bytes, the values.
-    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    sizes = np.frombuffer(content, ">u4", content[3], 4)
-    kind = np.dtype({0x08: "u1", 0x0C: ">i4"}[content[2]])
-    values = np.frombuffer(content, kind, offset=4 + 4 * len(sizes)).reshape(sizes)
-    return values[:, 0] if values.ndim == 2 else values  # of QMNIST's labels the first of eight numbers is the class
-
-
-def _read_emnist(split: str, files: Sequence[bytes]) -> Arrays:
-    """Read one split of EMNIST's archive; its images are stored by columns."""
-    parts = [f"{part}-{kind}" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")]
-    with zipfile.ZipFile(io.BytesIO(files[0])) as archive:
-        read = read_idx([archive.read(f"gzip/emnist-{split}-{part}-ubyte.gz") for part in parts])
-    first = 1 if split == "letters" else 0  # letters count from 1
-    return read[0].swapaxes(2, 3), read[1] - first, read[2].swapaxes(2, 3), read[3] - first
-
-
-def _read_cifar(labels: str, files: Sequence[bytes]) -> Arrays:
-    """Read CIFAR's pickled batches, of which the last one is the test set. Their checksums have been verified."""
-    import numpy as np
-
-    batches = [pickle.loads(content, encoding="latin1") for content in files]
-    images = [np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32) for batch in batches]
-    numbers = [np.asarray(batch[labels]) for batch in batches]
-    return np.concatenate(images[:-1]), np.concatenate(numbers[:-1]), images[-1], numbers[-1]
 
 
 @dataclass(frozen=True)
@@ -163,7 +119,7 @@ class Published:
     ) -> "tuple[Split, Split]":
         contents = self._fetched(root, hash_once).contents
         arrays = self.read([contents[name] for name in self.md5])
-        return _splits(arrays, self.classes, self.mean, self.std, device, train_limit, test_limit)
+        return splits(arrays, self.classes, self.mean, self.std, device, train_limit, test_limit)
 
     def fetch(self, root: Path | None = None) -> Path:
         """Ensure that the files exist and are verified; return the folder that holds them.
@@ -333,7 +289,7 @@ CIFAR10 = Published(
     shape=(3, 32, 32),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
-    read=partial(_read_cifar, "labels"),
+    read=partial(read_cifar, "labels"),
     mirrors=("https://www.cs.toronto.edu/~kriz/",),
     archive="cifar-10-python.tar.gz",
 )
@@ -345,7 +301,7 @@ CIFAR100 = Published(
     classes=100,
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
-    read=partial(_read_cifar, "fine_labels"),
+    read=partial(read_cifar, "fine_labels"),
     mirrors=("https://www.cs.toronto.edu/~kriz/",),
     archive="cifar-100-python.tar.gz",
 )
@@ -356,7 +312,7 @@ EMNIST = {
         {"gzip.zip": "58c8d27c78d21e728a6bc7b3cc06412e"},
         ("EMNIST/raw",),
         classes=classes,
-        read=partial(_read_emnist, split),
+        read=partial(read_emnist, split),
         mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
     )
     for split, classes in _EMNIST_CLASSES.items()
@@ -379,216 +335,6 @@ def damages(root: Path | None = None) -> dict[str, tuple[Path, list[str]]]:
     return {name: once(dataset.name) for name, dataset in DATASETS.items()}
 
 
-# A data set of one's own
-
-
-@dataclass(frozen=True)
-class OwnFile:
-    """A data set in an ``.npz`` file: ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
-
-    Images are uint8 or float32, (N, H, W) or (N, C, H, W). uint8 is divided by 255 and standardised by the training
-    images' mean and standard deviation, channel by channel; float32 is taken as it is.
-    """
-
-    path: str
-
-    @property
-    def shape(self) -> Shape:
-        return _describe_npz(self.path, _version(self.path))[0]
-
-    @property
-    def classes(self) -> int:
-        return _describe_npz(self.path, _version(self.path))[1]
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the file."""
-        return _sha256(self.path, _version(self.path))
-
-    def fetch(self, root: Path | None = None) -> Path:
-        _describe_npz(self.path, _version(self.path))
-        return Path(self.path).parent
-
-    def load(
-        self,
-        device: "torch.device | str",
-        root: Path | None = None,
-        train_limit: int | None = None,
-        test_limit: int | None = None,
-    ) -> "tuple[Split, Split]":
-        import numpy as np
-
-        self.fetch()
-        with _reading_npz(self.path), np.load(self.path, allow_pickle=False) as file:
-            train, train_labels, test, test_labels = (file[name] for name in _NPZ)
-            for name, images in (("train_images", train), ("test_images", test)):
-                if images.dtype.kind == "f" and not np.isfinite(images).all():
-                    raise ValueError(f"{name} has values that are not finite")
-        train, test = (images[:, None] if images.ndim == 3 else images for images in (train, test))
-        arrays = train, train_labels, test, test_labels
-        return _splits(arrays, self.classes, (), (), device, train_limit, test_limit)
-
-
-_NPZ = ("train_images", "train_labels", "test_images", "test_labels")
-
-
 def dataset_of(name: str) -> Dataset:
     """Return the data set of `DATASETS` with this name, or that in this ``.npz`` file."""
     return OwnFile(name) if name.endswith(".npz") else DATASETS[name]
-
-
-def _version(path: str) -> tuple[int, int]:
-    """Return what changes with the content of a file."""
-    with _reading_npz(path):
-        found = os.stat(path)
-    return found.st_mtime_ns, found.st_size
-
-
-@lru_cache(maxsize=8)
-def _sha256(path: str, version: tuple[int, int]) -> str:
-    with _reading_npz(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _describe_npz(path: str, version: tuple[int, int]) -> tuple[Shape, int]:
-    """Return the shape of an image and the number of classes; check all but the pixels' values.
-
-    Raises:
-        RequestError: something is missing or wrong.
-    """
-    import numpy as np
-
-    with _reading_npz(path), np.load(path, allow_pickle=False) as file:
-        if missing := [name for name in _NPZ if name not in file]:
-            raise ValueError(f"has no array {', '.join(missing)}: the arrays are {', '.join(_NPZ)}")
-        shapes, types, classes = [], [], 0
-        for images_name, labels_name in (_NPZ[:2], _NPZ[2:]):
-            with file.zip.open(f"{images_name}.npy") as member:
-                shape, dtype = _npy_header(member)
-            labels = file[labels_name]
-            if dtype not in (np.uint8, np.float32) or len(shape) not in (3, 4) or 0 in shape:
-                raise ValueError(
-                    f"{images_name} is {dtype} {shape}: images are uint8 or float32, (N, H, W) or (N, C, H, W)"
-                )
-            if labels.dtype.kind not in "iu" or labels.shape != shape[:1] or labels.min() < 0:
-                raise ValueError(
-                    f"{labels_name} is {labels.dtype} {labels.shape}: labels are integers from 0 on, ({shape[0]},)"
-                )
-            shapes.append((shape[1] if len(shape) == 4 else 1, shape[-2], shape[-1]))
-            types.append(dtype)
-            classes = max(classes, int(labels.max()) + 1)
-        if shapes[0] != shapes[1] or types[0] != types[1]:
-            raise ValueError(f"training images are {types[0]} {shapes[0]}, but test images {types[1]} {shapes[1]}")
-        return shapes[0], classes
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
-    """Return the shape and the type of an array without reading its values."""
-    from numpy.lib import format as npy
-
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
-@contextmanager
-def _reading_npz(path: str) -> Iterator[None]:
-    """Name the file in what goes wrong while it is read.
-
-    Raises:
-        RequestError: it cannot be read, or its content is wrong.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RequestError(f"data.dataset: {path} cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise RequestError(f"data.dataset: {path}: {error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
-        raise RequestError(f"data.dataset: {path} is damaged ({error})") from None
-
-
-# The arrays on a device
-
-
-def _splits(
-    arrays: Arrays,
-    classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: "torch.device | str",
-    train_limit: int | None,
-    test_limit: int | None,
-) -> "tuple[Split, Split]":
-    """Put both sets on a device, pixels in uint8 standardised: without figures, by those of the training images."""
-    import numpy as np
-    import torch
-
-    from mbm_cli.training import Split
-
-    train, train_labels, test, test_labels = arrays
-    if not mean and train.dtype == np.uint8:
-        mean, std = _statistics(train)
-
-    def put(images: "np.ndarray", labels: "np.ndarray", limit: int | None) -> Split:
-        pixels = torch.from_numpy(np.require(images[:limit], requirements=["C", "W"])).to(device).float()
-        black = torch.zeros(pixels.shape[1], 1, 1, device=device)
-        if mean:
-            pixels.div_(255)
-        for part in (pixels, black[None]) if mean else ():
-            # A scalar for each channel: a GPU divides by a tensor with other last bits.
-            for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
-                part[:, channel].sub_(m).div_(s)
-        return Split(pixels, torch.from_numpy(labels[:limit].astype(np.int64)).to(device), classes, black)
-
-    return put(train, train_labels, train_limit), put(test, test_labels, test_limit)
-
-
-def _statistics(images: "np.ndarray") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of uint8 images, scaled to 0..1; 1 for a constant one."""
-    import numpy as np
-
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[1]):
-        counts = np.bincount(images[:, channel].ravel(), minlength=256)
-        mean = float(counts @ values / counts.sum())
-        means.append(mean)
-        deviations.append(float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum())) or 1.0)
-    return tuple(means), tuple(deviations)
-
-
-# What an epoch draws
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> "Tensor":
-    """Return the order in which an epoch (from 1) visits ``size`` images: a permutation, int64 (size,), on the CPU.
-
-    ``seed`` (at least 0) and ``epoch`` alone decide it, whatever the device and whatever else draws random numbers.
-    """
-    import torch
-
-    return torch.randperm(size, generator=_generator(seed, epoch))
-
-
-def epoch_moves(size: int, seed: int, epoch: int, crop: int, flip: bool) -> "Tensor":
-    """Return how each of the ``size`` images of an epoch is moved, in its order, int64 (size, 3), on the CPU.
-
-    A row is the pixels down and to the right, each from ``-crop`` to ``crop``, and 1 for a mirrored image, which takes
-    ``flip``. They depend on what `epoch_order` depends on.
-    """
-    import torch
-
-    generator = _generator(seed, epoch, 1)
-    shifts = torch.randint(-crop, crop + 1, (size, 2), generator=generator)
-    mirrored = torch.randint(0, 1 + flip, (size, 1), generator=generator)
-    return torch.cat([shifts, mirrored], 1)
-
-
-def _generator(*numbers: int) -> "torch.Generator":
-    import numpy as np
-    import torch
-
-    mixed = np.random.SeedSequence(numbers).generate_state(1)  # seed 1, epoch 2 is not seed 2, epoch 1
-    return torch.Generator().manual_seed(int(mixed[0]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_cli.data import Shape
+from mbm_cli.data_arrays import Shape
 from mbm_cli.errors import first_line
 from mbm_cli.multipliers.code.python import UsersNetwork
 from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier

@@ -111,7 +111,7 @@ def learning_rates(
 
 
 def moved(images: Tensor, moves: Tensor, black: Tensor | None = None) -> Tensor:
-    """Mirror and shift each image (N, C, H, W) as its row of `mbm_cli.data.epoch_moves` says, int64 (N, 3).
+    """Mirror and shift each image (N, C, H, W) as its row of `mbm_cli.epoch.epoch_moves` says, int64 (N, 3).
 
     What comes from beyond an edge is ``black``, (C, 1, 1), or 0.
     """

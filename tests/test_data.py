@@ -25,6 +25,7 @@ from commands import mbm
 from torchvision.datasets import MNIST
 
 from mbm_cli import data, data_files
+from mbm_cli.epoch import epoch_moves, epoch_order
 from mbm_cli.errors import RunError
 
 SIZES = {"train": 5, "t10k": 3}  # images in the small stand-in for the data set
@@ -464,24 +465,24 @@ def test_real_fashion_mnist():
 
 
 def test_seed_and_epoch_alone_decide_the_order():
-    order = data.epoch_order(1000, seed=1, epoch=2)
+    order = epoch_order(1000, seed=1, epoch=2)
     assert (order.dtype, order.device.type) == (torch.int64, "cpu")
     assert order.sort().values.tolist() == list(range(1000))
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert torch.equal(order, data.epoch_order(1000, seed=1, epoch=2))
+    assert torch.equal(order, epoch_order(1000, seed=1, epoch=2))
     assert torch.equal(state, torch.get_rng_state())
     pairs = [(seed, epoch) for seed in range(5) for epoch in range(1, 6)]
-    assert len({tuple(data.epoch_order(1000, seed, epoch).tolist()) for seed, epoch in pairs}) == len(pairs)
+    assert len({tuple(epoch_order(1000, seed, epoch).tolist()) for seed, epoch in pairs}) == len(pairs)
 
 
 def test_moves_depend_on_seed_and_epoch_alone():
-    moves = data.epoch_moves(1000, 1, 2, crop=3, flip=True)
+    moves = epoch_moves(1000, 1, 2, crop=3, flip=True)
     assert (moves.shape, moves.dtype) == ((1000, 3), torch.int64)
     assert (moves.amin(0).tolist(), moves.amax(0).tolist()) == ([-3, -3, 0], [3, 3, 1])
     assert 400 < moves[:, 2].sum() < 600
     torch.manual_seed(3)
-    assert torch.equal(moves, data.epoch_moves(1000, 1, 2, crop=3, flip=True))
-    others = [data.epoch_moves(1000, seed, epoch, 3, True) for seed, epoch in ((1, 3), (2, 2), (2, 1))]
+    assert torch.equal(moves, epoch_moves(1000, 1, 2, crop=3, flip=True))
+    others = [epoch_moves(1000, seed, epoch, 3, True) for seed, epoch in ((1, 3), (2, 2), (2, 1))]
     assert not any(torch.equal(moves, other) for other in others)
-    assert data.epoch_moves(50, 1, 1, crop=0, flip=False).count_nonzero() == 0
+    assert epoch_moves(50, 1, 1, crop=0, flip=False).count_nonzero() == 0

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mbm_cli.config import Config, load
-from mbm_cli.data import epoch_moves, epoch_order
 from mbm_cli.device import set_arithmetic
+from mbm_cli.epoch import epoch_moves, epoch_order
 from mbm_cli.errors import RunError
 from mbm_cli.experiments.lifecycle import build_trainer
 from mbm_cli.experiments.train import train

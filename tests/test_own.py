@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from stress.runs import check_same, state
 
 from mbm_cli.config import load
-from mbm_cli.data import OwnFile
 from mbm_cli.errors import RequestError
 from mbm_cli.experiments import compare, profile_conv
 from mbm_cli.experiments.lifecycle import load_data
+from mbm_cli.own_data import OwnFile
 
 NETWORK = """
 import torch

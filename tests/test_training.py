@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mbm_cli import training
 from mbm_cli.config import parse
-from mbm_cli.data import epoch_moves
+from mbm_cli.epoch import epoch_moves
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.experiments.lifecycle import build_model, build_trainer
 from mbm_cli.training import PartOfEpoch, Split, Trainer, learning_rates, moved

@@ -14,7 +14,7 @@ from torch import nn
 from mbm_cli.backends import cuda_matrix
 from mbm_cli.backends.cuda_programs import has_matrix_units
 from mbm_cli.config import Config, DataConfig, Network, OptimizerConfig
-from mbm_cli.data import OwnFile, dataset_of
+from mbm_cli.data import dataset_of
 from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.errors import Interrupted, MbmError, RequestError, RunError
 from mbm_cli.experiments import weights
@@ -24,6 +24,7 @@ from mbm_cli.multipliers.code.python import Namespace, UsersNetwork, read_networ
 from mbm_cli.multipliers.names import EXACT, Backward, Multiplier
 from mbm_cli.multipliers.tabulate import check_magnitude
 from mbm_cli.ops import multiply
+from mbm_cli.own_data import OwnFile
 from mbm_cli.quantize import Quantization, calibrate, quantizers
 from mbm_cli.runs import Run
 from mbm_cli.training import Progress, Split, Trainer

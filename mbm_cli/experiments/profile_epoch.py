@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
-from mbm_cli.data import epoch_order
 from mbm_cli.device import environment
+from mbm_cli.epoch import epoch_order
 from mbm_cli.experiments import lifecycle
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
 from mbm_cli.experiments.profile_conv import measure_ceiling, padding_of

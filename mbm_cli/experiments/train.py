@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from mbm_cli import config as configs
 from mbm_cli.config import Config
-from mbm_cli.data import dataset_of, epoch_moves, epoch_order
+from mbm_cli.data import dataset_of
 from mbm_cli.device import environment
+from mbm_cli.epoch import epoch_moves, epoch_order
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.experiments import lifecycle, weights
 from mbm_cli.experiments.lifecycle import Finished, Stopped, Watch, never
