@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mbm_cli.experiments.characterize import Pairs
 from mbm_cli.experiments.compare import Comparison
 from mbm_cli.experiments.sweep import CombinationResult, Sweep
-from mbm_cli.report import plots
+from mbm_cli.report import drawing, plots, sweep_plots
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def test_any_name_is_drawn(name):
     drawn = [
         plots.curves([{"epoch": 1, **epoch}], name),
         plots.confusions({name: np.eye(10, dtype=int)}),
-        plots.sweep_ranges([(name, [0.5])], name),
-        plots.sweep_lines([plots.SweepLine("mbm", name, False, {0: [0.5], 8: [0.25]})], {}),
+        sweep_plots.sweep_ranges([(name, [0.5])], name),
+        sweep_plots.sweep_lines([sweep_plots.SweepLine("mbm", name, False, {0: [0.5], 8: [0.25]})], {}),
         plots.characterization([pairs(name, [0.25, 0.5], [0.25, 0.5], [0.25, 0.5])]),
     ]
     assert all(picture.startswith(PNG) for picture in drawn)
@@ -80,6 +80,11 @@ def labels(figure: Figure) -> list[str]:
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+def test_names_of_files_lack_their_folders():
+    name = "{conv1: int8:/a/b.npy, conv2: lut:c/d.bin, default: exact}, seed 3"
+    assert drawing.wrapped(name, 80) == "{conv1: int8:b.npy, conv2: lut:d.bin, default: exact}, seed 3"
+
+
 def test_accuracy_is_drawn_against_truncated_bits(figures):
     names = ["exact", "mbm", "mbm-t20", "mitchell", "mbm-t16-r7", "mbm-t20-r3", "drum-k4"]
     assert plots.pictures(swept(*names), None).keys() == {"sweep.png"}
@@ -114,14 +119,14 @@ def texts(figure: Figure) -> dict[str, object]:
 
 def test_reported_figures_stand_below_their_points(figures):
     """Each text lies below all points, and none on another."""
-    line = plots.SweepLine
-    plots.sweep_lines(
+    line = sweep_plots.SweepLine
+    sweep_plots.sweep_lines(
         [
             line("mbm", "mbm", False, {0: [0.98, 0.985], 8: [0.98], 20: [0.90]}),
             line("mitchell", "mitchell", False, {0: [0.97], 20: [0.5]}),
             line("mbm", "mbm-tT-rR", True, {20: [0.3]}),
         ],
-        plots.reported(),
+        sweep_plots.reported(),
     )
     shown = texts(figures[0])
     found = " ".join(" ".join(shown).split())
@@ -136,7 +141,7 @@ def test_reported_figures_stand_below_their_points(figures):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     lowest = figures[0].axes[0].transData.transform((0, 30))[1]
     assert all(box.y1 < lowest for box in boxes)
-    plots.sweep_lines([line("drum", "drum", False, {3: [0.9], 5: [0.8]})], plots.reported())
+    sweep_plots.sweep_lines([line("drum", "drum", False, {3: [0.9], 5: [0.8]})], sweep_plots.reported())
     assert texts(figures[1]) == {}
 
 
@@ -154,11 +159,11 @@ def test_sweep_with_costs_draws_accuracy_against_them(figures):
     assert [*zip(*front.get_data(), strict=True)] == [(0.15, 90), (0.2, 98), (1.0, 98)]
     combinations[0] = replace(combinations[0], cost=None)  # then truncated bits are what there is
     plots.pictures(replace(sweep, combinations=combinations), None)
-    assert figures[1].axes[0].get_xlabel() == plots.TRUNCATED
+    assert figures[1].axes[0].get_xlabel() == drawing.TRUNCATED
 
 
 def test_best_of_many_combinations_are_drawn(figures):
-    plots.sweep_ranges([(f"name {i}", [i / 1000, i / 900]) for i in range(500)], "optimizer.lr")
+    sweep_plots.sweep_ranges([(f"name {i}", [i / 1000, i / 900]) for i in range(500)], "optimizer.lr")
     drawn = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]
     assert drawn == [f"name {i}" for i in range(440, 500)]
     assert "best 60 of 500" in figures[0].get_suptitle()
