@@ -170,11 +170,11 @@ DEVICE void copy_out(const unsigned* tile, int pitch, int there, int length, con
 
 // Expand every `step`-th item: 128 positions of a segment of the channels.
 template <int IN_WORDS> DEVICE void expand(const Operand& o, unsigned item, unsigned step) {
-  __shared__ unsigned parts[WARPS][POSITIONS];
   int quads = (o.terms + 3) / 4, all_blocks = (o.channels + 3) / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned* factors = reinterpret_cast<unsigned*>(memory);
   unsigned* constants = factors + quads * CODES;
-  unsigned* tile = constants + CODES;
+  unsigned* tile = constants + CODES;  // at last of the warps' sums
+  auto parts = reinterpret_cast<unsigned(*)[POSITIONS]>(tile);
   for (int i = threadIdx.x; i < quads * CODES; i += EXPANDERS) factors[i] = o.factors[i];
   for (int i = threadIdx.x; i < CODES; i += EXPANDERS) constants[i] = o.constants[i];
   __syncthreads();

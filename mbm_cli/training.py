@@ -471,9 +471,9 @@ def _capture_stream(current: torch.cuda.Stream) -> torch.cuda.Stream:
     """Return the stream of all captures whose graphs are replayed on a stream.
 
     cuBLAS keeps 32 MiB for every stream that it has seen, and graphs captured on one stream share them: they must not
-    run at the same time.
+    run at the same time. Nor may they be those on which runs compute, which are of PyTorch's other pool, of priority 0.
     """
-    return torch.cuda.Stream(current.device)
+    return torch.cuda.Stream(current.device, priority=-1)
 
 
 def _captured(step: Callable[[], None], rewind: Callable[[], object]) -> Callable[[], None]:

@@ -131,6 +131,7 @@ class _Slot:
                 yield
         finally:
             if shared_random is not None:
+                self._random = self._generator.graphsafe_get_state()  # another one after a failed capture
                 self._generator.graphsafe_set_state(shared_random)
             self._state = _state()
             _set_state(shared_state)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,7 +223,7 @@ def factors_of(handle: str, table: Tensor | None, device: int) -> DeviceFactors 
     return made
 
 
-@lru_cache(maxsize=256)
+@cache  # captured graphs read them
 def _of_name(handle: str, device: int) -> DeviceFactors | None:
     refuse_capture("the multiplier's factors")
     return _on_device(factorize(handle), device)
@@ -273,7 +273,8 @@ def run(
     """
     device = input.device.index
     launch = None
-    if _allowed.get() and has_matrix_units(device) and (geometry.is_dense or not geometry.divisible):
+    suits = not geometry.exchanged and (geometry.is_dense or not geometry.divisible)
+    if suits and _allowed.get() and has_matrix_units(device):
         factors = factors_of(multiplier, table, device)
         if factors is not None:
             launch = plan(geometry, factors.slots, multiprocessors_of(device), shared_bytes_of(device))

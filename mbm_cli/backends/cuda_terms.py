@@ -246,7 +246,7 @@ def plan(g: Geometry, count: int, multiprocessors: int) -> Launch:
 
     blocks_of_four = -(-g.channels // 4)
     segments = -(-blocks_of_four // _BLOCKS)
-    tile_words = _POSITIONS * (min(_BLOCKS, blocks_of_four) * min(4, count) | 1)
+    tile_words = _POSITIONS * max(min(_BLOCKS, blocks_of_four) * min(4, count) | 1, _EXPANDERS // 32)
     shared_bytes = 4 * ((-(-count // 4) + 1) * _CODES + tile_words)
     common = {"channels": g.channels, "terms": count, "words": words, "segments": divisor(segments)}
     input = filled(
