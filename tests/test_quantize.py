@@ -76,7 +76,7 @@ def test_ranges_include_zero_and_empty_ones_have_scale_one():
 CONVOLUTIONS = [
     {"padding": 1},
     {"stride": 2, "padding": (2, 1)},
-    {"groups": 2, "dilation": 2, "padding": 3},
+    {"groups": 2, "dilation": (1, 2), "stride": (2, 1), "padding": (3, 1)},
     {"groups": 4},
 ]
 

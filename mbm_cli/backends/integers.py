@@ -1,7 +1,6 @@
 """The integer operators of a backend: sums of table entries, and quantisation to the codes that index the table."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,10 +103,19 @@ class IntegerOperators:
         sums = self.integer_conv2d(codes, weights, *arguments, 0, table)
         if signed:
             return scaled(sums, scale, bias)
-        # Sums of activations alone; the weights have no part in them, so that any of them do.
-        of_windows = self.integer_conv2d(codes, weights[:groups], *arguments, 0, _first_operands(codes.device))
+        of_windows = window_sums(codes, list(weight.shape[2:]), shape[2:], stride, dilation, groups)
         output = _ops.scale_sums(sums, of_windows, weights, input_zero, weight_zero, scale, bias)
         return output
+
+
+def window_sums(
+    codes: Tensor, kernel: list[int], out_size: list[int], stride: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """Return the sums of the codes in each window of a convolution without padding, int32 (N, groups, H, W)."""
+    sums = codes.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
+    *outer, down, across = sums.stride()
+    strides = *outer, down * stride[0], across * stride[1], down * dilation[0], across * dilation[1]
+    return sums.as_strided((*sums.shape[:2], *out_size, *kernel), strides).sum((-2, -1), dtype=torch.int32)
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,12 +143,6 @@ def scale_sums(
     windows = windows.repeat_interleave(len(weight) // windows.shape[1], 1)
     constant = z_a * (weight[0].numel() * z_b - weight.flatten(1).sum(1, dtype=torch.int32))
     return scaled(sums - z_b.reshape(-1, 1, 1) * windows + constant.reshape(-1, 1, 1), scale, bias)
-
-
-@lru_cache(maxsize=8)
-def _first_operands(device: torch.device) -> Tensor:
-    """Return the table whose products are their first operands, uint8."""
-    return torch.arange(256, dtype=torch.int32)[:, None].repeat(1, 256).to(device)  # waits: other streams read it, too
 
 
 def forward_geometry(
