@@ -142,6 +142,7 @@ struct Plan {
   Buffer<Byte> weight_rows;        // factors by code
   Buffer<Word> f, g;               // by code
   bool windows = false;            // whether f is not zero
+  Buffer<Int> window;              // from a position's first pixel to those of its window
   Buffer<Word> weights;            // [group][block][run][word][channel of the block]
 
   explicit Plan(const IntegerConv2d& conv)
@@ -205,10 +206,11 @@ struct Plan {
   void plan_terms() {
     run_pixels = wide.hop == 1 ? c.kernel[1] : 1;
     runs = elements / run_pixels, run_words = ceil_div(run_pixels * pixel, sizeof(Word));
-    weight_rows.allocate(256 * row_bytes), g.allocate(256), offsets.allocate(runs);
+    weight_rows.allocate(256 * row_bytes), g.allocate(256), offsets.allocate(runs), window.allocate(elements);
     weights.allocate(c.groups * blocks * runs * run_words * block);
     for (Int run = 0, k = 0; run < runs; run++, k += run_pixels)
       offsets[run] = offset_of(k / c.kernel[1], k % c.kernel[1]);
+    for (Int k = 0; k < elements; k++) window[k] = offset_of(k / c.kernel[1], k % c.kernel[1]) / pixel;
     for (Int code = 0; code < 256; code++) {
       f[code] = Word(c.f[code]), g[code] = Word(c.g[code]), windows |= f[code] != 0;
       for (Int r = 0; r < c.terms; r++) {
@@ -344,16 +346,21 @@ struct Job {
 
   void locate_positions() const {
     const IntegerConv2d& c = p.c;
+    const Int step = p.wide.step;
     Int i = 0;
     for (Int n = 0; n < images; n++)
-      for (Int y = 0; y < rows; y++)
-        for (Int x = 0; x < columns; x++, i++) {
-          s.at[i] = (n * p.high.extent + y * p.high.step) * p.wide.extent + x * p.wide.step;
-          s.out[i] = (image + n) * c.output_stride[0] + (row + y) * c.out_size[1] + column + x;
-          s.windows[i] = 0;
-          for (Int k = 0; p.windows && k < p.elements; k++)
-            s.windows[i] += s.pixel_terms[s.at[i] + p.offset_of(k / c.kernel[1], k % c.kernel[1]) / p.pixel];
+      for (Int y = 0; y < rows; y++, i += columns) {
+        const Int first = (n * p.high.extent + y * p.high.step) * p.wide.extent;
+        for (Int x = 0; x < columns; x++) {
+          s.at[i + x] = first + x * step;
+          s.out[i + x] = (image + n) * c.output_stride[0] + (row + y) * c.out_size[1] + column + x;
+          s.windows[i + x] = 0;
         }
+        for (Int k = 0; p.windows && k < p.elements; k++) {
+          const Word* terms = s.pixel_terms + first + p.window[k];
+          for (Int x = 0; x < columns; x++) s.windows[i + x] += terms[x * step];
+        }
+      }
   }
 
   // Write the sums of a block's channels, [position][pitch], or add them to what other calls have written.
