@@ -18,16 +18,17 @@ from typer import Argument, Exit, Option, Typer, confirm, echo
 from mbm_cli.errors import RequestError, RunError
 from mbm_cli.flags import (
     CANDIDATES,
-    CONFIG,
     DRY_RUN,
     EXPERIMENT,
     MEASURED,
     MEASUREMENT,
     MODEL,
     NAMES,
+    PLOT,
     PRICES,
     RUN,
     SEARCH,
+    SHIPPED,
     STRATEGY,
     TRAINING,
     VARY,
@@ -44,6 +45,7 @@ from mbm_cli.flags import (
     config_of,
     names_of,
     prices_of,
+    refuse_set,
     setting_for,
     with_bits,
 )
@@ -82,9 +84,9 @@ def _group(name: str, help: str, example: str) -> Typer:
     return group
 
 
-compare_app = _group("compare", "Compare multipliers, beside the seeds' noise.", "mbm compare exact-vs-mbm --seeds 3")
+compare_app = _group("compare", "Compare multipliers over several seeds.", "mbm compare exact-vs-mbm --seeds 3")
 data_app = _group("data", "List, fetch and verify data sets.", "mbm data list")
-runs_app = _group("runs", "List runs, show one.", "mbm runs list")
+runs_app = _group("runs", "List, show and delete runs.", "mbm runs list")
 configs_app = _group("configs", "List, copy and check configs.", "mbm configs list")
 multipliers_app = _group("multipliers", "List multipliers, show one, export one as a table.", "mbm multipliers list")
 profile_app = _group("profile", "Show where the time goes.", "mbm profile epoch")
@@ -136,6 +138,7 @@ def sweep(
     from mbm_cli.config import Engine
     from mbm_cli.experiments.sweep import sweep as experiment
 
+    refuse_set(o, vary or [])
     engine = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
     made = partial(experiment, config_of(o), vary or [], seeds, o.output, engine=engine, prices=prices_of(o))
     _compute(o, made, latex=latex)
@@ -177,19 +180,19 @@ def eval_(
     o: Options,
     names: Annotated[str, Option("--multiplier", **NAMES)],
     run: RunOrNone = None,
-    model: Annotated[str, Option(**MODEL)] = "lenet",
+    model: Annotated[str | None, Option(**MODEL)] = None,
     weights: Annotated[str | None, Option(metavar="FILE", help=WEIGHTS)] = None,
-    plot: Annotated[bool, Option("--plot", help="Draw confusion matrices, for example to see which suffer.")] = False,
+    plot: Annotated[bool, Option("--plot", help=PLOT)] = False,
 ) -> None:
     """Evaluate a trained network, or weights in a file, with other multipliers."""
     from mbm_cli.experiments import evaluate as experiments
     from mbm_cli.runs import Run
 
-    if (run is None) == (weights is None):
+    if (run is None) == (weights is None) or (run and model):
         raise RequestError("name a run, or the network and its weights: --model lenet --weights FILE")
     multipliers = names_of(names, o.bits)
     if weights is not None:
-        given = [*(o.set_ or []), f"model.name={json.dumps(model)}"]
+        given = [*(o.set_ or []), f"model.name={json.dumps(model or 'lenet')}"]
         config = config_of(replace(o, bits=None, set_=given, name="weights"))
         _compute(o, partial(experiments.evaluate_file, config, weights, multipliers, o.output), draw=plot)
         return
@@ -221,7 +224,7 @@ def characterize(
     names: Annotated[list[str], Argument(metavar="NAME...", help=MEASURED)],
     samples: Annotated[int, Option(min=1, max=2**48, help="Random pairs, for example 100000.")] = 2**24,
     sweep_truncate: Annotated[
-        bool, Option("--sweep-truncate", help="Also by truncated bits, for example 0..22.")
+        bool, Option("--sweep-truncate", help="Also each with 0 to 22 truncated bits, for example to draw them.")
     ] = False,
 ) -> None:
     """Measure how wrong multipliers are, and where."""
@@ -336,7 +339,7 @@ def runs_delete(
 @command(multipliers_app, "list", "costs json", "mbm multipliers list")
 def multipliers_list(o: Options) -> None:
     """List the multipliers, how to name them, and what publications report about their costs."""
-    from mbm_cli.multipliers.names import NAMES
+    from mbm_cli.multipliers.names import NAMES, PARAMETERS
     from mbm_cli.report.text import console, costs_table, print_table
 
     costs = prices_of(o).reported()
@@ -344,6 +347,7 @@ def multipliers_list(o: Options) -> None:
         _print_json({"multipliers": [name._asdict() for name in NAMES], "costs": [asdict(cost) for cost in costs]})
     else:
         print_table(("name", "what it is", "for example"), NAMES)
+        echo(PARAMETERS)
         console().print(costs_table(costs))
 
 
@@ -353,7 +357,7 @@ def multipliers_show(
 ) -> None:
     """Show a multiplier; of integers its errors, its rank, and the costs in its file."""
     from mbm_cli.experiments.characterize import describe
-    from mbm_cli.multipliers.names import NAMES
+    from mbm_cli.multipliers.names import NAMES, PARAMETERS
     from mbm_cli.report.tables import print_circuit
     from mbm_cli.report.text import console, costs_table, print_table
 
@@ -372,6 +376,7 @@ def multipliers_show(
         print_circuit(circuit)
     else:
         print_table(("name", "what it is"), [(str(multiplier), what)])
+        echo(PARAMETERS)
         echo(f"mbm characterize {name} measures its errors")
     console().print(costs_table(costs))
 
@@ -388,6 +393,8 @@ def multipliers_export(
     """Write a multiplier as a table, which lut:FILE reads, or int8:FILE for integers."""
     from mbm_cli.multipliers import content, integer_files, tables
 
+    if file.exists():
+        raise RequestError(f"{file} exists already: name another file, or remove it")
     multiplier = _resolved(name)
     if multiplier.is_integer and bits is not None:
         raise RequestError(f"--bits is for fractions, but {name} multiplies {multiplier.operands}")
@@ -422,7 +429,7 @@ def configs_list(o: Options) -> None:
 
 
 @command(configs_app, "copy", "", "mbm configs copy lenet-mbm mine.yaml")
-def configs_copy(o: Options, name: Annotated[str, Argument(**CONFIG)], to: Target = None) -> None:
+def configs_copy(o: Options, name: Annotated[str, Argument(**SHIPPED)], to: Target = None) -> None:
     """Copy a shipped config to a file of your own."""
     from mbm_cli.shipped import copy_shipped
 
@@ -432,7 +439,7 @@ def configs_copy(o: Options, name: Annotated[str, Argument(**CONFIG)], to: Targe
 
 
 @command(configs_app, "check", "set_", "mbm configs check mine.yaml --set optimizer.lr=0.002")
-def configs_check(o: Options, file: Annotated[str, Argument(**CONFIG)]) -> None:
+def configs_check(o: Options, file: Annotated[str, Argument(**SHIPPED)]) -> None:
     """Check a config without running it, and print it complete."""
     from mbm_cli.config import dump, load
     from mbm_cli.experiments.lifecycle import check

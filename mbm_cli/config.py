@@ -1,7 +1,7 @@
 """The typed experiment: YAML in, checked, overridden, written out again."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -406,12 +406,13 @@ class Config(_Section):
         return self.model_copy(update={"train": self.train.model_copy(update=fields)})
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Config:
+def load(source: str, overrides: Sequence[str] = (), flags: Mapping[str, str] | None = None) -> Config:
     """Read an experiment.
 
     Args:
         source: path of a YAML file, or the name of a shipped config, with or without ``.yaml``; a file wins.
         overrides: ``section.field=value``, the value as YAML; a later one wins over an earlier one.
+        flags: what errors call overrides of these fields, instead of ``--set``.
 
     Raises:
         RequestError: there is no such config, or something in it or in an override is wrong.
@@ -425,7 +426,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
         raise RequestError(f"config {show(source)} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise RequestError(f"config {show(source)} cannot be read: {getattr(error, 'strerror', error)}") from None
-    return parse(text, source, overrides)
+    return validate(read_yaml(text, source), source, overrides, flags=flags)
 
 
 def multiplier(name: str) -> Multiplier | LayerMultipliers:
@@ -476,8 +477,14 @@ def parse(text: str, where: str, overrides: Sequence[str] = (), flag: str = "--s
     return validate(read_yaml(text, where), where, overrides, flag)
 
 
-def validate(document: object, where: str, overrides: Sequence[str] = (), flag: str = "--set") -> Config:
-    """Check an experiment given as nested mappings; otherwise as `parse`."""
+def validate(
+    document: object,
+    where: str,
+    overrides: Sequence[str] = (),
+    flag: str = "--set",
+    flags: Mapping[str, str] | None = None,
+) -> Config:
+    """Check an experiment given as nested mappings; otherwise as `parse` and `load`."""
     if not isinstance(document, dict):
         found = "is empty" if document is None else f"is {show(document)}"
         raise RequestError(f"{where} {found}: a config is a mapping with the fields {', '.join(Config.model_fields)}")
@@ -487,7 +494,7 @@ def validate(document: object, where: str, overrides: Sequence[str] = (), flag: 
     except ValidationError as error:
         path, problem = explain(error, Config)
         set_there = any(path == one or one.startswith(f"{path}.") for one in overridden)
-        raise RequestError(f"{flag if set_there else where}: {problem}") from None
+        raise RequestError(f"{(flags or {}).get(path, flag) if set_there else where}: {problem}") from None
 
 
 def dump(config: Config) -> str:

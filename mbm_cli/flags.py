@@ -63,6 +63,7 @@ CONFIG = {
     "help": "A YAML file, or a shipped config, for example cnn3-mbm; default: lenet-mbm.",
     "autocompletion": _configs,
 }
+SHIPPED = {**CONFIG, "help": "A YAML file, or a shipped config, for example cnn3-mbm."}
 MULTIPLIER = {"help": "A multiplier, for example mbm-t8; see mbm multipliers list.", "autocompletion": _multipliers}
 BACKWARD = {
     "help": "A multiplier of the gradients, for example mbm-t8, same or '{weight: mbm}'.",
@@ -82,6 +83,7 @@ NAMES = {
 ON = "Where --jobs compute, for example slurm://PARTITION?gpus=1&cpus=4&time=60 (minutes)."
 AT_ONCE = "Runs that take turns on a GPU, in each process, for example 8; auto: as many as fit."
 PICTURES = "Also draw each run's curves, for example to see which converge."
+PLOT = "Draw confusion matrices, for example to see which digits suffer."
 MODEL = {
     "metavar": "NAME",
     "help": "The network that --weights are of, for example cnn3 or python:FILE.py:function.",
@@ -151,7 +153,7 @@ TRAINING = f"{EXPERIMENT} epochs init name note"
 SEARCH = f"config backward set_ {MEASUREMENT} epochs init name note jobs on at_once {PRICES}"
 RUN = {
     "metavar": "RUN",
-    "help": "A run's folder, or its name in --output or the last part of it, for example runs/RUN.",
+    "help": "A run's folder, its name in --output, its --name, or its last part, for example runs/RUN.",
     "autocompletion": _runs,
 }
 RunName = Annotated[str, Argument(**RUN)]
@@ -201,7 +203,19 @@ def config_of(o: Options) -> Any:
     flags |= {"model.multiplier": name, "model.backward": o.backward and _text(o.backward)}
     flags |= {"train.epochs": o.epochs, "train.threads": o.threads, "train.init": init and json.dumps(init)}
     overrides = [f"{field}={value}" for field, value in flags.items() if value is not None]
-    return load(base, [*(o.set_ or []), *overrides])
+    named = {"name": "--name"} if o.name is not None else {}
+    return load(base, [*(o.set_ or []), *overrides], named)
+
+
+def refuse_set(o: Options, vary: list[str]) -> None:
+    """Refuse ``--vary`` of a field to which another flag gives a value."""
+    flags: dict[str, object] = {"device": o.device, "model.multiplier": o.multiplier, "model.backward": o.backward}
+    flags |= {"train.init": o.init, "train.epochs": o.epochs, "train.threads": o.threads}
+    given = {field: f"--{field.rpartition('.')[2]}" for field, value in flags.items() if value is not None}
+    given |= {text.partition("=")[0].strip(): "--set" for text in o.set_ or []}
+    for field in (text.partition("=")[0].strip() for text in vary):
+        if field in given:
+            raise RequestError(f"--vary {field}: {given[field]} gives it a value, too: leave out one of them")
 
 
 def prices_of(o: Options) -> Any:

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -150,13 +151,13 @@ class Run:
 
     @classmethod
     def find(cls, name: str, output: Path, any_kind: bool = False) -> "Run":
-        """Find the run at a path, or by its name or the last part of one below ``output``.
+        """Find the run at a path, or below ``output`` by its name, by that of its config, or by its last part.
 
         Args:
             any_kind: also evaluations, profiles and characterizations.
 
         Raises:
-            RequestError: there is none, or several have that part.
+            RequestError: there is none, or several are called so.
         """
         for folder in (Path(name), output / name):
             if os.path.isfile(folder / "summary.json"):  # false in a folder without permission, too
@@ -166,13 +167,12 @@ class Run:
                 return cls(folder)
             if result is not None:
                 raise RequestError(f"{folder} is not a training run: its result is in {result}")
-        of_id = [folder for folder in _folders(output) if folder.name.endswith(f"-{name}")]
-        if len(of_id) > 1:
-            raise RequestError(
-                f"{len(of_id)} runs in {output} end with {name!r}, for example {of_id[0].name}: name one"
-            )
-        if of_id:
-            return cls.find(of_id[0].name, output, any_kind)
+        called = re.compile(rf".*Z-{re.escape(name)}-[0-9a-f]{{4}}|.*-{re.escape(name)}")
+        found = [folder.name for folder in _folders(output) if called.fullmatch(folder.name)]
+        if len(found) > 1:
+            raise RequestError(f"{len(found)} runs in {output} are called {name!r}, for example {found[0]}: name one")
+        if found:
+            return cls.find(found[0], output, any_kind)
         near = difflib.get_close_matches(name, [run.name for run in list_runs(output)], n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ": mbm runs list shows those there are"
         raise RequestError(f"no run {name!r}, neither as a path nor in {output}{hint}")
@@ -432,6 +432,10 @@ class Run:
         self.read(list[_EpochMetrics], "metrics.jsonl", metrics)
         return metrics
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint.pt").exists()
+
     def checkpoint(self) -> dict[str, Any] | None:
         """Read the state that a resume continues from, on the CPU; ``None`` before there is one.
 
@@ -488,7 +492,7 @@ def weights_of(name: str, output: Path, config: str | None, has_multiplier: bool
         return config or "lenet-mbm", os.path.abspath(name)
     run = Run.find(name, output)
     run.refuse_several()
-    if not (run.folder / "checkpoint.pt").exists():
+    if not run.has_checkpoint:
         raise RequestError(f"{run.folder} has no checkpoint yet: mbm resume {run.folder}")
     if config is None:
         model = run.config().model

@@ -36,6 +36,8 @@ def report_error(error: Any, hint: str = "") -> int:
         command = error.ctx.command_path if error.ctx else "mbm"
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         message, code = f"{message}; see {command} --help", 2
+    elif type(error).__name__ == "Abort":  # the end of input at a question
+        message, hint, code = "nothing was answered, so nothing was done", "", 1
     elif isinstance(error, BrokenPipeError):
         sys.stdout = None  # no reader is left, and flushing at exit would fail again
         return 1

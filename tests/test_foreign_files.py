@@ -36,6 +36,8 @@ def test_the_carry_is_in_bit_7_whatever_the_width(tmp_path):
     path.write_bytes(bytes.fromhex("80808080"))
     two = mbm_cli.multiply(torch.tensor([1.0, 1.5]), torch.tensor([1.0, 1.5]), f"lut:{path}")
     assert torch.equal(two, torch.tensor([2.0, 2.0]))
+    assert "exists already" in mbm("multipliers", "export", "mbm-t18-r5", path, "--bits", 5).err
+    path.unlink()
     mbm("multipliers", "export", "mbm-t18-r5", path, "--bits", 5)
     assert path.read_bytes()[1023] == 0x9F
 

@@ -96,6 +96,16 @@ def test_a_schedule_that_is_extended_is_noted(trained):
     assert "note: the learning rate fell to zero over 1 epoch and starts again at 0.0005" in answer.err
     mbm("train", *EPOCH, "--set", "optimizer.schedule=none", "--output", "constant")
     assert "note" not in mbm("resume", made("constant").folder, "--epochs", "2").err
+    (trained / "checkpoint.pt").unlink()  # then there is one schedule over all epochs
+    assert "note" not in mbm("resume", trained.name, "--epochs", "3").err
+
+
+def test_a_whole_module_is_no_file_of_weights(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "whole.pt")
+    answer = mbm("eval", "--weights", tmp_path / "whole.pt", "--multiplier", "mbm")
+    assert answer.code == 2
+    assert "holds more than tensors: save torch.save(model.state_dict(), FILE)" in answer.err
+    assert "\x1b" not in answer.err
 
 
 def test_code_that_the_gradients_name_is_not_executed(trained, tmp_path):

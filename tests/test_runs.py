@@ -202,8 +202,9 @@ def test_run_is_found_by_name_path_and_id(run, tmp_path, monkeypatch):
     assert Run.find(f"{run.folder}/", elsewhere) == run
     monkeypatch.chdir(run.folder)
     assert Run.find(".", elsewhere) == run
+    assert Run.find("lenet-mbm", output) == run  # as --name called it
     make_run(output, "other-0001")
-    with pytest.raises(RequestError, match=r"2 runs .* end with '0001'"):
+    with pytest.raises(RequestError, match=r"2 runs .* are called '0001'"):
         Run.find("0001", output)
 
 

@@ -58,6 +58,8 @@ def test_deleting_asks_unless_told(runs, monkeypatch):
     first, second, errors = one(runs, "first"), one(runs, "lenet-mbm"), one(runs, "characterize")
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     assert mbm("runs", "delete", first.name, "--output", runs).code == 2
+    answer = mbm("runs", "delete", first.name, "--output", runs)  # there is no more input
+    assert (answer.code, answer.err.splitlines()[-1]) == (1, "mbm: nothing was answered, so nothing was done")
     assert first.exists()
     assert mbm("runs", "delete", first.name, errors.name, "--yes", "--output", runs).code == 0
     assert second.exists()

@@ -266,7 +266,8 @@ def carry_out(
         for member in members:
             if member.begun is not None and train.is_complete(member.begun.summary(), member.config):
                 results.add(member)
-        varies = f", {len(varied)} combinations of {', '.join(plan.vary)}" if plan.vary else ""
+        counted = f"{len(varied)} combination{'s'[: len(varied) != 1]}"
+        varies = f", {counted} of {', '.join(plan.vary)}" if plan.vary else ""
         what = f"{config.name}: {config.model.name}{varies}, {plan.seeds} seed{'s'[: plan.seeds != 1]}"
         watch.begin(what, "run", len(members), len(results))
         todo = [member for member in members if member not in results]

@@ -196,7 +196,7 @@ def _parse(names: Sequence[str]) -> list[Multiplier]:
         raise RequestError(f"--candidates: {error}") from None
     kinds = list(dict.fromkeys(map(operands_of, found)))
     if len(kinds) != 1:
-        problem = f"not {' and '.join(kinds)}" if kinds else "but there are none"
+        problem = f"not {' and '.join(kinds)}" if kinds else f"but {','.join(names)} has none"
         raise RequestError(f"--candidates: name multipliers of one kind of operands, {problem}")
     exact = EXACT if kinds == ["float32"] else Multiplier.parse(f"exact-{kinds[0]}")
     return list(dict.fromkeys([exact, *found]))

@@ -112,6 +112,8 @@ def _parse_vary(vary: Sequence[str]) -> dict[str, list[str]]:
         if field in values:
             raise RequestError(f"--vary {field} is given twice: name all its values in one, {field}=A,B,...")
         values[field] = split_at_commas(listed)
+        if twice := next((value for value in values[field] if values[field].count(value) > 1), None):
+            raise RequestError(f"--vary {field} names {twice} twice")
     return values
 
 

@@ -108,7 +108,7 @@ def resume_in_turns(
         config = config or run.config()
         if epochs is not None:
             _refuse_fewer(epochs, run)
-            if epochs > config.train.epochs and config.optimizer.schedule != "none":
+            if epochs > config.train.epochs and config.optimizer.schedule != "none" and run.has_checkpoint:
                 (watch or Watch()).note(_restarted_schedule(run, config, epochs))
             config = config.with_train(epochs=epochs)
         summary = run.summary()

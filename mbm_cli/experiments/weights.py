@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,15 @@ def read(path: str, model: nn.Module, field: str) -> tuple[dict[str, Tensor], st
             found = safetensors.torch.load(content)
         else:
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RequestError(f"{field}: {path} cannot be read ({error.strerror})") from None
+    except pickle.UnpicklingError:
+        raise RequestError(
+            f"{field}: {path} is damaged, or holds more than tensors: save torch.save(model.state_dict(), FILE)"
+        ) from None
     except Exception as error:  # a damaged or foreign archive raises errors of many kinds
         first = (str(error).splitlines() or [""])[0]
-        raise RequestError(f"{field}: {path} cannot be read ({type(error).__name__}: {first[:120]})") from None
+        raise RequestError(f"{field}: {path} is damaged ({type(error).__name__}: {first[:120]})") from None
     state = found.get("model", found) if isinstance(found, dict) else found
     _refuse_others(state, model, f"{field}: {path}")
     return dict(state), hashlib.sha256(content).hexdigest()

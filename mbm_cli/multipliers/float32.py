@@ -81,10 +81,10 @@ class Family:
 
 # A new family gets a line here, and one in kernels/multiplier.h.
 FAMILIES = {
-    "exact": Family("the IEEE 754 product; N low fraction bits of the operands dropped", "exact-t16", None),
-    "mitchell": Family("Mitchell's logarithmic product, likewise", "mitchell-t16-r7", _mitchell),
-    "mbm": Family("the minimally biased multiplier, likewise; R fraction bits kept", "mbm-t16-r7", _mbm),
-    "drum": Family("DRUM: the N leading bits multiplied exactly", "drum-k6", _drum, "k", range(1, FRACTION_BITS)),
+    "exact": Family("the IEEE 754 product", "exact-t16", None),
+    "mitchell": Family("Mitchell's logarithmic product", "mitchell-t16-r7", _mitchell),
+    "mbm": Family("the minimally biased multiplier", "mbm-t16-r7", _mbm),
+    "drum": Family("DRUM: exact products of the N leading bits", "drum-k6", _drum, "k", range(1, FRACTION_BITS)),
 }
 
 

@@ -520,5 +520,6 @@ NAMES = (
     Name(
         "int8:FILE", "an 8-bit circuit: .c, .h, .npy, .txt, .bin or .py:function; also uint8:, int4:, ...", "int8:mul.c"
     ),
-    Name("c:FILE.h:function[@M]", "a function in C, compiled; with @M tabulated, 100 times as fast", "c:my.h:product"),
+    Name("c:FILE.h:function[@M]", "a function in C, compiled; with @M tabulated, which is faster", "c:my.h:product"),
 )
+PARAMETERS = "-tN drops the N low fraction bits of the operands, -rR keeps R fraction bits of the product"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,7 @@ _FEWER_EPOCH_COLUMNS = {NARROW: (0, 4), 80: (0, 1, 4, 5)}
 # Of a run in a list: heading, value; and which of them are shown, the first choice that fits the terminal.
 _RUN_COLUMNS = {
     "run": lambda r: Path(r["run"]).name,
-    "run (its last part)": lambda r: Path(r["run"]).name.partition("-")[2],
+    "run (its last part)": lambda r: re.sub(r"^\d{8}T\d{6}Z-", "", Path(r["run"]).name),
     "kind": lambda r: r.get("kind", "-"),
     "status": lambda r: r["status"],
     "multiplier": lambda r: r.get("multiplier", "-"),

@@ -257,7 +257,7 @@ def _(of: Evaluation) -> Table:
         (
             row.multiplier,
             f"{100 * row.test_accuracy:.2f}",
-            "trained with it" if i == 0 else f"{row.difference:+.2f}",
+            f"{row.difference:+.2f}" if i else "trained with it" if of.trained_with else "reference",
             _number(row.test_loss, "{:.4f}"),
         )
         for i, row in enumerate(of.evaluations)
