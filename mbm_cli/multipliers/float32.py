@@ -84,7 +84,7 @@ FAMILIES = {
     "exact": Family("the IEEE 754 product", "exact-t16", None),
     "mitchell": Family("Mitchell's logarithmic product", "mitchell-t16-r7", _mitchell),
     "mbm": Family("the minimally biased multiplier", "mbm-t16-r7", _mbm),
-    "drum": Family("DRUM: exact products of the N leading bits", "drum-k6", _drum, "k", range(1, FRACTION_BITS)),
+    "drum": Family("DRUM: the N leading bits multiplied exactly", "drum-k6", _drum, "k", range(1, FRACTION_BITS)),
 }
 
 

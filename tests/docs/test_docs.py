@@ -82,7 +82,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
     done = tmp_path_factory.mktemp("commands") / "done.txt"
     done.touch()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "MBM_DOCS_DONE": str(done), "MBM_DOCS_ROOT": str(ROOT), "COLUMNS": "100"}
+    variables = {"PATH": path, "MBM_DOCS_DONE": str(done), "MBM_DOCS_ROOT": str(ROOT), "COLUMNS": "100"}
+    _, missing = data.FASHION_MNIST.damage()
+    return {**os.environ, **variables, **({} if missing else {"MBM_DOCS_FASHION": "here"})}
 
 
 @pytest.mark.timeout(600)
