@@ -5,13 +5,18 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-docs test-engines docs-figures stress test-wheel test-notebook notebook lint types clean
+.PHONY: train test test-kernels test-docs test-engines docs-figures stress test-wheel test-notebook notebook lint types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
 test: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
 	$(VENV)/bin/python -m pytest
+
+# The CUDA kernels on the CPU, under sanitizers (x86-64, g++).
+test-kernels: export GOMP_SPINCOUNT = 0
+test-kernels: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -rs -n 2 tests/emulator
 
 # The commands and Python examples of README.md and docs/, small, and their links.
 test-docs: $(VENV)/installed

@@ -218,7 +218,7 @@ def factors_of(handle: str, table: Tensor | None, device: int) -> DeviceFactors 
         return _of_name(handle, device)
     if table not in _of_tables:
         refuse_capture("the multiplier's factors")
-        _of_tables[table] = _on_device(factorize(handle, table.cpu()), device)
+        _of_tables[table] = _on_device(factorize(handle, table.cpu()), table.device)
     made: DeviceFactors | None = _of_tables[table]
     return made
 
@@ -226,15 +226,15 @@ def factors_of(handle: str, table: Tensor | None, device: int) -> DeviceFactors 
 @cache  # captured graphs read them
 def _of_name(handle: str, device: int) -> DeviceFactors | None:
     refuse_capture("the multiplier's factors")
-    return _on_device(factorize(handle), device)
+    return _on_device(factorize(handle), torch.device("cuda", device))
 
 
-def _on_device(factors: Factors | None, device: int) -> DeviceFactors | None:
+def _on_device(factors: Factors | None, device: torch.device) -> DeviceFactors | None:
     if factors is None:
         return None
 
     def copy(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(torch.device("cuda", device))
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     fractions, dropped = np.arange(len(factors.u)), FRACTION_BITS - factors.bits
     u = factors.u.view(np.uint32)
@@ -247,7 +247,8 @@ def _on_device(factors: Factors | None, device: int) -> DeviceFactors | None:
     arithmetic = {"kept": kept, "set": set_bits, "slot_shift": shift + dropped, "dropped": dropped}
     arithmetic["keeps_subnormals"] = int(factors.keeps_subnormals)
     made = DeviceFactors(table, copy(factors.v), factors.slots, arithmetic)
-    torch.cuda.current_stream(device).synchronize()  # other streams read it, too
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it, too
     return made
 
 

@@ -1,0 +1,53 @@
+"""Compiles the emulated kernels, and loads the sanitizers into the worker processes of pytest-xdist."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import emulator
+
+SANITIZERS = ("libasan.so", "libstdc++.so")  # the last one, because exceptions pass through the first
+
+
+def _missing(config: pytest.Config) -> str | None:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "the emulator is for x86-64 and Linux"
+    if shutil.which("g++") is None or not all(map(os.path.isabs, _sanitizers())):
+        return "needs g++ with its sanitizers"
+    if not os.environ.get("LD_PRELOAD") and not config.getoption("numprocesses", None):
+        return "the sanitizers are loaded into worker processes: add -n 2"
+    return None
+
+
+def _sanitizers() -> list[str]:
+    command = ["g++", "-print-file-name="]
+    return [
+        subprocess.run([command[0], command[1] + name], capture_output=True, text=True, check=True).stdout.strip()
+        for name in SANITIZERS
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("LD_PRELOAD") or _missing(config) is not None:
+        return
+    folder = config.cache.mkdir("emulator")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda program: emulator.compiled(program(), folder), emulator.PROGRAMS))
+    os.environ["LD_PRELOAD"] = " ".join(_sanitizers())
+    os.environ["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0:use_sigaltstack=0:halt_on_error=0"
+
+
+@pytest.fixture(scope="session")
+def libraries(request):
+    """Return the library of a program."""
+    if reason := _missing(request.config):
+        pytest.skip(reason)
+    return lambda program: emulator.compiled(program, request.config.cache.mkdir("emulator"))

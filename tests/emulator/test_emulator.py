@@ -1,0 +1,263 @@
+"""The CUDA kernels on the CPU, under sanitizers: they stay in their buffers, and their sums are right."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator import SLOTS, Emulated
+from memory_formats import MEMORY_FORMATS
+from test_cuda_integers import TABLES, expected_sums, forward
+from test_cuda_matrix import assert_layer_is_near
+from test_cuda_terms import random_terms
+from torch import Tensor
+
+from mbm_cli.backends import cuda_integers, cuda_matrix, cuda_quantize, cuda_terms, geometry
+from mbm_cli.backends.geometry import Pair
+from mbm_cli.multipliers.factor import Terms
+from mbm_cli.multipliers.names import Multiplier
+
+MULTIPLIERS = {
+    1: ("drum-k6", "mbm-t22-r1", "exact-t16"),
+    4: ("mbm-t20-r3", "drum-k4-r3"),
+    8: ("mitchell-t20",),
+    16: ("mbm-t18-r5", "mitchell-t19"),
+    32: ("mitchell-t18-r5",),
+}
+CPU = torch.device("cpu")
+PROGRAMS = {module: module.program for module in (cuda_terms, cuda_integers, cuda_quantize, cuda_matrix)}
+SHARED = tuple(kib << 10 for kib in (99, 163, 227))  # bytes of a block, of cards of compute capability 8.6, 8.0, 9.0
+MOST_STEPS = 40  # of all blocks of a launch
+
+
+@pytest.fixture
+def emulate(libraries, monkeypatch):
+    """Return a function that lets the kernels run here."""
+
+    def start(shared: int, late: bool) -> None:
+        for module, program in PROGRAMS.items():
+            monkeypatch.setattr(
+                module, "program", lambda *slots, p=program: Emulated(libraries(p(*slots)), shared, late)
+            )
+            monkeypatch.setattr(module, "multiprocessors_of", lambda _: 132, raising=False)
+            monkeypatch.setattr(module, "has_matrix_units", lambda _: True, raising=False)
+        monkeypatch.setattr(cuda_matrix, "shared_bytes_of", lambda _: shared + 1024)
+        monkeypatch.setattr(cuda_integers, "_shared_bytes", lambda _: shared)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
+        monkeypatch.setattr(cuda_matrix, "_pays", lambda *_: True)
+        monkeypatch.setattr(
+            cuda_matrix, "factors_of", lambda *name: cuda_matrix._on_device(cuda_matrix.factorize(*name[:2]), CPU)
+        )
+        cuda_matrix.plan.cache_clear()
+        cuda_terms.plan.cache_clear()
+
+    yield start
+    cuda_matrix.plan.cache_clear()
+    cuda_terms.plan.cache_clear()
+
+
+class Layer(NamedTuple):
+    """A convolution or, without a kernel, a dense layer."""
+
+    input: Tensor
+    weight: Tensor
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @property
+    def arguments(self) -> dict:
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    @property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """The input and the weight, of a dense layer as those of a convolution."""
+        return (
+            (self.input, self.weight)
+            if self.input.dim() == 4
+            else (self.input[..., None, None], self.weight[..., None, None])
+        )
+
+    @property
+    def geometry(self) -> geometry.Geometry:
+        input, weight = self.input, self.weight
+        if input.dim() == 2:
+            return geometry.linear(tuple(input.shape), input.stride(), weight.shape[0], weight.stride())
+        return forward(tuple(input.shape), tuple(weight.shape), **self.arguments, strides=input.stride())
+
+    def output(self, dtype: torch.dtype) -> Tensor:
+        g = self.geometry
+        return torch.empty(
+            (g.batch, g.groups * g.out_channels, *(g.out_size if self.input.dim() == 4 else ())), dtype=dtype
+        )
+
+
+def random_layer(rng: random.Random, numbers: Callable[..., Tensor], suits: Callable[[Layer], bool]) -> Layer:
+    """Return a layer that suits, whose input takes no more memory than it needs."""
+    channels = rng.choice([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 65, 72, 130])
+    rows = rng.choice([1, 2, 5, 16, 17, 32, 33, 63, 65, 100])
+    if rng.random() < 0.2:
+        layer = Layer(numbers(rng.choice([1, 2, 3, 64, 129, 257]), channels), numbers(rows, channels))
+        views = (lambda x: x, lambda x: x.t().contiguous().t(), lambda x: F.pad(x, (1, 2))[:, 1:-2])
+    else:
+        groups = rng.choice([1, 1, 1, 2, 3])
+        kernel, stride, padding, dilation = (
+            tuple(rng.choices(of, k=2)) for of in ((1, 2, 3, 5), (1, 1, 2, 3), (0, 1, 2, 7), (1, 1, 2, 3))
+        )
+        size = [
+            max(dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i], rng.choice([1, 2, 4, 7, 8, 12, 17]))
+            for i in range(2)
+        ]
+        input = numbers(rng.choice([1, 1, 2, 3, 5]), channels * groups, *size)
+        layer = Layer(input, numbers(rows * groups, channels, *kernel), stride, padding, dilation, groups)
+        views = [view for name, view in MEMORY_FORMATS.items() if "negated" not in name]
+    if not suits(layer):
+        return random_layer(rng, numbers, suits)
+    shape = layer.input.shape
+    view = rng.choice(views)(torch.zeros(shape))
+    before = view.storage_offset() * layer.input.element_size() % 16 // layer.input.element_size()
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, view.stride(), strict=True))
+    return layer._replace(input=numbers(before + count).as_strided(shape, view.stride(), before))
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def seeded(*of: object) -> random.Random:
+    rng = random.Random(repr(of))
+    torch.manual_seed(rng.randrange(1 << 30))
+    return rng
+
+
+copies = pytest.mark.parametrize("late", [False, True], ids=["copies at once", "late copies"])
+
+
+@copies
+@pytest.mark.parametrize("tile", cuda_matrix._TILES, ids=lambda tile: tile.kernel)
+@pytest.mark.parametrize("slots", SLOTS)
+def test_float_layers_on_matrix_units(emulate, monkeypatch, slots, tile, late):
+    def suits(layer: Layer) -> bool:
+        launch = cuda_matrix.plan(layer.geometry, slots, 132, shared + 1024)
+        return launch is not None and launch.blocks * int(launch.layer["steps"][0]) <= MOST_STEPS
+
+    rng = seeded(slots, tile, late)
+    monkeypatch.setattr(cuda_matrix, "_TILES", (tile,))
+    for shared in SHARED:
+        emulate(shared, late)
+        for _ in range(4):
+            layer, name = random_layer(rng, torch.randn, suits), rng.choice(MULTIPLIERS[slots])
+            bias = torch.randn(layer.weight.shape[0]) if rng.random() < 0.5 else None
+            output = layer.output(torch.float32)
+            with cuda_matrix.allowed(True):
+                cuda_matrix.run(layer.geometry, layer.input, layer.weight, bias, output, name, None)
+            input, weight = layer.images
+            output = output.reshape(*output.shape[:2], *layer.geometry.out_size)
+            assert_layer_is_near(output, input, weight, bias, *layer[2:], Multiplier.parse(name))
+
+
+def assert_sums(layer: Layer, run: Callable, table: Tensor, rng: random.Random) -> None:
+    """Check integer sums, or scaled ones, bit for bit."""
+    rows, padding_code = layer.weight.shape[0], rng.randrange(256)
+    expected = expected_sums(*layer.images, table, padding_code, **layer.arguments)
+    scale, bias = torch.randn(2, rows) if rng.random() < 0.3 else (None, None)
+    output = layer.output(torch.int32 if scale is None else torch.float32)
+    run(layer.geometry, layer.input, layer.weight, output, padding_code, scale, bias)
+    if scale is not None:
+        expected = expected.float() * scale[:, None, None] + bias[:, None, None]
+    assert torch.equal(output.view(torch.int32), expected.view(torch.int32).reshape(output.shape))
+
+
+def assert_sums_of_terms(layer: Layer, terms: Terms, rng: random.Random) -> None:
+    table = terms.u.astype(int) @ terms.v.astype(int) + terms.f[:, None] + terms.g
+    on_device = cuda_terms.on_device(terms, CPU)
+    assert_sums(
+        layer,
+        lambda *operands: cuda_terms.run(*operands[:4], on_device, *operands[4:]),
+        torch.from_numpy(table).int(),
+        rng,
+    )
+
+
+@copies
+@pytest.mark.parametrize("tile", cuda_terms._TILES, ids=lambda tile: tile.kernel)
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 13, 40])
+def test_integer_layers_on_matrix_units(emulate, monkeypatch, count, tile, late):
+    def suits(layer: Layer) -> bool:
+        launch = cuda_terms.plan(layer.geometry, count, 132)
+        return launch.blocks * int(launch.layer["steps"][0]) <= MOST_STEPS
+
+    rng = seeded(count, tile, late)
+    monkeypatch.setattr(cuda_terms, "_TILES", (tile,))
+    for most_expanded in (cuda_terms._MOST_EXPANDED, 1 << 12):  # a batch in one piece, and in several
+        monkeypatch.setattr(cuda_terms, "_MOST_EXPANDED", most_expanded)
+        emulate(SHARED[0], late)
+        for i in range(4):
+            terms = random_terms(count, i)
+            if rng.random() < 0.3:
+                terms = replace(terms, f=terms.f * 0, g=terms.g * 0)
+            assert_sums_of_terms(random_layer(rng, codes, suits), terms, rng)
+
+
+@pytest.mark.parametrize("channels", [61, 64, 130])
+def test_many_terms_fit_into_99_kib(emulate, channels):
+    emulate(SHARED[0], late=False)
+    layer = Layer(codes(1, channels), codes(2, channels))
+    for count in (212, 213, 256):
+        assert_sums_of_terms(layer, random_terms(count), seeded(count))
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_single_products_have_room_for_their_outputs(emulate, monkeypatch, slots):
+    for tile in cuda_matrix._TILES:
+        monkeypatch.setattr(cuda_matrix, "_TILES", (tile,))
+        emulate(SHARED[2], late=True)
+        layer, output = Layer(torch.randn(1, 1), torch.randn(1, 1)), torch.empty(1, 1)
+        with cuda_matrix.allowed(True):
+            cuda_matrix.run(layer.geometry, layer.input, layer.weight, None, output, MULTIPLIERS[slots][0], None)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("path", ["rows", "columns", "gather"])
+@pytest.mark.parametrize("shared", SHARED)
+def test_integer_layers_look_up_their_table(emulate, kind, path, shared):
+    emulate(shared, late=False)
+    rng = seeded(kind, path, shared)
+    for _ in range(3):
+        table = torch.randint(*TABLES[kind], (256, 256)).int()
+        layer = random_layer(rng, codes, lambda layer: layer.geometry.products <= 20_000)
+        assert_sums(
+            layer,
+            lambda *operands: cuda_integers.run(*operands[:4], table, operands[4], path, *operands[5:]),
+            table,
+            rng,
+        )
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 35), (4, 3, 31, 17), (9, 1000)], ids=str)
+def test_quantisation_has_the_bits_of_the_cpu(emulate, shape, bits, signed):
+    emulate(SHARED[0], late=False)
+    torch.manual_seed(0)
+    x, grad, running = torch.randn(shape) * 3, torch.randn(shape), torch.tensor([-1.5, 2.5])
+
+    def assert_same(function: str, *arguments: object) -> None:
+        mine, theirs = ([x.clone() if isinstance(x, Tensor) else x for x in arguments] for _ in range(2))
+        found, expected = getattr(cuda_quantize, function)(*mine), getattr(torch.ops.mbm, function)(*theirs)
+        for one, other in zip((found, *mine), (expected, *theirs), strict=True):
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+    for scale in (torch.ones(1), torch.rand(shape[0]) + 0.01):
+        form = scale, torch.full_like(scale, 0.0 if signed else 3.0), bits, signed
+        assert_same("quantize", x, *form)
+        assert_same("fake_quantize", x, *form)
+        assert_same("quantize_grad", grad, x, *form)
+    assert_same("row_scales", x, bits, signed)
+    assert_same("update_range", x, running, 0.01, bits, signed)
