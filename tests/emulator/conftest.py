@@ -12,7 +12,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import emulator
+import emulator  # noqa: E402
 
 SANITIZERS = ("libasan.so", "libstdc++.so")  # the last one, because exceptions pass through the first
 

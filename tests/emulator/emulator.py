@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import platform
 import re
 import shutil
 import subprocess
@@ -102,7 +101,7 @@ class Emulated:
     ) -> None:
         """Run a kernel and check that it does nothing wrong."""
         # Of all functions that have a name like the kernel's: at least what the kernel takes.
-        static = sum(size for size, name in self._static if re.search(rf"\b{kernel.split('_')[0]}\b", name))
+        static = sum(size for size, name in self._static if re.search(rf"\b{kernel.partition('_')[0]}\b", name))
         assert shared_bytes + static <= self._shared, f"{kernel}: {shared_bytes} + {static} bytes of shared memory"
         values = [np.asarray(np.uint64(one) if isinstance(one, int) else one) for one in arguments]
         launch = np.array([*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared_bytes, self._late], np.uint32)
