@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def compiled(program: Program, folder: Path) -> Path:
     return (made / "unfinished.so").rename(made / "kernels.so")
 
 
+@cache
+def static_variables(library: Path) -> list[tuple[int, str]]:
+    """Return the size and the name of a library's static variables, each with its function."""
+    symbols = subprocess.run(["nm", "-SC", library], check=True, capture_output=True, text=True).stdout
+    return [(int(size, 16), name) for size, name in re.findall(r"^\w+ (\w+) b (.*::.*)$", symbols, re.MULTILINE)]
+
+
 class Emulated:
     """Takes the place of a `Program`.
 
@@ -86,9 +94,7 @@ class Emulated:
     """
 
     def __init__(self, library: Path, shared: int, late: bool) -> None:
-        self._library, self._shared, self._late = ctypes.CDLL(str(library)), shared, late
-        symbols = subprocess.run(["nm", "-SC", library], check=True, capture_output=True, text=True).stdout
-        self._static = [(int(size, 16), name) for size, name in re.findall(r"^\w+ (\w+) b (.*::.*)$", symbols, re.M)]
+        self._library, self._shared, self._late = library, shared, late
 
     def launch(
         self,
@@ -101,11 +107,15 @@ class Emulated:
     ) -> None:
         """Run a kernel and check that it does nothing wrong."""
         # Of all functions that have a name like the kernel's: at least what the kernel takes.
-        static = sum(size for size, name in self._static if re.search(rf"\b{kernel.partition('_')[0]}\b", name))
+        static = sum(
+            size
+            for size, name in static_variables(self._library)
+            if re.search(rf"\b{kernel.partition('_')[0]}\b", name)
+        )
         assert shared_bytes + static <= self._shared, f"{kernel}: {shared_bytes} + {static} bytes of shared memory"
         values = [np.asarray(np.uint64(one) if isinstance(one, int) else one) for one in arguments]
         launch = np.array([*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared_bytes, self._late], np.uint32)
-        run = self._library[f"run_{kernel}"]
+        run = ctypes.CDLL(str(self._library))[f"run_{kernel}"]
         run.restype = ctypes.c_char_p
         pointers = (ctypes.c_void_p * len(values))(*(one.ctypes.data for one in values))
         errors = run(ctypes.c_void_p(launch.ctypes.data), pointers).decode()
