@@ -5,7 +5,8 @@ PYTHON ?= python3
 comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 
-.PHONY: train test test-kernels test-docs test-engines docs-figures stress test-wheel test-notebook notebook lint types clean
+.PHONY: train test test-kernels test-docs test-engines docs-figures stress test-wheel test-notebook notebook lint
+.PHONY: types clean
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 

@@ -236,11 +236,13 @@ inline void load_matrices(unsigned& w0, unsigned& w1, unsigned& w2, unsigned& w3
 template <class Number, int DEPTH> struct Matrices { Number a[16][DEPTH], b[8][DEPTH]; };
 template <class Number, int DEPTH> inline Matrices<Number, DEPTH> matrices[32];
 
-inline void set_element(float& element, unsigned word, int i) { element = bits_as<float>(i ? word & ~0xFFFFu : word << 16); }
+inline void set_element(float& element, unsigned word, int i) {
+  element = bits_as<float>(i ? word & ~0xFFFFu : word << 16);
+}
 inline void set_element(int& element, unsigned word, int i) { element = static_cast<signed char>(word >> 8 * i); }
 
-// mma.sync. A word has elements of consecutive k. Lane 4 r + k has of A the rows r and r + 8, of B the column r, at k and
-// at k + 4 words, and of the sums the columns 2 k and 2 k + 1 of both rows. Without sanitizers this is much faster.
+// mma.sync. A word has elements of consecutive k. Lane 4 r + k has of A the rows r and r + 8, of B the column r, at k
+// and at k + 4 words, and of the sums the columns 2 k and 2 k + 1 of both rows. Without sanitizers this is much faster.
 template <class Number, int ELEMENTS, class Sum>
 __attribute__((no_sanitize("address", "undefined"), optimize("O3")))
 void multiply_matrices(Sum* const (&sums)[4], const unsigned (&words)[6]) {
@@ -333,7 +335,8 @@ struct Launch {
 
 // Run a kernel on the arguments at these addresses; return what was wrong.
 template <class... Parameters, size_t... I>
-const char* run_kernel(void (*kernel)(Parameters...), std::index_sequence<I...>, const Launch& launch, void** arguments) {
+const char* run_kernel(void (*kernel)(Parameters...), std::index_sequence<I...>, const Launch& launch,
+                       void** arguments) {
   kernel_call = [=] { kernel(*static_cast<std::remove_const_t<Parameters>*>(arguments[I])...); };
   errors.clear();
   __asan_set_error_report_callback(report);
