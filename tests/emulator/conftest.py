@@ -14,12 +14,15 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import emulator  # noqa: E402
 
+RANDOM_BITS, MOST_RANDOM_BITS = Path("/proc/sys/vm/mmap_rnd_bits"), 28
 SANITIZERS = ("libasan.so", "libstdc++.so")  # the last one, because exceptions pass through the first
 
 
 def _missing(config: pytest.Config) -> str | None:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return "the emulator is for x86-64 and Linux"
+    if int(RANDOM_BITS.read_text() if RANDOM_BITS.exists() else 0) > MOST_RANDOM_BITS:
+        return f"AddressSanitizer may not start where {RANDOM_BITS} is more than {MOST_RANDOM_BITS}"
     if shutil.which("g++") is None or not all(map(os.path.isabs, _sanitizers())):
         return "needs g++ with its sanitizers"
     if not os.environ.get("LD_PRELOAD") and not config.getoption("numprocesses", None):
