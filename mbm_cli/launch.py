@@ -71,10 +71,7 @@ def _launch_workers(
                 died = slot.close() if isinstance(future.exception(), BrokenProcessPool) else None
                 lost = [INTERRUPTED if number == 1 else f"{task}: its process {died}" for task in group]
                 for task, reason in zip(group, lost if died else future.result(), strict=True):
-                    if reason == INTERRUPTED:
-                        waiting.append(([task], number + 1))
-                    else:
-                        done(task, reason)
+                    waiting.append(([task], number + 1)) if reason == INTERRUPTED else done(task, reason)
                 if not waiting:
                     slot.close()  # which frees its memory
             for _, group, _ in running.values():
