@@ -173,7 +173,7 @@ template <int IN_WORDS> DEVICE void expand(const Operand& o, unsigned item, unsi
   int quads = (o.terms + 3) / 4, all_blocks = (o.channels + 3) / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned* factors = reinterpret_cast<unsigned*>(memory);
   unsigned* constants = factors + quads * CODES;
-  unsigned* tile = constants + CODES;  // at last of the warps' sums
+  unsigned* tile = constants + CODES;  // and, when it is copied out, the warps' sums
   auto parts = reinterpret_cast<unsigned(*)[POSITIONS]>(tile);
   for (int i = threadIdx.x; i < quads * CODES; i += EXPANDERS) factors[i] = o.factors[i];
   for (int i = threadIdx.x; i < CODES; i += EXPANDERS) constants[i] = o.constants[i];

@@ -367,16 +367,17 @@ def multipliers_show(
         circuit = describe(multiplier)
         shown = asdict(circuit)
     else:
-        what = next(one.what for one in NAMES if one.name.startswith(multiplier.family))
-        shown = {"name": str(multiplier), "what": what}
+        kind = next(one for one in NAMES if one.name.startswith(multiplier.family))
+        shown = {"name": str(multiplier), "what": kind.what}
     if o.json:
         _print_json({**shown, "reported": [asdict(cost) for cost in costs]})
         return
     if multiplier.is_integer:
         print_circuit(circuit)
     else:
-        print_table(("name", "what it is"), [(str(multiplier), what)])
-        echo(PARAMETERS)
+        print_table(("name", "what it is"), [(str(multiplier), kind.what)])
+        if "-rR" in kind.name:
+            echo(PARAMETERS)
         echo(f"mbm characterize {name} measures its errors")
     console().print(costs_table(costs))
 

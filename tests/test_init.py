@@ -104,7 +104,7 @@ def test_a_whole_module_is_no_file_of_weights(tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "whole.pt")
     answer = mbm("eval", "--weights", tmp_path / "whole.pt", "--multiplier", "mbm")
     assert answer.code == 2
-    assert "holds more than tensors: save torch.save(model.state_dict(), FILE)" in answer.err
+    assert "holds more than tensors: write torch.save(model.state_dict(), FILE)" in answer.err
     assert "\x1b" not in answer.err
 
 

@@ -95,7 +95,7 @@ class Study:
 
         Args:
             planned: what is evaluated first.
-            go_on: go on with what NSGA-II suggests.
+            go_on: evaluate what NSGA-II suggests, too.
             evaluate: returns cost and accuracy of an assignment.
             report: called with each evaluation, and their number.
             stopped: called before each evaluation.

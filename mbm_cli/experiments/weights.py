@@ -49,7 +49,7 @@ def read(path: str, model: nn.Module, field: str) -> tuple[dict[str, Tensor], st
         raise RequestError(f"{field}: {path} cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError:
         raise RequestError(
-            f"{field}: {path} is damaged, or holds more than tensors: save torch.save(model.state_dict(), FILE)"
+            f"{field}: {path} is damaged, or holds more than tensors: write torch.save(model.state_dict(), FILE)"
         ) from None
     except Exception as error:  # a damaged or foreign archive raises errors of many kinds
         first = (str(error).splitlines() or [""])[0]

@@ -31,11 +31,8 @@ def _missing(config: pytest.Config) -> str | None:
 
 
 def _sanitizers() -> list[str]:
-    command = ["g++", "-print-file-name="]
-    return [
-        subprocess.run([command[0], command[1] + name], capture_output=True, text=True, check=True).stdout.strip()
-        for name in SANITIZERS
-    ]
+    commands = [["g++", f"-print-file-name={name}"] for name in SANITIZERS]
+    return [subprocess.run(one, capture_output=True, text=True, check=True).stdout.strip() for one in commands]
 
 
 def pytest_configure(config: pytest.Config) -> None:
