@@ -15,6 +15,7 @@ from mbm_cli.multipliers.code.python import UsersNetwork
 from mbm_cli.multipliers.names import Backward, LayerMultipliers, Multiplier
 from mbm_cli.nn import convert
 from mbm_cli.ops import BackwardLike
+from mbm_cli.pooling import ReLUMaxPool2d
 from mbm_cli.quantize import Quantization, observing
 
 Builder = Callable[[Shape, int, float], nn.Module]
@@ -30,11 +31,9 @@ def lenet(shape: Shape, classes: int, width: float = 1) -> nn.Module:
     first, second, third, fourth = (_times(n, width) for n in (6, 16, 120, 84))
     layers = {
         "conv1": nn.Conv2d(channels, first, 5, padding=2),
-        "relu1": nn.ReLU(),
-        "pool1": nn.MaxPool2d(2),
+        "pool1": ReLUMaxPool2d(2),
         "conv2": nn.Conv2d(first, second, 5),
-        "relu2": nn.ReLU(),
-        "pool2": nn.MaxPool2d(2),
+        "pool2": ReLUMaxPool2d(2),
         "flatten": nn.Flatten(),
         "fc1": nn.Linear(second * ((rows // 2 - 4) // 2) * ((columns // 2 - 4) // 2), third),
         "relu3": nn.ReLU(),
@@ -55,12 +54,10 @@ def cnn3(shape: Shape, classes: int, width: float = 1) -> nn.Module:
         "relu1": nn.ReLU(),
         "conv2": nn.Conv2d(first, second, 3, padding=1),
         "bn2": nn.BatchNorm2d(second),
-        "relu2": nn.ReLU(),
-        "pool2": nn.MaxPool2d(2),
+        "pool2": ReLUMaxPool2d(2),
         "conv3": nn.Conv2d(second, third, 3, padding=1),
         "bn3": nn.BatchNorm2d(third),
-        "relu3": nn.ReLU(),
-        "pool3": nn.MaxPool2d(2),
+        "pool3": ReLUMaxPool2d(2),
         "dropout3": nn.Dropout(0.5),
         "flatten": nn.Flatten(),
         "fc1": nn.Linear(third * (rows // 4) * (columns // 4), fourth),

@@ -24,6 +24,7 @@ PHASES = ("batch gathering", "forward", "loss", "backward", "optimizer", "evalua
 
 # Opens a named range, for a clock or a profiler to measure.
 Range = Callable[[str], AbstractContextManager[object]]
+BatchOf = Callable[..., Tensor]  # of a tensor and the dimension of its images
 
 
 def no_range(name: str) -> AbstractContextManager[object]:
@@ -163,9 +164,9 @@ class Trainer:
         self.test = test
         self._training = _Pass(self._train_step, train, batch_size, self._keeping)
         self._testing = _Pass(self._test_step, test, eval_batch_size)
-        self._order = torch.zeros_like(train.labels)
+        self._order = torch.stack([train.labels, train.labels])  # of the images and, by it, of their labels
         self.label_smoothing, self.augment = label_smoothing, augment
-        self._moves = self._order.new_zeros(len(train) if augment else 0, 3)
+        self._moves = train.labels.new_zeros(len(train) if augment else 0, 3)
         self._rates = torch.zeros(self.steps, device=train.images.device)
         self.cuda_graph = cuda_graph
         self.phase = phase
@@ -218,7 +219,8 @@ class Trainer:
             Interrupted: ``stopped`` returned true.
             RunError: the loss of a step is not finite; the message names the step.
         """
-        self._order.copy_(order)
+        self._order[0].copy_(order)
+        self._order[1].copy_(self.train.labels[self._order[0]])
         self._rates.copy_(learning_rates)
         if moves is not None:
             self._moves.copy_(moves)
@@ -286,10 +288,10 @@ class Trainer:
             losses, hits = _losses_and_hits(self._testing.logits, self.test.labels)
             return losses.mean().item(), hits.sum().item() / len(self.test)
 
-    def _train_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
+    def _train_step(self, batch_of: BatchOf, step: Tensor) -> Tensor:
         with self.phase("batch gathering"):
-            indices = batch_of(self._order)
-            images, labels = self.train.images.index_select(0, indices), self.train.labels.index_select(0, indices)
+            indices, labels = batch_of(self._order, 1)
+            images = self.train.images.index_select(0, indices)
             if self.augment:
                 images = moved(images, batch_of(self._moves), self.train.black)
         with self.phase("optimizer"):
@@ -310,13 +312,13 @@ class Trainer:
         return self.phase("loss")  # logits are kept for the mean loss and the accuracy
 
     @torch.no_grad()
-    def _test_step(self, batch_of: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
+    def _test_step(self, batch_of: BatchOf, step: Tensor) -> Tensor:
         return self.model(batch_of(self.test.images))
 
     def _train_metrics(self, steps: int) -> tuple[float, float, int]:
         """Return means of loss and accuracy over the epoch's first steps, and their images; wait for the device."""
         images = min(steps * self._training.batch_size, len(self.train))
-        losses, hits = _losses_and_hits(self._training.logits[:images], self.train.labels[self._order[:images]])
+        losses, hits = _losses_and_hits(self._training.logits[:images], self._order[1, :images])
         return losses.mean().item(), hits.sum().item() / images, images
 
     def _part(self, step: int, start: float) -> PartOfEpoch:
@@ -329,7 +331,7 @@ class Trainer:
         """Return the losses of the images of the steps from ``first`` to before ``steps``, float64."""
         batch = self._training.batch_size
         images = slice(first * batch, min(steps * batch, len(self.train)))
-        return _losses_and_hits(self._training.logits[images], self.train.labels[self._order[images]])[0]
+        return _losses_and_hits(self._training.logits[images], self._order[1, images])[0]
 
     def _check(self, first: int, steps: int) -> "_Check":
         """Start checking whether the losses of some steps are finite; wait for nothing."""
@@ -405,12 +407,13 @@ class _Check:
 class _Pass:
     """A pass over a set in batches: ``compute(batch_of, step)`` returns the logits of a step.
 
-    ``batch_of`` takes the step's part of a tensor over the whole set; ``step`` is its number, int64 (1,) on the device.
+    ``batch_of`` takes the step's part of a tensor over the whole set, along a dimension; ``step`` is its number, int64
+    (1,) on the device.
     """
 
     def __init__(
         self,
-        compute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+        compute: Callable[[BatchOf, Tensor], Tensor],
         split: Split,
         batch: int,
         keeping: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -456,14 +459,15 @@ class _Pass:
         with self._keeping():
             self.logits[-self._rest :].copy_(logits)
 
-    def _full_batch(self, items: Tensor) -> Tensor:
-        return self._in_batches(items).index_select(0, self._step).squeeze(0)
+    def _full_batch(self, items: Tensor, dim: int = 0) -> Tensor:
+        return self._in_batches(items, dim).index_select(dim, self._step).squeeze(dim)
 
-    def _rest_batch(self, items: Tensor) -> Tensor:
-        return items[-self._rest :]
+    def _rest_batch(self, items: Tensor, dim: int = 0) -> Tensor:
+        return items.narrow(dim, -self._rest, self._rest)
 
-    def _in_batches(self, items: Tensor) -> Tensor:
-        return items[: self._full_steps * self.batch_size].unflatten(0, (self._full_steps, self.batch_size))
+    def _in_batches(self, items: Tensor, dim: int = 0) -> Tensor:
+        full = items.narrow(dim, 0, self._full_steps * self.batch_size)
+        return full.unflatten(dim, (self._full_steps, self.batch_size))
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ from commands import SILENT, after, made, mbm
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mbm_cli import optimizers
 from mbm_cli.config import Config, load
 from mbm_cli.device import set_arithmetic
 from mbm_cli.epoch import epoch_moves, epoch_order
@@ -73,6 +74,25 @@ def test_gradients_are_the_exact_convolutions():
     theirs = torch.autograd.grad(exact, (x, weight, bias), grad)
     assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
     torch.testing.assert_close(ours[2], theirs[2])  # summed in another order
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["adam", "adamw"])
+def test_adam_in_pieces_has_the_bits_of_adam(decoupled):
+    """Of a network and of tensors of many sizes, in one that is not contiguous, too."""
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    shapes = [(120, 400), (7, 11), (1,), (100_003,), (0,), (64, 33, 3, 3), (0, 5)]
+    both = []
+    for make in (optimizers.adam, lambda params, lr, decay, _: kind(params, lr, weight_decay=decay, fused=True)):
+        generator = torch.Generator(CUDA).manual_seed(0)
+        params = [torch.randn(shape, generator=generator, device=CUDA) for shape in shapes]
+        params.append(params[5].clone().contiguous(memory_format=torch.channels_last))
+        optimizer = make(params, torch.tensor([0.01], device=CUDA), 0.1, decoupled)
+        for _ in range(3):
+            for one in params:
+                one.grad = torch.randn(one.shape, generator=generator, device=CUDA)
+            optimizer.step()
+        both.append([*params, *(value for state in optimizer.state.values() for value in state.values())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*both, strict=True))
 
 
 # CUDA graphs

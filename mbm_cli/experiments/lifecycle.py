@@ -1,7 +1,6 @@
 """The lifecycle that all experiments share: how they begin, report progress, are interrupted, fail and end."""
 
 import errno
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import torch
 from torch import nn
 
+from mbm_cli import optimizers
 from mbm_cli.backends import cuda_matrix
 from mbm_cli.backends.cuda_programs import has_matrix_units
 from mbm_cli.config import Config, DataConfig, Network, OptimizerConfig
@@ -337,22 +337,8 @@ def _build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.de
         own = {"params": [p for p in model.parameters() if p in scales], "weight_decay": 0.0, "lr": lr.clone()}
         parameters = [{"params": parameters}, own]
     if config.name == "sgd":
-        return _without_dynamo(torch.optim.SGD)(
-            parameters, lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=True
-        )
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return _without_dynamo(kind)(parameters, lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
-
-
-def _without_dynamo(kind: type[torch.optim.Optimizer]) -> Any:
-    """Return an optimizer's class with its methods as they are without the wrappers for ``torch.compile``.
-
-    The wrappers import ``torch._dynamo``, which takes as long as the rest of a start; the methods are the same.
-    """
-    names = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    methods["step"] = torch.no_grad()(methods["step"])  # as its wrapper does
-    return type(kind.__name__, (kind,), methods)
+        return optimizers.sgd(parameters, lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov)
+    return optimizers.adam(parameters, lr, decay, decoupled=config.name == "adamw")
 
 
 # How it ends

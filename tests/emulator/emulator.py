@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mbm_cli import pooling
 from mbm_cli.backends import cuda_integers, cuda_matrix, cuda_quantize, cuda_terms
 from mbm_cli.backends.cuda_programs import Program
 
@@ -18,7 +19,7 @@ HEADER = Path(__file__).with_name("cuda.h")
 COMPILE = ["g++", "-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-shared", "-fsanitize=address,undefined"]
 COMPILE += ["-fsanitize-recover=address", "-ffp-contract=off"]
 SLOTS = (1, 4, 8, 16, 32)
-PROGRAMS = [cuda_terms.program, cuda_integers.program, cuda_quantize.program]
+PROGRAMS = [cuda_terms.program, cuda_integers.program, cuda_quantize.program, pooling.program]
 PROGRAMS += [lambda slots=slots: cuda_matrix.program(slots) for slots in SLOTS]
 
 # The functions of cuda.h that take the place of PTX, by an instruction that no other piece of PTX has.

@@ -17,6 +17,7 @@ from test_cuda_matrix import assert_layer_is_near
 from test_cuda_terms import random_terms
 from torch import Tensor
 
+from mbm_cli import pooling
 from mbm_cli.backends import cuda_integers, cuda_matrix, cuda_quantize, cuda_terms, geometry
 from mbm_cli.backends.geometry import Pair
 from mbm_cli.multipliers.factor import Terms
@@ -30,7 +31,7 @@ MULTIPLIERS = {
     32: ("mitchell-t18-r5",),
 }
 CPU = torch.device("cpu")
-PROGRAMS = {module: module.program for module in (cuda_terms, cuda_integers, cuda_quantize, cuda_matrix)}
+PROGRAMS = {module: module.program for module in (cuda_terms, cuda_integers, cuda_quantize, cuda_matrix, pooling)}
 SHARED = tuple(kib << 10 for kib in (99, 163, 227))  # bytes of a block, of cards of compute capability 8.6, 8.0, 9.0
 MOST_STEPS = 30  # of all blocks of a launch
 
@@ -258,3 +259,24 @@ def test_quantisation_has_the_bits_of_the_cpu(emulate, shape, bits, signed):
         assert_same("quantize_grad", grad, x, *form)
     assert_same("row_scales", x, bits, signed)
     assert_same("update_range", x, running, 0.01, bits, signed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"), [((2, 3, 8, 8), 2), ((3, 1, 7, 5), 2), ((1, 2, 9, 11), 3), ((1, 1, 1, 9), 2)]
+)
+def test_pooling_has_the_bits_of_two_layers(emulate, shape, side):
+    emulate(SHARED[0], late=False)
+    torch.manual_seed(0)
+    x = torch.randint(-2, 3, shape).float()  # so that many of a window are equal
+    x.view(-1)[::17] = torch.nan
+    x.requires_grad_()
+    expected = F.max_pool2d(F.relu(x), side) if min(shape[2:]) >= side else torch.empty(*shape[:2], 0, shape[3] // side)
+    grad = -torch.randint(0, 3, expected.shape).float()
+    bits = [pooling.relu_max_pool(x.detach(), side), pooling.relu_max_pool_grad(grad, x.detach(), side)]
+    if expected.numel() == 0:
+        assert bits[0].numel() == 0
+        assert not bits[1].any()
+        return
+    expected.backward(grad)
+    for one, other in zip(bits, (expected.detach(), x.grad), strict=True):
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
