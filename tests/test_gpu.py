@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbm_cli import optimizers
 from mbm_cli.config import Config, load
-from mbm_cli.device import set_arithmetic
+from mbm_cli.device import choose_device, set_arithmetic
 from mbm_cli.epoch import epoch_moves, epoch_order
 from mbm_cli.errors import RunError
 from mbm_cli.experiments.lifecycle import build_trainer
@@ -28,6 +28,7 @@ FEW = ["--set", "data.train_limit=1000", "--set", "data.test_limit=500", "--devi
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    choose_device("cuda")
     set_arithmetic(deterministic=True)
 
 
@@ -89,7 +90,7 @@ def test_adam_in_pieces_has_the_bits_of_adam(decoupled):
         optimizer = make(params, torch.tensor([0.01], device=CUDA), 0.1, decoupled)
         for _ in range(3):
             for one in params:
-                one.grad = torch.randn(one.shape, generator=generator, device=CUDA)
+                one.grad = torch.empty_like(one).normal_(generator=generator)
             optimizer.step()
         both.append([*params, *(value for state in optimizer.state.values() for value in state.values())])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*both, strict=True))

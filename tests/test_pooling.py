@@ -23,7 +23,8 @@ def test_bits_are_those_of_two_layers(shape, side, device):
     grad = -torch.randint(0, 3, theirs.shape, device=device).float()
     both = [(one.detach(), torch.autograd.grad(one, x, grad)[0]) for one in (ours, theirs)]
     for one, other in zip(*both, strict=True):
-        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+        same = one.view(torch.int32) == other.view(torch.int32)
+        assert (same | (one.isnan() & other.isnan())).all()  # the bits of a NaN are the compiler's choice
 
 
 @ON_EACH
