@@ -58,12 +58,19 @@ template <class Out, class Function> __device__ __forceinline__ void each(const 
   each<Out, Function, 1>(e, of);
 }
 
+__device__ __forceinline__ unsigned char code_of(float x, float scale, float zero, Format f) {
+  return static_cast<unsigned char>(static_cast<int>(clamped(rounded(x, scale, zero), f)));
+}
+
+__device__ __forceinline__ void make_nan(float* numbers, long long count) {
+  for (long long k = 0; k < count; k++) numbers[k] = __int_as_float(0x7FC00000);
+}
+
 extern "C" __global__ void quantize(__grid_constant__ const Elementwise e) {
   if (!wanted("quantize")) return;
   each<unsigned char>(e, [&](float x, float scale, float zero, float) {
-    if (!isfinite(x))
-      for (int k = 0; k < e.poisoned; k++) e.poison[k] = __int_as_float(0x7FC00000);
-    return static_cast<unsigned char>(static_cast<int>(clamped(rounded(x, scale, zero), e.format)));
+    if (!isfinite(x)) make_nan(e.poison, e.poisoned);
+    return code_of(x, scale, zero, e.format);
   });
 }
 
@@ -161,34 +168,118 @@ extern "C" __global__ void row_scales(const float* x, float* scales, long long r
 }
 
 // ---- Unsigned codes ------------------------------------------------------------------------------------------------
+//
+// Mapping: a block has `blockDim.x` positions of images, and `blockDim.y` threads share the channels of each, so that
+// neighbouring threads have neighbours in memory: positions, or channels where a plane is small. An image has the
+// channels of one group, which lie together. Past the last position, it is the last one's once more.
+//
+// What limits them: of large layers the memory, 5 bytes an element of `quantize_and_sum` and 8 of `scale_sums`; sums of
+// codes are read and written once for all channels. Of small layers latency, so that a thread has several loads in
+// flight, and the fewer positions there are, the more threads share each.
 
-// A block a row of a weight's codes: z_a times (steps times z_b less the codes' sum), modulo 2^32.
-extern "C" __global__ void row_offsets(const unsigned char* codes, const float* input_zero, const float* weight_zero,
-                                       unsigned* offsets, long long steps) {
-  if (!wanted("row_offsets")) return;
-  __shared__ unsigned sum;
-  if (threadIdx.x == 0) sum = 0;
+constexpr int AT_ONCE = 8;  // loads of a thread
+
+// The sum over the threads of a position. Blocks have 256 threads.
+__device__ unsigned of_position(unsigned mine) {
+  __shared__ unsigned parts[256];
+  unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
+  parts[thread] = mine;
+  for (unsigned n = 128; n >= blockDim.x; n /= 2) {
+    __syncthreads();
+    if (thread < n) parts[thread] += parts[thread + n];
+  }
   __syncthreads();
-  unsigned mine = 0;
-  for (long long i = threadIdx.x; i < steps; i += blockDim.x) mine += codes[blockIdx.x * steps + i];
-  atomicAdd(&sum, mine);  // of integers, so that the order does not matter
-  __syncthreads();
-  if (threadIdx.x == 0)
-    offsets[blockIdx.x] = static_cast<unsigned>(*input_zero) *
-                          (static_cast<unsigned>(steps) * static_cast<unsigned>(weight_zero[blockIdx.x]) - sum);
+  return parts[threadIdx.x];
 }
 
-// Sums of T[a, b] without the codes' zero points, scaled. `windows` are sums of a, of each group.
-extern "C" __global__ void scale_sums(const unsigned* sums, const unsigned* windows, const unsigned* offsets,
-                                      const float* weight_zero, const float* scale, const float* bias, float* out,
-                                      long long count, long long plane, int channels, int of_group) {
+__device__ __forceinline__ long long position_of_thread(long long count) {
+  return min(blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x, count - 1);
+}
+
+// backends/cuda_quantize.py mirrors the layout.
+struct Images {
+  const float *x, *scale, *zero;
+  unsigned char* codes;
+  unsigned* sums;
+  float* poison;               // as in Elementwise
+  long long images, of_scale;  // images that share a scale
+  long long size[2], padding[2];
+  Format format;
+  int channels, poisoned;
+};
+
+// Codes of images with a border of the code of zero, and their sums over the channels.
+extern "C" __global__ void quantize_and_sum(__grid_constant__ const Images e) {
+  if (!wanted("quantize_and_sum")) return;
+  long long columns = e.size[1] + 2 * e.padding[1], plane = (e.size[0] + 2 * e.padding[0]) * columns;
+  long long position = position_of_thread(e.images * plane), image = position / plane, rest = position - image * plane;
+  long long line = rest / columns, row = line - e.padding[0], column = rest - line * columns - e.padding[1];
+  bool is_inside = row >= 0 && row < e.size[0] && column >= 0 && column < e.size[1], is_finite = true;
+  long long area = e.size[0] * e.size[1], first_channel = image * e.channels + threadIdx.y;
+  long long from = first_channel * area + row * e.size[1] + column, to = first_channel * plane + rest;
+  long long of_scale = row_of(image, e.images, e.of_scale);
+  float scale = e.scale[of_scale], zero = e.zero[of_scale];
+  unsigned sum = 0, channels = e.channels;
+  for (unsigned first = threadIdx.y; first < channels; first += AT_ONCE * blockDim.y) {
+    float x[AT_ONCE];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++, from += blockDim.y * area)
+      x[k] = is_inside && first + k * blockDim.y < channels ? e.x[from] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++, to += blockDim.y * plane) {
+      if (first + k * blockDim.y >= channels) break;
+      unsigned char code = code_of(x[k], scale, zero, e.format);
+      e.codes[to] = code;
+      sum += code;
+      is_finite = is_finite && isfinite(x[k]);
+    }
+  }
+  if (!is_finite) make_nan(e.poison, e.poisoned);
+  sum = of_position(sum);
+  if (threadIdx.y == 0) e.sums[position] = sum;
+}
+
+// backends/cuda_quantize.py mirrors the layout.
+struct Sums {
+  const unsigned *sums, *of_positions, *of_rows;  // of the table's entries; of codes of the input and of the weight
+  const float *input_zero, *weight_zero, *scale, *bias;
+  float* out;
+  long long images, size[2], out_size[2], kernel[2], stride[2], dilation[2];
+  int groups, channels;
+  unsigned steps;
+};
+
+// Sums of T[a, b] without the codes' zero points, modulo 2^32, scaled.
+extern "C" __global__ void scale_sums(__grid_constant__ const Sums s) {
   if (!wanted("scale_sums")) return;
-  for (ELEMENTS(i, count)) {
-    long long channel_of_image = i / plane;
-    int channel = channel_of_image % channels;
-    long long window = channel_of_image / of_group * plane + i % plane;
-    unsigned sum = sums[i] - static_cast<unsigned>(weight_zero[channel]) * windows[window] + offsets[channel];
-    float scaled = __fmul_rn(__int2float_rn(static_cast<int>(sum)), scale[channel]);
-    out[i] = bias ? __fadd_rn(scaled, bias[channel]) : scaled;
+  long long plane = s.out_size[0] * s.out_size[1], position = position_of_thread(s.images * plane);
+  long long image = position / plane, rest = position - image * plane;
+  long long row = rest / s.out_size[1], column = rest - row * s.out_size[1];
+  long long corner = (image * s.size[0] + row * s.stride[0]) * s.size[1] + column * s.stride[1];
+  unsigned window = 0;
+  for (long long i = threadIdx.y; i < s.kernel[0]; i += blockDim.y) {
+    const unsigned* from = s.of_positions + corner + i * s.dilation[0] * s.size[1];
+#pragma unroll 4
+    for (long long j = 0; j < s.kernel[1]; j++) window += from[j * s.dilation[1]];
+  }
+  window = of_position(window);
+  unsigned input_zero = static_cast<unsigned>(*s.input_zero), channels = s.channels;
+  unsigned group = static_cast<unsigned>(image % s.groups);
+  long long at = (image * channels + threadIdx.y) * plane + rest;
+  for (unsigned first = threadIdx.y; first < channels; first += AT_ONCE * blockDim.y) {
+    unsigned sums[AT_ONCE];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+      sums[k] = first + k * blockDim.y < channels ? s.sums[at + k * blockDim.y * plane] : 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++, at += blockDim.y * plane) {
+      if (first + k * blockDim.y >= channels) break;
+      unsigned channel = group * channels + first + k * blockDim.y;
+      unsigned weight_zero = static_cast<unsigned>(__ldg(s.weight_zero + channel));
+      unsigned constant = input_zero * (s.steps * weight_zero - __ldg(s.of_rows + channel));
+      unsigned sum = sums[k] - weight_zero * window + constant;
+      float scaled = __fmul_rn(__int2float_rn(static_cast<int>(sum)), __ldg(s.scale + channel));
+      s.out[at] = s.bias ? __fadd_rn(scaled, __ldg(s.bias + channel)) : scaled;
+    }
   }
 }

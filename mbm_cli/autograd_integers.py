@@ -29,10 +29,12 @@ for _name, _arguments in {
     "quantize_grad": f"Tensor grad, Tensor x, {_SCALE}, {_FORMAT}",
     "update_range": f"Tensor x, Tensor(a!) running, float momentum, {_FORMAT}",
     "row_scales": f"Tensor x, {_FORMAT}",
-    "scale_sums": "Tensor sums, Tensor windows, Tensor weight, Tensor input_zero, Tensor weight_zero, Tensor scale, "
-    "Tensor? bias",
+    "quantize_and_sum": f"Tensor x, {_SCALE}, int bits, int groups, int[2] padding, Tensor(a!)? poison=None",
+    "scale_sums": "Tensor sums, Tensor of_positions, Tensor of_rows, SymInt[] weight_shape, int[2] stride, "
+    "int[2] dilation, Tensor input_zero, Tensor weight_zero, Tensor scale, Tensor? bias",
 }.items():
-    torch.library.define(f"mbm::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    _returned = "(Tensor, Tensor)" if _name == "quantize_and_sum" else "Tensor"
+    torch.library.define(f"mbm::{_name}", f"({_arguments}) -> {_returned}", tags=torch.Tag.pt2_compliant_tag)
 
 from mbm_cli.backends import cpu_integers, cuda_integers, cuda_quantize, reference_integers  # noqa: E402, F401
 
@@ -69,6 +71,16 @@ def _quantized_shape(
 @torch.library.register_fake("mbm::quantize")
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, poison: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+
+
+@torch.library.register_fake("mbm::quantize_and_sum")
+def _codes_and_sums(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, groups: int, padding: list[int], poison: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    count, channels, *size = x.shape
+    size = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    codes = x.new_empty(count, channels, *size, dtype=torch.uint8)
+    return codes, x.new_empty(count, groups, *size, dtype=torch.int32)
 
 
 @torch.library.register_fake("mbm::fake_quantize")

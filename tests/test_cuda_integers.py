@@ -38,8 +38,9 @@ def test_every_kernel_compiles_without_spills(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 def test_quantisation_compiles(architecture):
-    check = f"static_assert(sizeof(Elementwise) == {cuda_quantize._ELEMENTWISE.itemsize});"
-    assert not any(local_memory(cuda_quantize.program(), architecture, check).values())
+    structs = {name: getattr(cuda_quantize, f"_{name.upper()}") for name in ("Elementwise", "Images", "Sums")}
+    checks = "\n".join(f"static_assert(sizeof({name}) == {of.itemsize});" for name, of in structs.items())
+    assert not any(local_memory(cuda_quantize.program(), architecture, checks).values())
 
 
 @pytest.mark.parametrize(

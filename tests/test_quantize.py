@@ -40,6 +40,18 @@ def test_codes_round_half_to_even_and_saturate(bits, signed):
         assert values.tolist() == ((expected - zero).astype(np.float32) * np.float32(scale)).tolist()
 
 
+@pytest.mark.parametrize(("groups", "padding"), [(1, (0, 0)), (2, (1, 3))])
+def test_unsigned_codes_have_a_border_of_zero_and_sums(groups, padding):
+    x, poison = np.random.default_rng(1).normal(0, 9, (2, 6, 5, 4)).astype(np.float32), torch.ones(1)
+    arguments = torch.tensor([0.3]), torch.tensor([37.0]), 8, groups, padding, poison
+    codes, sums = torch.ops.mbm.quantize_and_sum(torch.from_numpy(x), *arguments)
+    border = [(0, 0), (0, 0), *((n, n) for n in padding)]
+    expected = np.pad(codes_on_paper(x, 0.3, 37.0, 8, False), border, constant_values=37)
+    assert (codes.dtype, codes.tolist()) == (torch.uint8, expected.tolist())
+    assert sums.tolist() == expected.reshape(2, groups, -1, *expected.shape[2:]).sum(2).tolist()
+    assert poison.item() == 1.0
+
+
 def calibrated(layer: nn.Module, x: torch.Tensor) -> nn.Module:
     calibrate(layer, x)
     return layer.eval()
@@ -375,6 +387,12 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(quantized, (x, w, None, *scales, *arguments, 8, True, table), test_utils=tests)
     for operator in (torch.ops.mbm.quantize, torch.ops.mbm.fake_quantize):
         torch.library.opcheck(operator, (x.detach(), *scales[:2], 8, True), test_utils=tests)
+    unsigned = x.detach(), *scales[:2], 8, 2, [1, 0], torch.ones(1)
+    torch.library.opcheck(torch.ops.mbm.quantize_and_sum, unsigned, test_utils=tests)
+    _, of_positions = torch.ops.mbm.quantize_and_sum(*unsigned)
+    sums, of_rows = (torch.ones(shape, dtype=torch.int32) for shape in ((2, 4, 2, 1), (4,)))
+    operands = sums, of_positions, of_rows, [4, 1, 3, 3], [3, 1], [1, 2], scales[1], scales[3], scales[2], None
+    torch.library.opcheck(torch.ops.mbm.scale_sums, operands, test_utils=tests)
 
 
 def test_sums_that_leave_32_bits_are_refused():

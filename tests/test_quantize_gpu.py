@@ -42,6 +42,15 @@ def test_quantisation_has_the_bits_of_the_cpu(shape, bits, signed):
     assert same_bits(*ranges)
 
 
+@pytest.mark.parametrize("shape", [(37, 50, 1, 1), (5, 12, 13, 12), (64, 512, 7, 7), (64, 24, 112, 96)], ids=str)
+@pytest.mark.parametrize(("groups", "padding"), [(1, (0, 0)), (2, (1, 3))])
+def test_unsigned_codes_and_their_sums_have_the_bits_of_the_cpu(shape, groups, padding):
+    torch.manual_seed(4)
+    x, scale, zero = torch.randn(shape), torch.tensor([0.013]), torch.tensor([101.0])
+    found = torch.ops.mbm.quantize_and_sum(x.cuda(), scale.cuda(), zero.cuda(), 8, groups, padding)
+    assert all(map(same_bits, found, torch.ops.mbm.quantize_and_sum(x, scale, zero, 8, groups, padding)))
+
+
 @pytest.mark.parametrize("name", ["drum-int8-k3", "exact-uint8", "mbm-uint8", "exact-int4"])
 @pytest.mark.parametrize(
     "arguments", [{}, {"padding": 2, "stride": 2}, {"groups": 4, "padding": 1, "dilation": 2}], ids=str
@@ -53,6 +62,7 @@ def test_layers_have_the_bits_of_the_cpu(name, arguments):
     expected = layer.eval()(x)
     for images in (x, x.contiguous(memory_format=torch.channels_last)):
         assert same_bits(layer.cuda()(images.cuda()), expected)
+    assert same_bits(layer(images[:0].cuda()), expected[:0])
     dense = ApproxLinear(50, 21, multiplier=name)
     rows = torch.randn(37, 50)
     calibrate(dense, rows)
@@ -73,8 +83,9 @@ def test_sums_are_the_tables_by_each_path(path):
         assert torch.equal(integer_linear(codes, codes, name, path).cpu(), resolve(name).content.tensor())
 
 
-def test_not_finite_input_makes_the_output_nan():
-    layer = ApproxLinear(4, 2, multiplier="exact-int8").cuda().train()
+@pytest.mark.parametrize("format", ["int8", "uint8"])
+def test_not_finite_input_makes_the_output_nan(format):
+    layer = ApproxLinear(4, 2, multiplier=f"exact-{format}").cuda().train()
     layer(torch.ones(3, 4, device="cuda"))
     assert layer(torch.tensor([[1.0, 2.0, float("nan"), 3.0]], device="cuda")).isnan().all()
     assert layer.eval()(torch.tensor([[1.0, float("inf"), 1.0, 3.0]], device="cuda")).isnan().all()

@@ -86,15 +86,18 @@ class IntegerOperators:
         table: Tensor,
         *_: object,  # the multipliers of the gradients
     ) -> Tensor:
-        if not signed and any(padding):
-            # The code of zero, which pads, is on the device: zeros that are quantised become it.
-            input, padding = F.pad(input, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
         shape = conv2d_output_shape(input, weight, bias, stride, padding, dilation, groups)
-        scale = input_scale * weight_scale
-        codes = _ops.quantize(input, input_scale, input_zero, bits, signed, scale)  # NaN if the input is not finite
+        scale = input_scale * weight_scale  # NaN if the input is not finite
+        if signed:
+            codes = _ops.quantize(input, input_scale, input_zero, bits, signed, scale)
+            weights = _ops.quantize(weight, weight_scale, weight_zero, bits, signed)
+        else:
+            codes, of_positions = _ops.quantize_and_sum(input, input_scale, input_zero, bits, groups, padding, scale)
+            rows, padding = weight.flatten(1)[:, :, None, None], [0, 0]  # the codes have their border
+            weights, of_rows = _ops.quantize_and_sum(rows, weight_scale, weight_zero, bits, 1, padding)
+            weights = weights.reshape(weight.shape)
         if scale.device.type == "cpu" and scale[0].isnan():
             raise NotFiniteError
-        weights = _ops.quantize(weight, weight_scale, weight_zero, bits, signed)
         arguments = stride, padding, dilation, groups
         if self._scales and signed:
             output = input.new_empty(shape)
@@ -103,19 +106,9 @@ class IntegerOperators:
         sums = self.integer_conv2d(codes, weights, *arguments, 0, table)
         if signed:
             return scaled(sums, scale, bias)
-        of_windows = window_sums(codes, list(weight.shape[2:]), shape[2:], stride, dilation, groups)
-        output = _ops.scale_sums(sums, of_windows, weights, input_zero, weight_zero, scale, bias)
+        code_sums = of_positions, of_rows.flatten()
+        output = _ops.scale_sums(sums, *code_sums, weight.shape, stride, dilation, input_zero, weight_zero, scale, bias)
         return output
-
-
-def window_sums(
-    codes: Tensor, kernel: list[int], out_size: list[int], stride: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    """Return the sums of the codes in each window of a convolution without padding, int32 (N, groups, H, W)."""
-    sums = codes.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
-    *outer, down, across = sums.stride()
-    strides = *outer, down * stride[0], across * stride[1], down * dilation[0], across * dilation[1]
-    return sums.as_strided((*sums.shape[:2], *out_size, *kernel), strides).sum((-2, -1), dtype=torch.int32)
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,8 +118,11 @@ def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 def scale_sums(
     sums: Tensor,
-    windows: Tensor,
-    weight: Tensor,
+    of_positions: Tensor,
+    of_rows: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    dilation: list[int],
     input_zero: Tensor,
     weight_zero: Tensor,
     scale: Tensor,
@@ -135,13 +131,17 @@ def scale_sums(
     """Turn sums of T[a, b] into sums of T[a, b] - a b + (a - z_a)(b - z_b), in integers; scale them.
 
     Args:
-        sums: int32 (N, O, H, W).
-        windows: int32 (N, groups, H, W), sums of a.
-        weight: uint8, the codes b.
+        sums: int32 (N, O, H, W), of a convolution without padding.
+        of_positions: int32, sums of a over the channels of a group, as `quantize_and_sum` returns them.
+        of_rows: int32 (O,), sums of b.
     """
+    out_channels, channels, *kernel = weight_shape
+    *outer, down, across = of_positions.stride()
+    strides = *outer, down * stride[0], across * stride[1], down * dilation[0], across * dilation[1]
+    windows = of_positions.as_strided((*of_positions.shape[:2], *sums.shape[2:], *kernel), strides)
+    windows = windows.sum((-2, -1), dtype=torch.int32).repeat_interleave(out_channels // windows.shape[1], 1)
     z_a, z_b = input_zero.int(), weight_zero.int()
-    windows = windows.repeat_interleave(len(weight) // windows.shape[1], 1)
-    constant = z_a * (weight[0].numel() * z_b - weight.flatten(1).sum(1, dtype=torch.int32))
+    constant = z_a * (channels * kernel[0] * kernel[1] * z_b - of_rows)
     return scaled(sums - z_b.reshape(-1, 1, 1) * windows + constant.reshape(-1, 1, 1), scale, bias)
 
 
@@ -170,6 +170,19 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool, po
         poison.mul_(torch.where(x.isfinite().all(), 1.0, torch.nan))
     codes = _rounded(x, scale, zero).clamp_(*code_range(bits, signed))
     return codes.to(torch.int8 if signed else torch.uint8)
+
+
+def quantize_and_sum(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, groups: int, padding: list[int], poison: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return unsigned codes of images with a border of the code of zero; add them up over the channels of each group.
+
+    The sums are int32 (N, groups, H, W). Otherwise as `quantize`.
+    """
+    if any(padding):  # the code of zero is on the device: zeros that are quantised become it
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    codes = quantize(x, scale, zero, bits, False, poison)
+    return codes, codes.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool) -> Tensor:
@@ -226,5 +239,5 @@ def scale_of(low: Tensor, high: Tensor, operands: Operands) -> tuple[Tensor, Ten
     return scale, (-low / scale).round().clamp(0, operands.most)
 
 
-for _function in (quantize, fake_quantize, quantize_grad, update_range, row_scales, scale_sums):
+for _function in (quantize, quantize_and_sum, fake_quantize, quantize_grad, update_range, row_scales, scale_sums):
     torch.library.impl(f"mbm::{_function.__name__}", "default", _function)

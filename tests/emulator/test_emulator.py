@@ -280,3 +280,49 @@ def test_pooling_has_the_bits_of_two_layers(emulate, shape, side):
     expected.backward(grad)
     for one, other in zip(bits, (expected.detach(), x.grad), strict=True):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def assert_sums_without_zero_points(layer: Layer, bits: int, rng: random.Random) -> None:
+    """Check codes, their sums and scaled sums, each against the CPU's, bit for bit."""
+    input, weight = layer.images
+    zeros, scale = torch.randint(0, 1 << bits, (1 + len(weight),)).float(), torch.rand(1 + len(weight)) + 0.01
+    rows = weight.flatten(1)[:, :, None, None]
+    operands = (
+        (input, scale[:1], zeros[:1], bits, layer.groups, layer.padding),
+        (rows, scale[1:], zeros[1:], bits, 1, (0, 0)),
+    )
+    of_codes = []
+    for operand in operands:
+        found, expected = cuda_quantize.quantize_and_sum(*operand), torch.ops.mbm.quantize_and_sum(*operand)
+        assert all(map(torch.equal, found, expected))
+        of_codes.append(found[1])
+    sums = torch.randint(-(1 << 31), 1 << 31, (len(input), len(weight), *layer.geometry.out_size)).int()
+    arguments = sums, of_codes[0], of_codes[1].flatten(), list(weight.shape), layer.stride, layer.dilation
+    bias = torch.randn(len(weight)) if rng.random() < 0.5 else None
+    arguments += zeros[:1], zeros[1:], scale[1:], bias
+    assert torch.equal(cuda_quantize.scale_sums(*arguments), torch.ops.mbm.scale_sums(*arguments))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_unsigned_codes_are_padded_and_summed(emulate, monkeypatch, seed):
+    emulate(SHARED[0], late=False)
+    rng = seeded(seed)
+    for many in (cuda_quantize._MANY, 1):  # threads that share a position's channels, and single ones
+        monkeypatch.setattr(cuda_quantize, "_MANY", many)
+        for layer in random_layers(rng, torch.randn, lambda one: one.geometry.products <= 1_000_000, 8):
+            assert_sums_without_zero_points(layer, rng.choice([3, 8]), rng)
+
+
+def test_empty_batches_have_codes_and_sums(emulate):
+    emulate(SHARED[0], late=False)
+    layer = Layer(torch.randn(0, 6, 5, 4), torch.randn(4, 3, 3, 2), (2, 1), (1, 2), groups=2)
+    assert_sums_without_zero_points(layer, 8, seeded())
+
+
+def test_input_that_is_not_finite_poisons(emulate):
+    emulate(SHARED[0], late=False)
+    for wrong, padding in ((float("nan"), [0, 0]), (float("inf"), [2, 1]), (0.0, [2, 1])):
+        x, poison = torch.randn(2, 20, 3, 3), torch.ones(5)
+        x[1, 10, 2, 0] = wrong  # the first of a thread's channels
+        cuda_quantize.quantize_and_sum(x, torch.ones(1), torch.zeros(1), 8, 2, padding, poison)
+        assert poison.isnan().tolist() == [wrong != 0.0] * 5
