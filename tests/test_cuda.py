@@ -91,6 +91,18 @@ def test_indices_above_32_bits_are_refused(shape, weight_shape):
         plan(shape, weight_shape, (1 << 10, 1 << 10))
 
 
+def test_noted_kernels_are_not_launched(monkeypatch):
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda _: 132)
+    x, weight, output = torch.ones(2, 6, 14, 14), torch.ones(16, 6, 5, 5), torch.full((2, 16, 10, 10), 7.0)
+    pair = (1, 1)
+    of_layer = geometry.forward(tuple(x.shape), x.stride(), tuple(weight.shape), (10, 10), pair, (0, 0), pair, 1)
+    with cuda_programs.noted() as kernels:
+        for _ in range(2):
+            cuda.run(of_layer, x, weight, None, output, "mbm", None)
+    assert [(program.name, kernel) for program, kernel in kernels] == [("mbm", "conv2d_16x32")]
+    assert (output == 7).all()
+
+
 CUDA_12 = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(runtimeGetVersion=lambda: 12090)))
 
 

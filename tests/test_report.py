@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,14 @@ GRADIENTS = {"input": 0.0042, "weight": 0.0051}
 CONV = TimedConv(
     "lenet conv2", "6->16 5x5 14x14", 256, 61_440_000, 0.00412, 0.00123, SECONDS, GRADIENTS, GRADIENTS, 1.5e10, 0.8
 )
+ON_UNITS = replace(CONV, name="lenet conv3", layers=4, share_of_ceiling=0.31, path="matrix units")
+FLOATS_ON_GPU = ConvProfile(
+    *("drum-k6", "cuda", "NVIDIA H100", 2, 2.74e13, [replace(CONV, layers=1, path="scalar"), ON_UNITS], 2.7e14, "lenet")
+)
+INTEGERS = replace(
+    CONV, backward_seconds={}, gradient_seconds={}, exact_gradient_seconds={}, quantized_seconds=0.005, path="terms"
+)
+INTEGERS_ON_GPU = ConvProfile("mbm-int8", "cuda", "NVIDIA H100", 2, 1.3e15, [INTEGERS], model="lenet")
 LAYER = LayerTimes("conv1", "mbm", 117_600, 0.123, 0.234, 1.2e12, 0.45, "cuDNN")
 KERNEL = Costly("void cutlass::Kernel2<" + "cutlass_80_" * 9, 12345, 0.123, 0.3)
 RUN = {"run": "runs/20260101T000000Z-lenet-mbm-0001", "status": "interrupted", "multiplier": ", ".join(MULTIPLIERS)}
@@ -54,6 +63,8 @@ RESULTS: dict[str, Any] = {
     "sweep": Sweep("x", dict(VALUES[0]), 3, 2, COMBINATIONS, []),
     "eval": Evaluation("runs/x", "mbm", ROWS),
     "profile conv": ConvProfile("mbm-t16-r7", "cpu", "avx512", 2, 1.2e10, [CONV]),
+    "profile conv on matrix units": FLOATS_ON_GPU,
+    "profile conv of integers": INTEGERS_ON_GPU,
     "profile epoch": EpochProfile(
         *("x", "lenet", "mbm", "cuda", "NVIDIA H100", 2, 938, True, 1.234, 1.1, 2.345, 2.456, 0.031),
         *(dict.fromkeys(PHASES, 0.123), dict.fromkeys(PHASES, 0.112), [LAYER], 50, [KERNEL], {}),
@@ -175,3 +186,37 @@ def test_bar_of_a_sweep_counts_parts_of_runs(printed):
     assert re.search(r"mbm, seed 0 and 1 more .* 1\.8/4 runs", shown)
     assert "run 2/4: mbm, seed 0: test accuracy 50.00 %" in shown
     assert re.search(r"mbm, seed 1 .* 2\.2/4 runs", shown)
+
+
+def test_floats_on_matrix_units_have_two_ceilings(printed):
+    text = printed(100, PRINT["profile conv on matrix units"])
+    title, _, table = text.partition("\n layer")
+    assert one_line(title) == (
+        "forward in us: drum-k6 on NVIDIA H100; ceilings: 27.40 TMAC/s of scalar instructions, 270.00 of matrix "
+        "units (bfloat16, divided by the terms R)"
+    )
+    header, _, first, second, *_ = table.splitlines()
+    assert one_line(header) == "shape batch approx exact ratio TMAC/s share by"
+    assert one_line(first) == "conv2 6->16 5x5 14x14 256 4,120.0 1,230.0 3.35 0.01 80 % scalar"
+    assert one_line(second) == "conv3 x4 6->16 5x5 14x14 256 4,120.0 1,230.0 3.35 0.01 31 % matrix units"
+    assert "int8" not in text
+
+
+def test_integers_show_sums_and_share_of_int8(printed):
+    title, _, table = printed(100, PRINT["profile conv of integers"]).partition("\n layer")
+    assert one_line(title) == (
+        "forward: mbm-int8 on NVIDIA H100; sums of quantised operands, all with quantisation; "
+        "int8 matrix units: 1300 TMAC/s"
+    )
+    assert one_line(table.splitlines()[0]) == "shape batch sums us all us exact us ratio TMAC/s by of int8"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_layers_of_one_shape_are_one_row_with_their_number(printed):
+    text = printed(100, PRINT["profile conv on matrix units"])
+    assert "\n conv3 x4  6->16 5x5 14x14 " in text
+    assert text.rstrip().endswith("xN: N layers of the model have this shape; the first one is named\nrun: runs/x")
+    assert "xN" not in printed(100, PRINT["profile conv"])

@@ -3,8 +3,10 @@
 import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.resources import files
 from statistics import median
@@ -131,13 +133,31 @@ class Program:
         arguments: tuple[Any, ...],
         shared_bytes: int = 0,
     ) -> None:
-        """Launch a kernel on PyTorch's current stream of the device."""
+        """Launch a kernel on PyTorch's current stream of the device; within `noted`, note it instead."""
+        kernels = _noted.get()
+        if kernels is not None:
+            kernels[self, kernel] = None
+            return
         function = self.kernel(kernel, device)
         with torch.cuda.device(device), current_stream(device):
             function(grid, block, arguments, shared_mem=shared_bytes)
 
 
-def load(wanted: Sequence[tuple[Program, str]], device: int) -> None:
+_noted: ContextVar[dict[tuple[Program, str], None] | None] = ContextVar("launches are noted", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[dict[tuple[Program, str], None]]:
+    """Note the kernels that this thread would launch, for `load`, and launch none: outputs are left uninitialised."""
+    kernels: dict[tuple[Program, str], None] = {}
+    token = _noted.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _noted.reset(token)
+
+
+def load(wanted: Iterable[tuple[Program, str]], device: int) -> None:
     """Load kernels, compiling several at once.
 
     Raises:

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mbm_cli.backends import cpu, cuda, cuda_programs
+from mbm_cli.backends import cpu, cuda_programs
 from mbm_cli.config import DataConfig
 from mbm_cli.data import DATASETS
 from mbm_cli.device import cpu_name
@@ -110,9 +110,12 @@ def _cupy() -> Check:
 
 
 def _compile() -> None:
-    """Compile the kernels of the checks below, several at once; those that are left out are compiled when needed."""
-    programs = [cuda.program(name) for name in CHECKED]
-    cuda_programs.load(list(product(programs, ("multiply", "conv2d_direct_1x4"))), torch.cuda.current_device())
+    """Compile the kernels of the checks of floats, several at once."""
+    one = torch.ones(1, device="cuda")
+    with cuda_programs.noted() as kernels:
+        for short_form in CHECKED:
+            list(_answers(short_form, one, one))
+    cuda_programs.load(kernels, torch.cuda.current_device())
 
 
 def self_check(device: torch.device, seed: int) -> Check:

@@ -1,21 +1,21 @@
 """`mbm profile conv`: time single convolutions and dense layers, and their gradients, beside exact ones."""
 
-import logging
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mbm_cli import config as configs
-from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix, cuda_terms
-from mbm_cli.backends.cuda_programs import has_matrix_units
+from mbm_cli.backends import cpu, cpu_integers, cuda, cuda_integers, cuda_matrix, cuda_programs, cuda_terms
 from mbm_cli.backends.integers import forward_geometry
 from mbm_cli.config import Config
 from mbm_cli.data import dataset_of
@@ -32,7 +32,8 @@ from mbm_cli.runs import Run
 # Multiplications of the largest reference shape that is timed: a tenth of a second a call on two cores, 13 ms on a GPU.
 LIMITS = {"cpu": 1 << 30, "cuda": 1 << 36}
 CEILING_ROUNDS = 2_000_000  # about ten milliseconds a call, as long as a convolution: disturbances hit both alike
-LEAST_SECONDS = 0.3
+# A time is a median over blocks of calls: so long that waiting for the GPU does not count, and so many of them.
+BLOCK_SECONDS, LEAST_BLOCKS, LEAST_SECONDS = 0.005, 5, 0.1
 GRAPHED_CALLS = 50  # in one CUDA graph, so that its launch does not count
 
 
@@ -74,6 +75,11 @@ class ConvShape:
         )
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of one image's output."""
+        return self.out_channels, *self.out_size
+
+    @property
     def arguments(self) -> tuple[list[int], list[int], list[int], int]:
         """Stride, padding, dilation and groups, as operators take them."""
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
@@ -97,7 +103,7 @@ def _by(pair: tuple[int, ...]) -> str:
     return str(pair[0]) if pair[0] == pair[1] else "x".join(map(str, pair))
 
 
-# LeNet's layers, and shapes as they occur in larger networks.
+# Layers of LeNet, which are timed with it alone, and shapes as they occur in larger networks.
 REFERENCE_SHAPES = (
     ConvShape.square("lenet conv1", 64, 1, 6, 5, 2, 28),
     ConvShape.square("lenet conv2", 64, 6, 16, 5, 0, 14),
@@ -129,6 +135,7 @@ class TimedConv:
             ``forward_seconds`` are of the sums alone.
         path: how the sums are computed, with an integer multiplier or where matrix units are allowed.
         share_of_ceiling: of the matrix units' where they are used; with an integer multiplier ``None`` otherwise.
+        layers: how many layers of the model have this shape; ``name`` is the first one's.
     """
 
     name: str
@@ -144,6 +151,7 @@ class TimedConv:
     share_of_ceiling: float | None
     quantized_seconds: float | None = None
     path: str | None = None
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,7 @@ class ConvProfile:
         ceiling_macs_per_second: of the kernels' arithmetic on registers alone; with an integer multiplier, of int8
             matrix units, where the device has them, otherwise ``None``.
         matrix_ceiling_macs_per_second: of a float multiplier's products on matrix units alone, where these are allowed.
+        model: its layers' names begin with it.
     """
 
     multiplier: str
@@ -163,12 +172,13 @@ class ConvProfile:
     ceiling_macs_per_second: float | None
     convolutions: list[TimedConv]
     matrix_ceiling_macs_per_second: float | None = None
+    model: str = ""
 
 
 def profile_conv(
     config: Config, output: Path, watch: Watch | None = None, stopped: Stopped = never
 ) -> Finished[ConvProfile]:
-    """Time the convolutions of the config's model, then the reference shapes that suit the device.
+    """Time the layers of the config's model, equal ones once, then the reference shapes that suit the device.
 
     Every figure comes from this one call: medians over repeats after a warm-up. On a GPU each pass is
     replayed in a CUDA graph; the three ways to exact gradients run as a training without graphs calls them.
@@ -190,58 +200,80 @@ def profile_conv(
         raise RequestError("profile conv times one multiplier: name it, --multiplier mbm")
     config, device = lifecycle.begin(config)
     (multiplier,) = config.model.multiplier.distinct()
-    shapes: dict[ConvShape, ConvShape] = {}  # each once, by the name of the first layer that has it
-    for shape in (*(shape for shape, _ in _model_layers(config, device)), *REFERENCE_SHAPES):
-        shapes.setdefault(replace(shape, name=""), shape)
     run = Run.create(output, f"{config.name}-profile-conv")
     with run.kept_if_complete():
         run.write("config.yaml", configs.dump(config))
         run.write_json("environment.json", environment(device))
         assert isinstance(multiplier, Multiplier)
-        result = _measure(config, multiplier, shapes.values(), device, watch, stopped)
+        result = _measure(config, multiplier, device, watch, stopped)
         run.write_json("profile.json", result)
     return Finished(run, result)
 
 
 def _measure(
-    config: Config,
-    multiplier: Multiplier,
-    shapes: Iterable[ConvShape],
-    device: torch.device,
-    watch: Watch,
-    stopped: Stopped,
+    config: Config, multiplier: Multiplier, device: torch.device, watch: Watch, stopped: Stopped
 ) -> ConvProfile:
     watch.status("measuring the ceiling")
     ceiling = _int8_ceiling(device) if multiplier.is_integer else measure_ceiling(multiplier, device)
-    matrix_ceiling, convolutions = None, []
+    matrix_ceiling = None
     if not multiplier.is_integer and config.train.matrix_units and device.type == "cuda":
         matrix_ceiling = cuda_matrix.ceiling(*operands(multiplier, device), device.index)
-    generator = torch.Generator().manual_seed(config.seed)
-    for shape in shapes:
+    shapes = _shapes(config, device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    if device.type == "cuda":
+        watch.status("compiling the kernels")
+        _compile(list(shapes), multiplier, matrix_ceiling is not None, generator)
+    convolutions = []
+    for shape, layers in shapes.items():
         if stopped():
             raise Interrupted("interrupted")
-        if shape.multiplications <= LIMITS[device.type]:
-            watch.status(f"timing {shape.describe()}, batch {shape.batch}")
-            convolutions.append(_time_shape(shape, multiplier, ceiling, matrix_ceiling, generator, device))
+        watch.status(f"timing {shape.describe()}, batch {shape.batch}")
+        timed = _time_shape(shape, multiplier, ceiling, matrix_ceiling, generator)
+        convolutions.append(replace(timed, layers=layers))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.instruction_set()
-    threads = torch.get_num_threads()
-    return ConvProfile(str(multiplier), device.type, name, threads, ceiling, convolutions, matrix_ceiling)
+    threads, model = torch.get_num_threads(), str(config.model.name)
+    return ConvProfile(str(multiplier), device.type, name, threads, ceiling, convolutions, matrix_ceiling, model)
+
+
+def _shapes(config: Config, device: torch.device) -> dict[ConvShape, int]:
+    """Return the shapes that are timed, the model's first, each with the number of its layers that have it.
+
+    A shape of the model has the name of the first of these layers.
+    """
+    layers = [shape for shape, _ in _model_layers(config, device)]
+    references = [one for one in REFERENCE_SHAPES if not one.name or one.name.startswith(f"{config.model.name} ")]
+    named: dict[ConvShape, ConvShape] = {}
+    for shape in (*layers, *references):
+        if shape.multiplications <= LIMITS[device.type]:
+            named.setdefault(replace(shape, name=""), shape)
+    count = Counter(replace(shape, name="") for shape in layers)
+    return {shape: count[unnamed] for unnamed, shape in named.items()}
+
+
+def _compile(
+    shapes: Sequence[ConvShape], multiplier: Multiplier, matrix_units: bool, generator: torch.Generator
+) -> None:
+    """Load the kernels that these shapes need, compiling several at once."""
+    with torch.no_grad(), cuda_programs.noted() as kernels:
+        for shape in shapes:
+            for call in _passes(shape, *_operands(shape, generator), multiplier, matrix_units).values():
+                call()
+    cuda_programs.load(kernels, torch.cuda.current_device())
 
 
 def convolution_seconds(config: Config, device: torch.device) -> float:
     """Time the forward passes of the approximate layers in a training step, each alone; return the sum in seconds."""
-    generator, total = torch.Generator().manual_seed(config.seed), 0.0
+    generator, total = torch.Generator(device).manual_seed(config.seed), 0.0
     for shape, multiplier in _model_layers(config, device):
-        x, weight = _operands(shape, generator, device)
-        with torch.no_grad(), cuda_matrix.allowed(config.train.matrix_units):
-            whole = _quantized_pass if multiplier.is_integer else lambda *layer: _passes(*layer)["forward"]
-            total += _seconds(whole(shape, x, weight, multiplier), device)
+        with torch.no_grad():
+            passes = _passes(shape, *_operands(shape, generator), multiplier, config.train.matrix_units)
+            total += _seconds(passes["quantized" if multiplier.is_integer else "forward"], device)
     return total
 
 
 def _int8_ceiling(device: torch.device) -> float | None:
     """Measure the int8 products a second of a device's matrix units; ``None`` without such units."""
-    has_units = device.type == "cuda" and has_matrix_units(device.index or 0)
+    has_units = device.type == "cuda" and cuda_programs.has_matrix_units(device.index or 0)
     return cuda_terms.ceiling(device) if has_units else None
 
 
@@ -259,51 +291,64 @@ def measure_ceiling(multiplier: Multiplier, device: torch.device, matrix_units: 
     # A user's function is slower by an order of magnitude and more.
     rounds = CEILING_ROUNDS if multiplier.family != "c" else CEILING_ROUNDS // 50
     products = cpu.ceiling(handle, table, rounds, threads)
-    return products / _seconds(lambda: cpu.ceiling(handle, table, rounds, threads), device)
+    # The highest of three, because a disturbed one is no ceiling.
+    return max(products / _eager_seconds(lambda: cpu.ceiling(handle, table, rounds, threads), device) for _ in range(3))
 
 
-def _operands(shape: ConvShape, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    x = torch.randn(shape.batch, shape.channels, *shape.size, generator=generator).to(device)
-    weight = torch.randn(shape.weight_size, generator=generator).to(device)
-    return x, weight
+def _operands(shape: ConvShape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an input, a weight, and a gradient of the output."""
+    sizes = (shape.batch, shape.channels, *shape.size), shape.weight_size, (shape.batch, *shape.out_shape)
+    x, weight, grad = (torch.randn(size, generator=generator, device=generator.device) for size in sizes)
+    return x, weight, grad
 
 
-def _passes(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> dict[str, Callable[[], Tensor]]:
-    """Return the three passes of a layer as calls, with these products; of an integer multiplier, the sums alone."""
+def _passes(
+    shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor, multiplier: Multiplier, matrix_units: bool = False
+) -> dict[str, Callable[[], Tensor]]:
+    """Return the three passes of a layer as calls, with these products.
+
+    With an integer multiplier, ``forward`` are the sums of quantised operands, and ``quantized`` is a layer in floats,
+    its scales given.
+
+    Args:
+        matrix_units: whether the forward pass may use them.
+    """
     if multiplier.is_integer:
-        return {"forward": _integer_pass(shape, x, weight, multiplier)}
+        return _integer_passes(shape, x, weight, multiplier)
     product = operands(multiplier, x.device)
     if shape.is_dense:
         linear = partial(torch.ops.mbm.linear, bias=None, multiplier=product[0], table=product[1])
-        grad = linear(x, weight)
         pairs = (x, weight), (grad, weight.t()), (grad.t(), x.t())
-        return {name: partial(linear, *pair) for name, pair in zip(PASSES, pairs, strict=True)}
-    arguments = *shape.arguments, *product
-    forward = partial(torch.ops.mbm.conv2d, x, weight, None, *arguments)
-    grad = torch.randn_like(forward())
+        forward, *gradients = (partial(linear, *pair) for pair in pairs)
+    else:
+        arguments = *shape.arguments, *product
+        forward = partial(torch.ops.mbm.conv2d, x, weight, None, *arguments)
+        gradients = [
+            partial(torch.ops.mbm.conv2d_input_grad, grad, weight, list(x.shape), *arguments),
+            partial(torch.ops.mbm.conv2d_weight_grad, grad, x, list(weight.shape), *arguments),
+        ]
+
+    def forward_as_trained() -> Tensor:
+        with cuda_matrix.allowed(matrix_units):
+            return forward()
+
+    return dict(zip(PASSES, (forward_as_trained, *gradients), strict=True))
+
+
+def _integer_passes(
+    shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier
+) -> dict[str, Callable[[], Tensor]]:
+    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
+    format, table = multiplier.operands or (), integer_table(multiplier, x.device)
+    x_scale, weight_scale = (torch.ops.mbm.row_scales(one.reshape(1, -1), *format) for one in (x, weight))
+    codes = torch.ops.mbm.quantize(x, *x_scale, *format), torch.ops.mbm.quantize(weight, *weight_scale, *format)
+    scales = *x_scale, *torch.ops.mbm.row_scales(weight, *format)
     return {
-        "forward": forward,
-        "input": partial(torch.ops.mbm.conv2d_input_grad, grad, weight, list(x.shape), *arguments),
-        "weight": partial(torch.ops.mbm.conv2d_weight_grad, grad, x, list(weight.shape), *arguments),
+        "forward": partial(torch.ops.mbm.integer_conv2d, *codes, *shape.arguments, 0, table),
+        "quantized": partial(
+            torch.ops.mbm.quantized_conv2d, x, weight, None, *scales, *shape.arguments, *format, table
+        ),
     }
-
-
-def _integer_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> Callable[[], Tensor]:
-    """Return the sums of a layer's quantised operands as a call."""
-    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
-    format = multiplier.operands or ()
-    codes = (torch.ops.mbm.quantize(one, *_scale(one, multiplier), *format) for one in (x, weight))
-    arguments = *shape.arguments, 0
-    return partial(torch.ops.mbm.integer_conv2d, *codes, *arguments, integer_table(multiplier, x.device))
-
-
-def _quantized_pass(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> Callable[[], Tensor]:
-    """Return a layer in floats as a call, its scales given."""
-    x, weight = (one[:, :, None, None] if shape.is_dense else one for one in (x, weight))
-    format = multiplier.operands or ()
-    scales = *_scale(x, multiplier), *torch.ops.mbm.row_scales(weight, *format)
-    arguments = *shape.arguments, *format, integer_table(multiplier, x.device)
-    return partial(torch.ops.mbm.quantized_conv2d, x, weight, None, *scales, *arguments)
 
 
 def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -> tuple[str, int]:
@@ -315,11 +360,6 @@ def _path(shape: ConvShape, x: Tensor, weight: Tensor, multiplier: Multiplier) -
         return cuda_matrix.chosen_path(geometry, *operands(multiplier, x.device), x.device.index), 0
     table = integer_table(multiplier, x.device)
     return cuda_integers.chosen_path(geometry, table) if x.is_cuda else (cpu_integers.chosen_path(geometry, table), 0)
-
-
-def _scale(x: Tensor, multiplier: Multiplier) -> tuple[Tensor, Tensor]:
-    scale, zero = torch.ops.mbm.row_scales(x.reshape(1, -1), *(multiplier.operands or ()))
-    return scale, zero
 
 
 def _model_layers(config: Config, device: torch.device) -> list[tuple[ConvShape, Multiplier]]:
@@ -354,29 +394,22 @@ def _time_shape(
     ceiling: float | None,
     matrix_ceiling: float | None,
     generator: torch.Generator,
-    device: torch.device,
 ) -> TimedConv:
-    x, weight = _operands(shape, generator, device)
+    device, layer = generator.device, _operands(shape, generator)
+    x, weight, grad = layer
+    path, products, backward = None, 0 if multiplier.is_integer else 1, {}
     with torch.no_grad():
-        approximate, exact = (
-            {name: _seconds(call, device) for name, call in _passes(shape, x, weight, one).items()}
-            for one in (multiplier, EXACT)
-        )
-        quantized, path, backward, products = None, None, {}, 0 if multiplier.is_integer else 1
+        passes = _passes(shape, *layer, multiplier, matrix_ceiling is not None)
+        times = {name: _seconds(call, device) for name, call in passes.items()}
+        exact = {name: _seconds(call, device) for name, call in _passes(shape, *layer, EXACT).items() if name in passes}
         if multiplier.is_integer:
-            exact = {"forward": exact["forward"]}
-            quantized = _seconds(_quantized_pass(shape, x, weight, multiplier), device)
             path, products = _path(shape, x, weight, multiplier)
         elif not shape.is_dense:
-            grad = torch.randn_like(F.conv2d(x, weight, None, *shape.arguments))
-            backward = {name: _eager_seconds(call) for name, call in _backward_paths(x, weight, grad, shape)}
+            backward = {name: _eager_seconds(call, device) for name, call in _backward_paths(x, weight, grad, shape)}
         if matrix_ceiling is not None:
             path, _ = _path(shape, x, weight, multiplier)
-            if path == "matrix units":
-                ceiling = matrix_ceiling
-                with cuda_matrix.allowed(True):
-                    approximate["forward"] = _seconds(_passes(shape, x, weight, multiplier)["forward"], device)
-    forward = approximate.pop("forward")
+            ceiling = matrix_ceiling if path == "matrix units" else ceiling
+    forward, quantized = times.pop("forward"), times.pop("quantized", None)
     rate = shape.multiplications / forward
     return TimedConv(
         name=shape.name,
@@ -386,7 +419,7 @@ def _time_shape(
         forward_seconds=forward,
         exact_forward_seconds=exact.pop("forward"),
         backward_seconds=backward,
-        gradient_seconds=approximate,
+        gradient_seconds=times,
         exact_gradient_seconds=exact,
         macs_per_second=rate,
         share_of_ceiling=rate * products / ceiling if ceiling and products else None,
@@ -419,23 +452,37 @@ def _backward_paths(
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median time of a call; on a GPU of its kernels, replayed in a CUDA graph."""
     if device.type != "cuda":
-        return _eager_seconds(call)
+        return _eager_seconds(call, device)
     call()
-    calls = max(1, min(GRAPHED_CALLS, int(LEAST_SECONDS / _eager_seconds(call, repeats=False))))
-    torch.cuda.synchronize(device)
+    calls = max(1, min(GRAPHED_CALLS, int(BLOCK_SECONDS / _block_seconds(call, 1, device))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
-    return _eager_seconds(graph.replay) / calls
+    return _eager_seconds(graph.replay, device) / calls
 
 
-def _eager_seconds(call: Callable[[], object], repeats: bool = True) -> float:
-    """Return the median time of a call with its launches, or one such time; the timer waits for the GPU."""
-    # The module looks for a compiler, and warns of nvcc without a GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
+def _eager_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of a call with its launches."""
     call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=LEAST_SECONDS).median if repeats else timer.timeit(1).median
+    calls, times = 1, [_block_seconds(call, 1, device)]
+    while times[0] < BLOCK_SECONDS:
+        calls *= 2
+        times = [_block_seconds(call, calls, device)]
+    while len(times) < LEAST_BLOCKS or sum(times) < LEAST_SECONDS:
+        times.append(_block_seconds(call, calls, device))
+    return median(times) / calls
+
+
+def _block_seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Return the time of these calls together, waiting for the GPU before and after."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    for _ in range(calls):
+        call()
+    return now() - start

@@ -175,6 +175,8 @@ def conv_profile(result: ConvProfile, made: object) -> dict[str, bytes]:
     cpu = f"the CPU ({result.device_name}, threads: {result.threads})"
     where = f"on {cpu if result.device == 'cpu' else result.device_name}"
     title = f"forward, {result.multiplier}\n{where}; ceiling: {ceiling / 1e9:.3g} GMAC/s"
+    if result.matrix_ceiling_macs_per_second is not None:
+        title += f", of matrix units: {result.matrix_ceiling_macs_per_second / 1e9:.3g}"
     figure.suptitle("\n".join(wrapped(line, 58) for line in title.splitlines()))
     return {"profile.png": png_of(figure)}
 

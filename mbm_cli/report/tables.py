@@ -19,7 +19,7 @@ from mbm_cli.experiments.estimate import Estimate
 from mbm_cli.experiments.evaluate import Evaluated, Evaluation
 from mbm_cli.experiments.lifecycle import Finished
 from mbm_cli.experiments.members import shown
-from mbm_cli.experiments.profile_conv import ConvProfile
+from mbm_cli.experiments.profile_conv import ConvProfile, TimedConv
 from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.search import Point, Search
 from mbm_cli.experiments.sweep import Sweep
@@ -334,24 +334,27 @@ def _(of: ConvProfile) -> Group:
     def time(seconds: float) -> str:
         return f"{scale * seconds:,.{1 if on_gpu else 2}f}"
 
-    columns = ("layer", "shape", "batch")
-    shapes = [(row.name, row.shape, str(row.batch)) for row in of.convolutions]
-    if any(row.path for row in of.convolutions) or of.ceiling_macs_per_second is None:
-        return Group(_integer_profile(of, where, shapes, time, unit, rate_scale, rate_unit))
+    shapes = [(_layer_name(of, row), row.shape, str(row.batch)) for row in of.convolutions]
+    several = any(row.layers > 1 for row in of.convolutions)
+    notes = ["xN: N layers of the model have this shape; the first one is named"] if several else []
+    if of.ceiling_macs_per_second is None or any(row.quantized_seconds is not None for row in of.convolutions):
+        return Group(_integer_profile(of, where, shapes, time, unit, rate_scale, rate_unit), *notes)
+    products = f"{of.multiplier} on {where}"
     ceiling = f"{of.ceiling_macs_per_second / rate_scale:.2f} {rate_unit}"
-    by: tuple[str, ...] = ()
-    if of.matrix_ceiling_macs_per_second is not None:
-        ceiling += f", on matrix units: {of.matrix_ceiling_macs_per_second / rate_scale:.1f}"
-        by = ("by",)
+    of_units = of.matrix_ceiling_macs_per_second
+    if of_units is None:
+        title = f"{products}; ceiling on registers: {ceiling}"
+    else:
+        title = f"{products}; ceilings: {ceiling} of scalar instructions, "
+        title += f"{of_units / rate_scale:.2f} of matrix units (bfloat16, divided by the terms R)"
     forward = [
         (
-            f"{row.multiplications / 1e6:,.1f}",
             time(row.forward_seconds),
             time(row.exact_forward_seconds),
             f"{row.forward_seconds / row.exact_forward_seconds:.2f}",
             f"{row.macs_per_second / rate_scale:.2f}",
             _number(row.share_of_ceiling, "{:.0f} %", 100),
-            *[row.path or "" for _ in by],
+            *([row.path or ""] if of_units else []),
         )
         for row in of.convolutions
     ]
@@ -363,28 +366,36 @@ def _(of: ConvProfile) -> Group:
         values = []
         for name, seconds in row.gradient_seconds.items():
             share = row.multiplications / seconds / of.ceiling_macs_per_second
-            values += [time(seconds), time(row.exact_gradient_seconds[name]), f"{100 * share:.0f} %"]
+            values += [time(seconds), time(row.exact_gradient_seconds[name]), f"{100 * share:.0f}"]
         gradients.append(values)
+    columns, by = ("layer", "shape", "batch"), ("by",) if of_units else ()
     return Group(
         table(
-            f"forward: {of.multiplier} on {where}; ceiling on registers: {ceiling}",
-            (*columns, "M mults", f"approx {unit}", f"exact {unit}", "ratio", rate_unit, "of that", *by),
+            f"forward in {unit}: {title}",
+            (*columns, "approx", "exact", "ratio", rate_unit, "share", *by),
             [(*shape, *values) for shape, values in zip(shapes, forward, strict=True)],
             left=2,
         ),
         table(
-            f"gradients of input and weight: {of.multiplier}, exact ones, and the share of the ceiling",
-            (*columns, f"input {unit}", "exact", "share", f"weight {unit}", "exact", "share"),
+            f"gradients of input and weight in {unit}, exact ones, and % of the "
+            f"{'scalar instructions' if of_units else 'ceiling'}",
+            (*columns, "input", "exact", "%", "weight", "exact", "%"),
             [(*shape, *values) for shape, values in zip(shapes, gradients, strict=True)],
             left=2,
         ),
         table(
-            "backward, exact, three ways to both gradients; training makes one call",
-            (*columns, f"torch.nn.grad {unit}", f"two calls {unit}", f"one call {unit}"),
+            f"backward in {unit}, exact, three ways to both gradients; training makes one call",
+            (*columns, "torch.nn.grad", "two calls", "one call"),
             [(*shape, *values) for shape, values in zip(convolutions, backward, strict=True)],
             left=2,
         ),
+        *notes,
     )
+
+
+def _layer_name(of: ConvProfile, row: TimedConv) -> str:
+    """Return the name of a layer without its model, and how many layers have its shape."""
+    return row.name.removeprefix(f"{of.model} ") + (f" x{row.layers}" if row.layers > 1 else "")
 
 
 def _integer_profile(
