@@ -49,8 +49,8 @@ from mbm_cli.flags import (
     setting_for,
     with_bits,
 )
-from mbm_cli.openmp import set_waiting
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
+from mbm_cli.variables import set_variables
 
 # \b: the lines after it stay as they are.
 START = """Train neural networks with approximate multiplications (MBM), bit for bit as the hardware would.
@@ -462,7 +462,7 @@ def _version(version: Version = False) -> None:
 def main() -> None:
     """Run a command; turn an error into a line on standard error and an exit code."""
     arguments = sys.argv[1:]
-    set_waiting()
+    set_variables()
     # What is imported stays: to look for garbage in it takes a third of a start, and again as long at the end.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)

@@ -10,29 +10,18 @@ from importlib.resources import files
 import torch
 
 from mbm_cli.errors import RequestError
-
-# Environment variables that PyTorch and the driver read once, when a process first needs them.
-LIBRARY_VARIABLES = {
-    # Let cuDNN choose algorithms by a model of their times. With its decision tree the gradients of LeNet's second
-    # convolution take twice as long at batch 64, and four times at batch 256.
-    "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "1",
-    # Compute small linear layers by cuBLAS: cuBLASLt chooses kernels for long sums, which take twice the time.
-    "DISABLE_ADDMM_CUDA_LT": "1",
-    # Let the streams of 16 runs reach the GPU on queues of their own. By default there are 8, so runs wait for others.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-}
+from mbm_cli.variables import OF_GPU, set_for_gpu
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device of a name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and make it PyTorch's current one.
 
-    ``auto`` is a GPU where there is one. The libraries' variables are set first, because to ask for a GPU starts CUDA.
+    ``auto`` is a GPU where there is one. Its libraries' variables are set first, because to ask for a GPU starts CUDA.
 
     Raises:
         RequestError: there is no such device.
     """
-    for variable, value in LIBRARY_VARIABLES.items():
-        os.environ.setdefault(variable, value)
+    set_for_gpu()
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
     if kind == "cuda" and count == 0:
@@ -84,7 +73,7 @@ def environment(device: torch.device) -> dict[str, object]:
             "memory_bytes": properties.total_memory,
             "runtime": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "variables": {name: os.environ.get(name) for name in LIBRARY_VARIABLES},
+            "variables": {name: os.environ.get(name) for name in OF_GPU},
         }
     return found
 

@@ -54,7 +54,8 @@ def _pieces(*lists: list[Tensor]) -> list[list[Tensor]]:
     length = min(max(total // (_AT_ONCE * 2 // 3), _LEAST), _MOST) // 4 * 4  # of which four are read at once
     pieces: list[tuple[Tensor, ...]] = []
     for *tensors, step in zip(*lists, strict=True):
-        if all(one.is_contiguous() for one in tensors):
+        # Of other numbers of elements the kernel reads one at a time, and rounds some last bits in another way.
+        if tensors[0].numel() % 4 == 0 and all(one.is_contiguous() for one in tensors):
             parts = [one.view(-1).split(length) for one in tensors]
             pieces += [(*of_piece, step) for of_piece in zip(*parts, strict=True)]
         else:

@@ -13,9 +13,9 @@ import mbm_cli
 
 PACKAGE = Path(mbm_cli.__file__).parent
 # From the command line down to the arithmetic; a module imports from its own floor and those below.
-FLOORS = """__main__ > cli flags terminal openmp > report > experiments > launch slurm > config runs documents shipped
+FLOORS = """__main__ > cli flags terminal > report > experiments > launch slurm > config runs documents shipped
 costs device > models data > own_data > data_arrays data_files epoch > training optimizers > nn pooling > quantize >
-ops > autograd_integers > autograd > backends > multipliers > turns > errors"""
+ops > autograd_integers > autograd > backends > multipliers > turns > errors variables"""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS.split(">")) for room in rooms.split()}
 
 

@@ -1,18 +1,18 @@
-"""How OpenMP's threads wait, by what else runs on the machine."""
+"""Environment variables of libraries: how OpenMP's threads wait, and what is set for a GPU."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from mbm_cli.openmp import set_waiting
+from mbm_cli.variables import OF_GPU, set_variables
 
 CORES = os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", *OF_GPU):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -22,13 +22,16 @@ def no_choice(monkeypatch):
 )
 def test_threads_spin_on_a_quiet_machine_only(monkeypatch, load, spins):
     monkeypatch.setattr(Path, "read_text", lambda path: load)
-    set_waiting()
+    set_variables()
     assert os.environ["GOMP_SPINCOUNT"] == spins
 
 
-@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active"), ("DISABLE_ADDMM_CUDA_LT", "0")]
+)
 def test_the_users_choice_stands(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    set_waiting()
+    set_variables()
     assert os.environ[name] == value
-    assert os.environ.get("GOMP_SPINCOUNT") == {"GOMP_SPINCOUNT": "77"}.get(name)
+    if name == "OMP_WAIT_POLICY":
+        assert "GOMP_SPINCOUNT" not in os.environ
