@@ -1,4 +1,4 @@
-"""Environment variables that libraries read once, when they are loaded or first needed; a choice of the user's stands."""
+"""Environment variables that libraries read once, when they are loaded or first used; a choice of the user's stands."""
 
 import os
 import statistics
@@ -22,9 +22,9 @@ _SAMPLES, _PAUSE = 7, 0.001  # seconds
 def set_variables() -> None:
     """Set the variables, best before PyTorch is imported.
 
-    OpenMP's threads spin at a barrier before they sleep. That saves the time to wake up, a quarter of a small step. Where
-    other processes want the cores, it takes away the time in which the threads that are waited for could run: an epoch
-    would take 30 times as long.
+    OpenMP's threads spin at a barrier before they sleep. That saves the time to wake up, a quarter of a small step.
+    Where other processes want the cores, it takes away the time in which the threads that are waited for could run: an
+    epoch would take 30 times as long.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _BUSY if _is_busy() else _QUIET)
