@@ -10,7 +10,7 @@ from importlib.resources import files
 import torch
 
 from mbm_cli.errors import RequestError
-from mbm_cli.variables import OF_GPU, set_for_gpu
+from mbm_cli.variables import OF_GPU, OF_TURNS, set_for_gpu
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,7 +73,7 @@ def environment(device: torch.device) -> dict[str, object]:
             "memory_bytes": properties.total_memory,
             "runtime": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "variables": {name: os.environ.get(name) for name in OF_GPU},
+            "variables": {name: os.environ.get(name) for name in OF_GPU | OF_TURNS},
         }
     return found
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from typer import Argument, Context, Option, Typer
 
 from mbm_cli.errors import RequestError
+from mbm_cli.variables import set_for_turns
 
 
 def _configs(incomplete: str) -> list[str]:
@@ -174,6 +175,8 @@ def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Cal
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def call(**given: Any) -> None:
+            if "at_once" in given:
+                set_for_turns()  # before the command imports PyTorch
             function(Options(**{option.name: given.pop(option.name) for option in options}), **given)
 
         own = list(inspect.signature(function).parameters.values())[1:]

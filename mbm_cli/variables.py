@@ -12,9 +12,10 @@ OF_GPU = {
     "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "1",
     # Compute small linear layers by cuBLAS: cuBLASLt chooses kernels for long sums, which take twice the time.
     "DISABLE_ADDMM_CUDA_LT": "1",
-    # Let the streams of 16 runs reach the GPU on queues of their own. By default there are 8, so runs wait for others.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
 }
+# Let the streams of 16 runs in turn reach a GPU on queues of their own. By default there are 8, so runs wait for
+# others; with 32 it takes 0.3 s longer to create a context.
+OF_TURNS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 _QUIET, _BUSY = "10000", "0"  # turns of GOMP_SPINCOUNT; docs/performance.md has the measurements
 _SAMPLES, _PAUSE = 7, 0.001  # seconds
 
@@ -32,7 +33,16 @@ def set_variables() -> None:
 
 
 def set_for_gpu() -> None:
-    for name, value in OF_GPU.items():
+    _set(OF_GPU)
+
+
+def set_for_turns() -> None:
+    """Set what runs in turn need; once PyTorch is imported, this has no effect."""
+    _set(OF_TURNS)
+
+
+def _set(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 

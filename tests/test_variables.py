@@ -4,16 +4,18 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import mbm
 
-from mbm_cli.variables import OF_GPU, set_variables
+from mbm_cli.variables import OF_GPU, OF_TURNS, set_variables
 
 CORES = os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", *OF_GPU):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", *OF_GPU, *OF_TURNS):
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,9 @@ def test_the_users_choice_stands(monkeypatch, name, value):
     assert os.environ[name] == value
     if name == "OMP_WAIT_POLICY":
         assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize(("command", "queues"), [("train", None), ("sweep", "32")])
+def test_only_runs_in_turn_ask_for_more_queues(command, queues):
+    mbm(command, "--config", "missing")
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
