@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def launch(tasks: list, work: Work, engine: Engine, folder: Path, look: Look, do
     slurm.end_lanes(permission.parent)  # of a process that was killed
     if engine.on is None and engine.jobs == 1:
         return take_turns(tasks, lambda task: work(task, stopped), engine.at_once, done)
-    size = max(1, min(engine.at_once or MOST, -(-len(tasks) // engine.jobs)))
-    groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    count = engine.jobs * max(1, -(-len(tasks) // (engine.jobs * (engine.at_once or MOST))))  # as many for each job
+    bounds = [place * len(tasks) // count for place in range(count + 1)]
+    groups = [tasks[first:last] for first, last in pairwise(bounds) if first < last]
     launch_groups = slurm.launch_lanes if engine.on else _launch_workers
     launch_groups(groups, partial(_attempt, work, engine.at_once), engine, permission, look, done, stopped)
 

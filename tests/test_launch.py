@@ -14,6 +14,7 @@ import pytest
 from mbm_cli.config import Engine
 from mbm_cli.errors import Interrupted, RunError
 from mbm_cli.launch import launch
+from mbm_cli.slurm import LOOK_INTERVAL
 from mbm_cli.turns import Turns
 
 WAIT = "wait"  # the task that ends only when it is stopped
@@ -36,6 +37,8 @@ def work(task, stopped) -> Turns[None]:
         case "kill once" if not Path("killed").exists():
             Path("killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        case "nap":
+            time.sleep(2 * LOOK_INTERVAL)
         case "exit":
             os._exit(3)
         case "wait":
@@ -68,6 +71,19 @@ def log(tmp_path, monkeypatch):
     yield Log()
     assert multiprocessing.active_children() == []
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_jobs_get_equal_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes: set[int] = set()  # of four groups: two for each job
+    engine = Engine(jobs=2, at_once=4)
+    launch(["nap"] * 10, work, engine, Path(), lambda group: sizes.add(len(group)), lambda *one: None, lambda: False)
+    assert sizes == {2, 3}
+
+
+def test_nothing_to_compute(log):
+    log.launch([], Engine(jobs=2))
+    assert log.reasons == []
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
