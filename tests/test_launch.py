@@ -76,7 +76,7 @@ def log(tmp_path, monkeypatch):
 def test_jobs_get_equal_shares(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes: set[int] = set()  # of four groups: two for each job
-    engine = Engine(jobs=2, at_once=4)
+    engine = Engine(jobs=2, at_once=2)
     launch(["nap"] * 10, work, engine, Path(), lambda group: sizes.add(len(group)), lambda *one: None, lambda: False)
     assert sizes == {2, 3}
 
@@ -115,7 +115,7 @@ def test_task_of_a_dead_process_is_tried_once_more(log, task, reason, others, at
 
 @pytest.mark.parametrize(
     ("jobs", "at_once", "tasks", "done"),
-    [(1, 1, ["a", WAIT, "b"], "a"), (2, 1, ["a", WAIT, WAIT], "a"), (2, 2, ["a", WAIT, "b", WAIT], "ab")],
+    [(1, 1, ["a", WAIT, "b"], "a"), (2, 1, ["a", WAIT, WAIT], "a"), (2, 2, ["a", "b", WAIT, WAIT], "ab")],
     ids=["one process", "two", "two with two in turn"],
 )
 def test_interrupt_keeps_what_is_done(log, jobs, at_once, tasks, done):
