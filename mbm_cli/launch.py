@@ -21,7 +21,6 @@ from mbm_cli.slurm import INTERRUPTED, LOOK_INTERVAL, Attempt, Done, Look, Stop
 from mbm_cli.turns import MOST, Turns, take_turns
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal sends them to all; only the parent acts on them
-ROUNDS = 2  # tasks of a group for each turn: between two groups a GPU idles for seconds, within one new tasks follow
 Work = Callable[[Any, Stop], Turns]  # computes a task; workers import it by its name, and get tasks by pickling
 
 
@@ -37,11 +36,8 @@ def launch(tasks: list, work: Work, engine: Engine, folder: Path, look: Look, do
     slurm.end_lanes(permission.parent)  # of a process that was killed
     if engine.on is None and engine.jobs == 1:
         return take_turns(tasks, lambda task: work(task, stopped), engine.at_once, done)
-    at_once = engine.at_once or MOST
-    most = 1 if at_once == 1 else ROUNDS * at_once
-    count = engine.jobs * max(1, -(-len(tasks) // (engine.jobs * most)))  # as many for each job
-    # Neighbours differ little: groups of every count-th task take about the same time.
-    groups = [tasks[first::count] for first in range(min(count, len(tasks)))]
+    count = engine.jobs * max(1, -(-len(tasks) // (engine.jobs * (engine.at_once or MOST))))  # as many for each job
+    groups = [tasks[first::count] for first in range(min(count, len(tasks)))]  # neighbours take about the same time
     launch_groups = slurm.launch_lanes if engine.on else _launch_workers
     launch_groups(groups, partial(_attempt, work, engine.at_once), engine, permission, look, done, stopped)
 

@@ -76,7 +76,7 @@ def log(tmp_path, monkeypatch):
 def test_jobs_get_equal_shares(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes: set[int] = set()  # of four groups: two for each job
-    engine = Engine(jobs=2, at_once=2)
+    engine = Engine(jobs=2, at_once=4)
     launch(["nap"] * 10, work, engine, Path(), lambda group: sizes.add(len(group)), lambda *one: None, lambda: False)
     assert sizes == {2, 3}
 
