@@ -10,9 +10,10 @@ EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 train: $(VENV)/installed
 	$(VENV)/bin/mbm train --config lenet-mbm
 
+test: export GOMP_SPINCOUNT = 0
 test: $(VENV)/installed
 	$(VENV)/bin/mbm data fetch
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 # The CUDA kernels on the CPU, under sanitizers (x86-64, g++).
 test-kernels: export GOMP_SPINCOUNT = 0

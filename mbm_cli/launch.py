@@ -135,7 +135,7 @@ class _Slot:
 
 
 def _begin(environment: dict[str, str]) -> None:
-    """Prepare a worker process, before it gets tasks, and with them PyTorch."""
+    """Prepare a worker process, before it gets tasks."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(environment)
