@@ -521,12 +521,12 @@ def _estimate(o: Options, config: Any) -> None:
 
 def _show(o: Options, made: Any, draw: bool) -> None:
     """Print a result, then draw its pictures into the run's folder."""
-    from mbm_cli.report import tables
-
     if o.json:
         _print_json({"run": str(made.run.folder), **asdict(made.result)})
     elif not o.quiet:
-        tables.print_result(made)
+        from mbm_cli.report.tables import print_result
+
+        print_result(made)
     sys.stdout.flush()
     if draw:
         from mbm_cli.report.plots import pictures

@@ -69,6 +69,7 @@ def test_report_is_imported_by_the_command_line_alone():
     [
         ("cli", ["torch", "numpy", "pydantic", "yaml", "matplotlib"]),
         ("runs", ["torch", "numpy"]),
+        ("report.progress", ["matplotlib", "mbm_cli.experiments.search"]),
         ("experiments.search", ["torchvision", "matplotlib", "scipy", "cupy", "sympy", "optuna"]),
     ],
 )

@@ -25,6 +25,7 @@ from mbm_cli.models import Layer
 from mbm_cli.multipliers.names import NAMES
 from mbm_cli.report import progress, tables
 from mbm_cli.report import text as text_module
+from mbm_cli.report.runs import layer_table, print_runs
 from mbm_cli.report.text import console, print_table
 from mbm_cli.runs import Run
 from mbm_cli.training import PHASES
@@ -77,9 +78,9 @@ PRINT = {
 }
 PRINT |= {
     "layers": lambda: console().print(
-        tables.layer_table([Layer("conv1", "Conv2d", (1, 28, 28), (6, 28, 28), 156, 117_600, MULTIPLIERS[1])])
+        layer_table([Layer("conv1", "Conv2d", (1, 28, 28), (6, 28, 28), 156, 117_600, MULTIPLIERS[1])])
     ),
-    "runs": lambda: tables.print_runs([RUN]),
+    "runs": lambda: print_runs([RUN]),
     "multipliers": lambda: print_table(("name", "what it is", "for example"), NAMES),
     "doctor": lambda: tables.print_check(console(), Check("cpu kernels", "avx512 (PyTorch: AVX512)", "update it")),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from rich.status import Status
 
 from mbm_cli.experiments.lifecycle import Unit, Watch
 from mbm_cli.models import Layer
-from mbm_cli.report.tables import epoch_table, layer_table
+from mbm_cli.report.runs import epoch_table, layer_table
 from mbm_cli.report.text import console, percent
 from mbm_cli.training import Progress as StepProgress
 

@@ -1,4 +1,4 @@
-"""Runs: a list as a table or as CSV, several side by side, the epochs of one. Imports no PyTorch."""
+"""Runs: a list as a table or as CSV, several side by side, the layers and epochs of one. Imports no PyTorch."""
 
 import csv
 import io
@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from mbm_cli.report.text import NARROW, TextTable, console, percent, table
+
+if TYPE_CHECKING:
+    from mbm_cli.models import Layer
 
 # Heading, width, value of an epoch's metrics; together they fit 80 columns.
 _EPOCH_COLUMNS = (
@@ -104,6 +107,32 @@ def print_side_by_side(runs: Sequence[dict[str, Any]], configs: Sequence[dict[st
     differ = [(field, [str(config.get(field, "-")) for config in configs]) for field in fields]
     rows = [(name, *values) for name, values in (*results, *differ) if name == "status" or len(set(values)) > 1]
     console().print(table(None, ("", *(Path(run["run"]).name for run in runs)), rows))
+
+
+def layer_table(layers: "Sequence[Layer]") -> Table:
+    """Make the table of a network's layers."""
+
+    def shape(sizes: tuple[int, ...]) -> str:
+        return "x".join(map(str, sizes))
+
+    shows_gradients = any(layer.backward != "exact" for layer in layers)
+    rows: list[tuple[str, ...]] = [
+        (
+            layer.name,
+            layer.kind,
+            layer.multiplier,
+            *([layer.backward] if shows_gradients else []),
+            f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
+            f"{layer.parameters:,}",
+            f"{layer.multiplications:,}",
+        )
+        for layer in layers
+    ]
+    gradients = ("backward",) if shows_gradients else ()
+    sums = f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}"
+    rows.append(("", "all", "", *[""] * len(gradients), "", *sums))
+    columns = ("layer", "kind", "multiplier", *gradients, "shape", "parameters", "mults/image")
+    return table(None, columns, rows, left=4 + len(gradients))
 
 
 def epoch_table(metrics: Sequence[dict[str, Any]], epochs: int, width: int, heading: bool = True) -> Table:

@@ -1,7 +1,7 @@
 """Results of experiments as tables, in at most 100 columns."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from functools import singledispatch
 from pathlib import Path
@@ -24,39 +24,9 @@ from mbm_cli.experiments.profile_epoch import EpochProfile
 from mbm_cli.experiments.search import Point, Search
 from mbm_cli.experiments.sweep import Sweep
 from mbm_cli.experiments.train import Trained
-from mbm_cli.models import Layer
-from mbm_cli.report.runs import epoch_table, print_runs
+from mbm_cli.report.runs import epoch_table, layer_table, print_runs
 from mbm_cli.report.text import NARROW, TextTable, console, costs_table, percent, table
 from mbm_cli.runs import Run
-
-
-def layer_table(layers: Sequence[Layer]) -> Table:
-    """Make the table of a network's layers."""
-
-    def shape(sizes: tuple[int, ...]) -> str:
-        return "x".join(map(str, sizes))
-
-    shows_gradients = any(layer.backward != "exact" for layer in layers)
-    rows: list[tuple[str, ...]] = [
-        (
-            layer.name,
-            layer.kind,
-            layer.multiplier,
-            *([layer.backward] if shows_gradients else []),
-            f"{shape(layer.input_shape)} -> {shape(layer.output_shape)}",
-            f"{layer.parameters:,}",
-            f"{layer.multiplications:,}",
-        )
-        for layer in layers
-    ]
-    gradients = ("backward",) if shows_gradients else ()
-    sums = f"{sum(x.parameters for x in layers):,}", f"{sum(x.multiplications for x in layers):,}"
-    rows.append(("", "all", "", *[""] * len(gradients), "", *sums))
-    columns = ("layer", "kind", "multiplier", *gradients, "shape", "parameters", "mults/image")
-    return table(None, columns, rows, left=4 + len(gradients))
-
-
-# Results: what a command prints at its end
 
 
 def print_result(made: Finished[Any]) -> None:
