@@ -43,6 +43,7 @@ from mbm_cli.flags import (
     Version,
     command,
     config_of,
+    engine_of,
     names_of,
     prices_of,
     refuse_set,
@@ -50,7 +51,7 @@ from mbm_cli.flags import (
     with_bits,
 )
 from mbm_cli.terminal import leave_at_once, make_writable, report_error, stop_on_signal
-from mbm_cli.variables import set_variables
+from mbm_cli.variables import set_for_turns, set_variables
 
 # \b: the lines after it stay as they are.
 START = """Train neural networks with approximate multiplications (MBM), bit for bit as the hardware would.
@@ -115,12 +116,11 @@ def train(
 )
 def compare_exact_vs_mbm(o: Options, seeds: Seeds = 3, latex: Latex = None) -> None:
     """Train exact and approximate, seed by seed, and compare."""
-    from mbm_cli.config import Engine
+    engine = engine_of(o, at_once=1)
     from mbm_cli.experiments.compare import compare as experiment
 
     config = config_of(replace(o, multiplier=None, backward=None, bits=None))
     names, backwards = names_of(o.multiplier, o.bits), names_of(o.backward, None)
-    engine = Engine().with_flags(o.jobs, o.on, o.at_once)
     made = partial(experiment, config, names, seeds, o.output, backwards=backwards, engine=engine, prices=prices_of(o))
     _compute(o, made, latex=latex)
 
@@ -135,11 +135,10 @@ def sweep(
     o: Options, vary: Annotated[list[str] | None, Option(**VARY)] = None, seeds: Seeds = 1, latex: Latex = None
 ) -> None:
     """Train with every combination of some fields' values."""
-    from mbm_cli.config import Engine
+    engine = engine_of(o)
     from mbm_cli.experiments.sweep import sweep as experiment
 
     refuse_set(o, vary or [])
-    engine = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
     made = partial(experiment, config_of(o), vary or [], seeds, o.output, engine=engine, prices=prices_of(o))
     _compute(o, made, latex=latex)
 
@@ -154,25 +153,26 @@ def search(
     study: Annotated[Path | None, Option(help="A file that several searches share, for example study.log.")] = None,
 ) -> None:
     """Find which multiplier in which layer costs least for its accuracy, and retrain the best."""
-    from mbm_cli.config import Engine
+    engine = engine_of(o)
     from mbm_cli.experiments.search import search as experiment
 
     config = config_of(replace(o, bits=None))
     names = names_of(candidates, o.bits)
-    how: Any = {"strategy": strategy, "trials": trials, "max_drop": max_drop, "study": study}
-    how["engine"] = Engine(at_once=None).with_flags(o.jobs, o.on, o.at_once)
+    how: Any = {"strategy": strategy, "trials": trials, "max_drop": max_drop, "study": study, "engine": engine}
     _compute(o, partial(experiment, config, names, o.output, **how, prices=prices_of(o)))
 
 
 @command(app, "resume", "epochs jobs on at_once pictures trust output json quiet", "mbm resume RUN")
 def resume(o: Options, run: RunName) -> None:
     """Resume what was interrupted: a training run, a comparison, a sweep or a search."""
-    from mbm_cli.experiments.resume import resume as experiment
     from mbm_cli.runs import Run
 
-    _compute(
-        o, partial(experiment, Run.find(run, o.output).trusted(o.trust), o.epochs, o.jobs, on=o.on, at_once=o.at_once)
-    )
+    found = Run.find(run, o.output).trusted(o.trust)
+    if found.has_several:
+        set_for_turns()
+    from mbm_cli.experiments.resume import resume as experiment
+
+    _compute(o, partial(experiment, found, o.epochs, o.jobs, on=o.on, at_once=o.at_once))
 
 
 @command(app, "eval", "bits set_ device threads trust output json quiet", "mbm eval RUN --multiplier exact,mbm-t8")

@@ -175,8 +175,6 @@ def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Cal
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def call(**given: Any) -> None:
-            if "at_once" in given:
-                set_for_turns()  # before the command imports PyTorch
             function(Options(**{option.name: given.pop(option.name) for option in options}), **given)
 
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -186,6 +184,16 @@ def command(group: Typer, name: str, shared: str, example: str) -> Callable[[Cal
         return group.command(name, help=f"{function.__doc__}\n\nFor example: {example}")(call)
 
     return register
+
+
+def engine_of(o: Options, at_once: int | None = None) -> Any:
+    """Return the engine of the flags. Call this before PyTorch is imported: for runs in turn it sets variables."""
+    from mbm_cli.config import Engine
+
+    engine = Engine(at_once=at_once).with_flags(o.jobs, o.on, o.at_once)
+    if engine.at_once != 1:
+        set_for_turns()
+    return engine
 
 
 def config_of(o: Options) -> Any:

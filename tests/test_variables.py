@@ -39,7 +39,17 @@ def test_the_users_choice_stands(monkeypatch, name, value):
         assert "GOMP_SPINCOUNT" not in os.environ
 
 
-@pytest.mark.parametrize(("command", "queues"), [("train", None), ("sweep", "32")])
+@pytest.mark.parametrize(
+    ("command", "queues"),
+    [
+        (["train"], None),
+        (["sweep"], "32"),
+        (["sweep", "--at-once", "1"], None),
+        (["compare", "exact-vs-mbm"], None),
+        (["compare", "exact-vs-mbm", "--at-once", "auto"], "32"),
+        (["search", "--candidates", "mbm"], "32"),
+    ],
+)
 def test_only_runs_in_turn_ask_for_more_queues(command, queues):
-    mbm(command, "--config", "missing")
+    mbm(*command, "--config", "missing")
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
